@@ -1,0 +1,82 @@
+"""What every script of the pipeline says and how it ends: its manual, its errors, its exit code."""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class PipelineError(Exception):
+    """Something that a user can mend: one sentence that says what happened, where, and what to do next."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def argument_parser(manual: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` is the script's module docstring, followed by the options and their defaults."""
+    return argparse.ArgumentParser(description=manual, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+
+def location(value: str) -> str:
+    """An option's path: a URI as it is (`s3a://…`), a path of this machine made absolute."""
+    return value if "://" in value else os.path.abspath(os.path.expanduser(value))
+
+
+def at_least(minimum: float, number: Callable[[str], float] = int) -> Callable[[str], float]:
+    """The type of an option that takes a number from `minimum` on."""
+
+    def parse(value: str) -> float:
+        try:
+            parsed = number(value)
+        except ValueError:
+            parsed = None
+        if parsed is None or not minimum <= parsed < float("inf"):
+            kind = "a whole number" if number is int else "a number"
+            raise argparse.ArgumentTypeError(f"{value!r} is not {kind} of {minimum} or more")
+        return parsed
+
+    return parse
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost message of an error, in one line; of a Java error that of its innermost cause."""
+    java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
+    if java is None:
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    while java.getCause() is not None:
+        java = java.getCause()
+    return next(iter(str(java.toString()).strip().splitlines()), "")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence.
+
+    `--verbose` on the command line adds the traceback.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if "--verbose" in sys.argv:
+            traceback.print_exc()
+        if isinstance(error, PipelineError):
+            message = str(error)
+        else:
+            message = f"{root_cause(error)} (--verbose shows all of it)"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,89 @@
+"""The Java side of the pipeline: which Java runs it, and where its jars come from."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+import pyspark
+
+from common.console import PipelineError
+
+SPARK_JARS = Path(pyspark.__file__).parent / "jars"
+SCALA = "2.13"  # the Scala that the pyspark package is built with
+
+DELTA = f"io.delta:delta-spark_{pyspark.__version__[:3]}_{SCALA}:{version('delta-spark')}"
+KAFKA_SOURCE = f"org.apache.spark:spark-sql-kafka-0-10_{SCALA}:{pyspark.__version__}"
+
+# Releases with long-term support that Spark 4.2 runs on: https://spark.apache.org/docs/4.2.0/#downloading
+SUPPORTED_JAVA = ("17", "21")
+
+
+def find_java() -> str:
+    """The Java that Spark will use: `$JAVA_HOME/bin/java`, or else `java` on the PATH.
+
+    Raises PipelineError where there is none, or one that Spark cannot run on.
+    """
+    home = os.environ.get("JAVA_HOME")
+    java = os.path.join(home, "bin", "java") if home else shutil.which("java")
+    advice = "Install OpenJDK 17 (Debian, Ubuntu: apt install openjdk-17-jre-headless) or set JAVA_HOME to one."
+    if not java or not shutil.which(java):
+        raise PipelineError(f"No Java found{' in JAVA_HOME=' + home if home else ''}. {advice}")
+    modules = subprocess.run([java, "--list-modules"], capture_output=True, text=True).stdout
+    release = re.search(r"^java\.base@(\d+)", modules, re.MULTILINE)
+    if not release or release[1] not in SUPPORTED_JAVA:
+        raise PipelineError(f"{java} is {'Java ' + release[1] if release else 'older than Java 9'}, "
+                            f"and Spark needs Java {' or '.join(SUPPORTED_JAVA)}. {advice}")
+    if "jdk.incubator.vector@" not in modules:
+        raise PipelineError(f"{java} lacks the module jdk.incubator.vector, which Spark loads at its start. {advice}")
+    return java
+
+
+def spark_jars(*coordinates: str) -> list[str]:
+    """Paths of the jars that Spark needs besides its own for Maven `coordinates` ("group:artifact:version")."""
+    shipped = {re.sub(r"-\d[^-]*(-\w+)?\.jar$", "", jar.name) for jar in SPARK_JARS.glob("*.jar")}
+    return resolve_jars(coordinates, without=shipped)
+
+
+def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> list[str]:
+    """Paths of the jars of Maven `coordinates` and of all they depend on, less the artifacts named `without`.
+
+    The first call downloads them with the Ivy that comes with pyspark, into Ivy's cache (`~/.ivy2`), and says so; from
+    then on a list beside the cache answers. Raises PipelineError where a jar can't be downloaded.
+    """
+    coordinates = sorted(coordinates)
+    cache = Path.home() / ".ivy2"
+    known = cache / ("_".join(coordinates).replace(":", "-") + ".classpath")
+    if known.exists():
+        jars = known.read_text().strip().split(os.pathsep)
+        if all(map(os.path.exists, jars)):
+            return jars
+    print(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …", file=sys.stderr)
+    dependencies = "".join(
+        '<dependency org={} name={} rev={} conf="default"/>'.format(*map(quoteattr, coordinate.split(":")))
+        for coordinate in coordinates)
+    exclusions = "".join(f"<exclude module={quoteattr(name)}/>" for name in sorted(without))
+    with tempfile.TemporaryDirectory() as folder:
+        module, classpath = Path(folder, "ivy.xml"), Path(folder, "classpath")
+        module.write_text('<ivy-module version="2.0"><info organisation="pipeline" module="jars"/>'
+                          f"<dependencies>{dependencies}{exclusions}</dependencies></ivy-module>")
+        ivy = subprocess.run(
+            [find_java(), "-jar", *map(str, SPARK_JARS.glob("ivy-*.jar")), "-ivy", str(module), "-cache", str(cache),
+             "-confs", "default", "-types", "jar", "bundle", "-cachepath", str(classpath)],
+            capture_output=True, text=True)
+        if ivy.returncode != 0 or not classpath.exists():
+            problems = [line.strip(" \t:") for line in (ivy.stdout + ivy.stderr).splitlines()
+                        if re.search(r"not found|failed|exception|unresolved", line, re.IGNORECASE)]
+            raise PipelineError(
+                f"Could not download {', '.join(coordinates)} from Maven Central ({'; '.join(problems[:2])}). Check the "
+                f"connection or the proxy (JAVA_TOOL_OPTIONS=-Dhttps.proxyHost=…) and start again.")
+        draft = known.with_suffix(f".{os.getpid()}")
+        shutil.copy(classpath, draft)
+        os.replace(draft, known)  # whole or not at all, also when two scripts start at once
+    return known.read_text().strip().split(os.pathsep)

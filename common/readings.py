@@ -1,0 +1,124 @@
+"""What a reading is and when it is valid: the one definition behind both streams, the simulator and the tests.
+
+A record is the bytes of one message or one line. It is a valid reading if it is one JSON object (RFC 8259, UTF-8, no
+name twice) with these fields and breaks none of `RULES`; other fields than these are allowed and not looked at:
+
+    timestamp   string   RFC 3339: date, "T", time with seconds, any fraction (kept to the microsecond), "Z" or an offset
+    device_id   string   not blank
+    building    string   not blank
+    type        string   a key of SENSOR_TYPES
+    value       number   finite, within the range of its type
+    unit        string   the unit of its type
+    floor       integer  written without fraction or exponent, 32 bits; may be missing or null
+"""
+
+from typing import NamedTuple
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+
+class SensorType(NamedTuple):
+    unit: str
+    low: float  # the sanity range in that unit, both ends inclusive
+    high: float
+    typical: tuple[float, float]  # where the simulator starts
+
+
+SENSOR_TYPES = {
+    "temperature": SensorType("°C", -40, 120, typical=(18, 26)),
+    "humidity": SensorType("%", 0, 100, typical=(30, 60)),
+    "co2": SensorType("ppm", 0, 10_000, typical=(400, 1200)),
+}
+
+# The columns of a valid reading in both tables; those that say where it came from follow them.
+READING_COLUMNS = ("device_id STRING, building STRING, floor INT, type STRING, value DOUBLE, unit STRING, "
+                   "event_time TIMESTAMP, ingest_time TIMESTAMP")
+
+# RFC 3339, less its lower-case "t" and "z"; the short forms +01 and +0100 of ISO 8601 pass too.
+TIMESTAMP = r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)\z"
+BLANK = r"\A\p{IsWhite_Space}*\z"
+
+
+def _is_missing(field: str, string: str) -> str:
+    return (f"coalesce(json_type.{field}, 'VOID') = 'VOID' "
+            f"OR json_type.{field} = 'STRING' AND {string} RLIKE r'{BLANK}'")
+
+
+def _for_its_type(condition: str) -> str:
+    """SQL that holds where `condition`, filled with the SensorType of the reading's own type, holds."""
+    return " OR ".join(f"reading.type = '{name}' AND {condition.format(**sensor_type._asdict())}"
+                       for name, sensor_type in SENSOR_TYPES.items())
+
+
+# Why a record is rejected, and when, as SQL over the columns of `_parse`; the first that holds is the reason.
+RULES = {
+    "empty_record": f"raw IS NULL OR text RLIKE r'{BLANK}'",
+    "invalid_encoding": "NOT is_valid_utf8(text)",
+    "malformed_json": "end IS NULL OR end <> checksum OR fields IS NULL "
+                      "OR size(array_distinct(map_keys(fields))) < size(fields)",
+    "missing_device_id": _is_missing("device_id", "reading.device_id"),
+    "missing_building": _is_missing("building", "reading.building"),
+    "missing_type": _is_missing("type", "reading.type"),
+    "missing_unit": _is_missing("unit", "reading.unit"),
+    "missing_value": _is_missing("value", "try_cast(fields['value'] AS STRING)"),
+    "missing_timestamp": _is_missing("timestamp", "reading.timestamp"),
+    "invalid_device_id": "json_type.device_id <> 'STRING'",
+    "invalid_building": "json_type.building <> 'STRING'",
+    "invalid_type": "json_type.type <> 'STRING'",
+    "invalid_unit": "json_type.unit <> 'STRING'",
+    "invalid_value": "reading.value IS NULL OR isnan(reading.value) OR abs(reading.value) = double('Infinity')",
+    "invalid_floor": "json_type.floor <> 'VOID' AND reading.floor IS NULL",
+    # A day ahead is allowed to devices whose clock has the wrong zone.
+    "invalid_timestamp": "json_type.timestamp <> 'STRING' OR event_time IS NULL "
+                         "OR event_time > ingest_time + INTERVAL 1 DAY",
+    "unknown_type": f"reading.type NOT IN {tuple(SENSOR_TYPES)}",
+    "wrong_unit": _for_its_type("reading.unit <> '{unit}'"),
+    "out_of_range": _for_its_type("reading.value NOT BETWEEN {low} AND {high}"),
+}
+
+
+def with_reject_reason(records: DataFrame) -> DataFrame:
+    """Reads each record as a reading and adds `reject_reason`: the first of `RULES` that it breaks, null for a valid one.
+
+    In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there is
+    a `reject_reason` already, it stays.
+    Out: the same columns, the other columns of `READING_COLUMNS` (null where the record has no such value) and
+    `reject_reason` (string).
+    """
+    origin = [column for column in records.columns if column != "reject_reason"]
+    given = [F.col("reject_reason")] if "reject_reason" in records.columns else []
+    broken = [F.when(F.expr(is_broken), F.lit(reason)) for reason, is_broken in RULES.items()]
+    return _parse(records).select(
+        *origin,
+        *[f"reading.{field}" for field in ("device_id", "building", "floor", "type", "value", "unit")],
+        "event_time",
+        F.coalesce(*given, *broken).alias("reject_reason"))
+
+
+def _parse(records: DataFrame) -> DataFrame:
+    """Adds `text`, `checksum`, `event_time`; and from the JSON `reading` (typed), `fields`, `json_type`, `end`.
+
+    `from_json` is lenient, so the record goes in wrapped: {"fields": RECORD, "reading": RECORD, "end": CHECKSUM}.
+    - It reads the first JSON value and ignores what follows. Here whatever follows closes or breaks the outer object
+      before `end`, and no record can hold its own SHA-256 to forge one.
+    - It makes strings of numbers and objects, and takes the last of equal names. `fields`, a map of variants, has every
+      name as often as it stands in the record, and each value with its JSON type. `json_type` names those: STRING,
+      BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, VOID for JSON's null; null for an absent field.
+    - What a variant can't hold makes `fields` null: a lone surrogate, which is no Unicode, or a name twice further in.
+    """
+    wrapped = F.concat(F.lit('{"fields":'), "text", F.lit(',"reading":'), "text",
+                       F.lit(',"end":"'), "checksum", F.lit('"}'))
+    json = F.from_json(
+        wrapped,
+        "fields MAP<STRING, VARIANT>, end STRING, reading STRUCT<device_id: STRING, building: STRING, floor: INT, "
+        "type: STRING, value: DOUBLE, unit: STRING, timestamp: STRING>",
+        {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"})
+    json_types = [F.schema_of_variant(F.col("fields")[field]).alias(field)
+                  for field in ("device_id", "building", "floor", "type", "value", "unit", "timestamp")]
+    iso_timestamp = F.when(F.col("reading.timestamp").rlike(TIMESTAMP), F.col("reading.timestamp"))
+    return (records
+            .select("*", F.col("raw").cast("string").alias("text"), F.sha2("raw", 256).alias("checksum"))
+            .select("*", json.alias("json"))
+            .select("*", "json.*")
+            .select("*", F.struct(*json_types).alias("json_type"), iso_timestamp.try_cast("timestamp").alias("event_time")))

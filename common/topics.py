@@ -1,0 +1,56 @@
+"""The Kafka topic from a script's point of view: is there a broker, is there the topic, and what to do if not."""
+
+import argparse
+import time
+
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from common.console import PipelineError, at_least, say
+
+PARTITIONS = 3
+
+
+def add_topic_options(parser: argparse.ArgumentParser) -> None:
+    """The options --bootstrap-servers, --topic and --wait."""
+    parser.add_argument("--bootstrap-servers", default="localhost:9092", metavar="HOST:PORT,…", help="Kafka's brokers")
+    parser.add_argument("--topic", default="sensor_data", help="Kafka topic")
+    parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
+                        help="how long to wait for a broker or a topic that is not there yet")
+
+
+def wait_for_topic(options: argparse.Namespace, create: bool = False) -> None:
+    """Returns once the topic is there; `create` makes it where it is missing.
+
+    Raises PipelineError where no broker answers, or there is no topic, for `options.wait` seconds.
+    """
+    deadline = time.monotonic() + options.wait
+    said = None
+    while problem := _problem(options, create):
+        if time.monotonic() >= deadline:
+            raise PipelineError(problem)
+        if problem != said:
+            say(f"{problem} Waiting up to {options.wait:g} s for it …")
+            said = problem
+        time.sleep(0.5)
+
+
+def _problem(options: argparse.Namespace, create: bool) -> str | None:
+    servers, topic = options.bootstrap_servers, options.topic
+    try:
+        with KafkaAdminClient(bootstrap_servers=servers.split(","), bootstrap_timeout_ms=3000) as admin:
+            if topic in admin.list_topics():
+                return None
+            if create:
+                admin.create_topics({topic: {"num_partitions": PARTITIONS, "replication_factor": 1}},
+                                    wait_for_metadata=True)
+                say(f'Created the topic "{topic}" with {PARTITIONS} partitions.')
+                return None
+    except TopicAlreadyExistsError:  # another script was quicker
+        return None
+    except (KafkaError, OSError) as error:
+        return (f"No Kafka broker answers on {servers} ({type(error).__name__}). Start one: docker compose up -d, "
+                f"or python3 local_kafka.py.")
+    return (f'No topic "{topic}" on {servers}. Create it: python3 kafka_producer.py --create-topic, or '
+            f"kafka-python admin -b {servers} topics create -t {topic} --num-partitions {PARTITIONS} "
+            f"--replication-factor 1.")

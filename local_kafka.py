@@ -1,0 +1,166 @@
+"""The ZooKeeper and Kafka of docker-compose.yml without Docker, on this machine alone.
+
+Every KAFKA_… and ZOOKEEPER_… setting comes from docker-compose.yml, and so does the version: Confluent 7.9 is Kafka
+3.9. The first start downloads Kafka with the Ivy that comes with pyspark; Java is all it needs. It says when it is
+ready; Ctrl+C stops Kafka, then ZooKeeper. Topics and messages stay in --data-dir for the next start.
+
+    python3 local_kafka.py
+    python3 local_kafka.py --port 9093 --data-dir /tmp/kafka
+"""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import yaml
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError
+
+from common.console import REPOSITORY, PipelineError, argument_parser, at_least, location, run, say
+from common.java import SCALA, find_java, resolve_jars
+
+COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
+# Which Kafka is inside Confluent's images: https://docs.confluent.io/platform/current/installation/versions-interoperability.html
+KAFKA_IN_CONFLUENT = {"7.9": "3.9.2"}
+# What the image makes of its ZOOKEEPER_… variables.
+ZOOKEEPER_PROPERTIES = {"CLIENT_PORT": "clientPort", "TICK_TIME": "tickTime", "ADMIN_ENABLE_SERVER": "admin.enableServer"}
+LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka brings slf4j 1.7 without a place to log to
+START_SECONDS = 60
+
+
+def main() -> None:
+    options = parse_options()
+    services = yaml.safe_load(COMPOSE_FILE.read_text(encoding="utf-8"))["services"]
+    if not is_free(options.port):
+        raise PipelineError(f"Port {options.port} is in use, perhaps by a Kafka that runs already. "
+                            f"Stop that, or choose another with --port.")
+    zookeeper_port, docker_port = free_ports(2)
+    zookeeper = zookeeper_properties(services["zookeeper"]["environment"], zookeeper_port, options.data_dir)
+    kafka = kafka_properties(services["kafka"]["environment"], options.port, docker_port, zookeeper_port,
+                             options.data_dir)
+    class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
+
+    stopping = threading.Event()
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop_signal, lambda *_: stopping.set())
+    running = []
+    try:
+        running.append(start("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", zookeeper,
+                             services["zookeeper"]["environment"], class_path, options.data_dir))
+        wait_until(lambda: not is_free(zookeeper_port), running, stopping)
+        running.append(start("Kafka", "kafka.Kafka", kafka, services["kafka"]["environment"], class_path,
+                             options.data_dir))
+        wait_until(lambda: answers(options.port), running, stopping)
+        if not stopping.is_set():
+            say(f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops.")
+        while not stopping.wait(0.5):
+            require_running(running)
+    finally:
+        for process in reversed(running):
+            process.terminate()
+            process.wait()
+    say("Kafka and ZooKeeper have stopped.")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--port", type=at_least(1), default=9092, help="port of this machine that Kafka listens on")
+    parser.add_argument("--data-dir", type=location, default=str(REPOSITORY / "kafka-data"),
+                        help="where topics, messages and logs are kept")
+    return parser.parse_args()
+
+
+def kafka_version(image: str) -> str:
+    """The version of Apache Kafka inside a Confluent image ("confluentinc/cp-kafka:7.9.1")."""
+    line = re.search(r":(\d+\.\d+)", image)[1]
+    if line not in KAFKA_IN_CONFLUENT:
+        raise PipelineError(f"{COMPOSE_FILE.name} has the image {image}, but local_kafka.py knows the Kafka of Confluent "
+                            f"{', '.join(KAFKA_IN_CONFLUENT)} only. Add it to KAFKA_IN_CONFLUENT.")
+    return KAFKA_IN_CONFLUENT[line]
+
+
+def zookeeper_properties(environment: dict, port: int, data_dir: str) -> dict[str, object]:
+    """ZooKeeper's properties from the service's environment, with this machine's port and folder."""
+    settings = {ZOOKEEPER_PROPERTIES[name.removeprefix("ZOOKEEPER_")]: value
+                for name, value in environment.items() if name.startswith("ZOOKEEPER_")}
+    return settings | {"clientPort": port, "clientPortAddress": "127.0.0.1", "dataDir": f"{data_dir}/zookeeper"}
+
+
+def kafka_properties(environment: dict, port: int, docker_port: int, zookeeper_port: int,
+                     data_dir: str) -> dict[str, object]:
+    """Kafka's properties from the service's environment, as the image makes them: KAFKA_BROKER_ID is broker.id.
+
+    Host names of containers and 0.0.0.0 become localhost, and ports those of this machine.
+    """
+    settings = {name.removeprefix("KAFKA_").lower().replace("_", "."): value
+                for name, value in environment.items() if name.startswith("KAFKA_") and not name.endswith("_OPTS")}
+    for name in ("listeners", "advertised.listeners"):
+        settings[name] = re.sub(r"//[^:]*:(\d+)", lambda match: f"//localhost:{port if match[1] == '9092' else docker_port}",
+                                settings[name])
+    return settings | {"zookeeper.connect": f"localhost:{zookeeper_port}", "log.dirs": f"{data_dir}/kafka"}
+
+
+def start(name: str, main_class: str, properties: dict, environment: dict, class_path: list[str],
+          data_dir: str) -> subprocess.Popen:
+    """Starts a Java server with `properties`; its log goes to DATA_DIR/name.log."""
+    folder = Path(data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file, log = folder / f"{name.lower()}.properties", folder / f"{name.lower()}.log"
+    file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    with log.open("w") as output:
+        # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
+        process = subprocess.Popen(
+            [find_java(), *shlex.split(environment["KAFKA_HEAP_OPTS"]), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+             "-cp", os.pathsep.join(class_path), main_class, str(file)],
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process.name, process.log = name, log
+    return process
+
+
+def wait_until(is_ready, running: list[subprocess.Popen], stopping: threading.Event) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not stopping.is_set() and not is_ready():
+        require_running(running)
+        if time.monotonic() > deadline:
+            raise PipelineError(f"{running[-1].name} did not answer within {START_SECONDS} s; see {running[-1].log}.")
+        stopping.wait(0.2)
+
+
+def require_running(running: list[subprocess.Popen]) -> None:
+    for process in running:
+        if process.poll() is not None:
+            lines = process.log.read_text(errors="replace").strip().splitlines()
+            reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
+            raise PipelineError(f"{process.name} has ended with code {process.returncode}: {reason} (see {process.log})")
+
+
+def answers(port: int) -> bool:
+    try:
+        KafkaAdminClient(bootstrap_servers=f"localhost:{port}", bootstrap_timeout_ms=1000).close()
+        return True
+    except (KafkaError, OSError):
+        return False
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+if __name__ == "__main__":
+    run(main)

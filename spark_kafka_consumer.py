@@ -1,0 +1,69 @@
+"""Kafka topic -> Silver: streams sensor readings from Kafka into a Delta table.
+
+    Kafka topic sensor_data ──> lake/silver/sensor_data
+                          └───> lake/silver/sensor_data_quarantine
+
+Each record of the topic is checked against the rules of common/readings.py. A valid reading is appended to the table,
+any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two, exactly
+once, also when the script or the machine is killed: the checkpoint holds the offsets that were read, and a batch that is
+repeated is not written twice. The first start reads the topic from its earliest offset, each later one from where the
+last ended. Ctrl+C lets the running batch finish.
+
+    python3 spark_kafka_consumer.py
+    python3 spark_kafka_consumer.py --once
+    python3 spark_kafka_consumer.py --bootstrap-servers broker1:9092,broker2:9092 --trigger "30 seconds"
+"""
+
+import argparse
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from common.console import REPOSITORY, argument_parser, at_least, run
+from common.session import build_spark
+from common.streams import TableWriter, add_stream_options, run_until_stopped
+from common.tables import SILVER, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from common.topics import add_topic_options, wait_for_topic
+
+
+def main() -> None:
+    options = parse_options()
+    wait_for_topic(options)
+    spark = build_spark("kafka-to-silver", verbose=options.verbose)
+    records = read_topic(spark, options)
+    silver = TableWriter(options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, read_records=lambda batch, careful: batch)
+    run_until_stopped(records, silver, options)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    add_topic_options(parser)
+    add_stream_options(parser, SILVER, str(REPOSITORY / "checkpoints" / "silver_sensor_data"), trigger="2 seconds")
+    parser.add_argument("--max-offsets-per-trigger", type=at_least(1), metavar="N", default=1_000_000,
+                        help="the most records that one batch takes")
+    return parser.parse_args()
+
+
+def read_topic(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
+    """The topic as a stream: its value as `raw`, where it came from, and `ingest_time`, the start of its batch."""
+    return (
+        spark.readStream.format("kafka")
+        .option("kafka.bootstrap.servers", options.bootstrap_servers)
+        .option("subscribe", options.topic)
+        .option("startingOffsets", "earliest")
+        .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
+        .load()
+        .select(
+            F.col("value").alias("raw"),
+            "topic",
+            "partition",
+            "offset",
+            F.col("timestamp").alias("kafka_timestamp"),
+            F.col("key").alias("kafka_key"),
+            # The checkpoint keeps it, so a batch that is repeated has the same.
+            F.current_timestamp().alias("ingest_time"))
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,146 @@
+"""JSON files -> Bronze: streams newly added files of sensor readings into a Delta table.
+
+    input/sensor_data/*.json, *.json.gz ──> lake/bronze/sensor_data
+                                      └───> lake/bronze/sensor_data_quarantine
+
+A file holds one JSON object per line; with --multiline it holds one JSON value, an object or an array of objects,
+pretty-printed or not. Each record is checked against the rules of common/readings.py: a valid reading is appended to the
+table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two,
+exactly once, whatever is killed. A file that can't be read to its end is in the quarantine as a whole
+(unreadable_file), and the others go on.
+
+Files are taken once, by name: what a file gains after it was read is not seen. So write a file elsewhere, or under a
+name that begins with "." or "_", and rename it when it is complete.
+
+    python3 streaming_files_to_delta_bronze.py
+    python3 streaming_files_to_delta_bronze.py --once
+    python3 streaming_files_to_delta_bronze.py --input /data/readings --multiline
+"""
+
+import argparse
+import os
+import re
+import sys
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from common.console import REPOSITORY, PipelineError, argument_parser, at_least, location, root_cause, run
+from common.session import build_spark
+from common.streams import TableWriter, add_stream_options, run_until_stopped
+from common.tables import BRONZE, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
+
+
+def main() -> None:
+    options = parse_options()
+    spark = build_spark("files-to-bronze", verbose=options.verbose)
+    new_files = list_new_files(spark, options)
+    read_records = read_values if options.multiline else read_lines
+    bronze = TableWriter(options.table, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, read_records)
+    run_until_stopped(new_files, bronze, options)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--input", type=location, default=str(REPOSITORY / "input" / "sensor_data"),
+                        help="folder that the files are put into")
+    parser.add_argument("--multiline", action="store_true", help="a file is one JSON value, an object or an array")
+    add_stream_options(parser, BRONZE, str(REPOSITORY / "checkpoints" / "bronze_sensor"), trigger="5 seconds")
+    parser.add_argument("--max-files-per-trigger", type=at_least(1), metavar="N", default=1000,
+                        help="the most files that one batch takes")
+    return parser.parse_args()
+
+
+def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
+    """The names of new files as a stream: `path` and `ingest_time`, the start of the batch that takes the file.
+
+    Only names, so that a file that can't be read stops no batch: `read_files` reads them.
+    """
+    if "://" not in options.input and not os.path.isdir(options.input):
+        raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
+    return (
+        spark.readStream.format("binaryFile")
+        .schema("path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY")
+        .option("pathGlobFilter", "*.{json,jsonl,ndjson}{,.gz}")
+        .option("recursiveFileLookup", "true")
+        .option("maxFilesPerTrigger", options.max_files_per_trigger)
+        .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed
+        .load(options.input)
+        .select("path", F.current_timestamp().alias("ingest_time"))
+    )
+
+
+def read_lines(batch: DataFrame, careful: bool) -> DataFrame:
+    """One record per line of the batch's files; see `read_files`."""
+    return read_files(batch, careful, lineSep="\n")
+
+
+def read_values(batch: DataFrame, careful: bool) -> DataFrame:
+    """One record per object of the batch's files, each of which holds an object or an array of them; see `read_files`.
+
+    The elements of an array come without white space and with numbers as Spark writes them. A file whose array is
+    broken, or holds null or strings, is one record as a whole.
+    """
+    files = read_files(batch, careful, wholetext=True)
+    value, checksum = F.col("raw").cast("string"), F.sha2("raw", 256)
+    # As in common/readings.py, `end` comes back only if nothing follows the value.
+    wrapped = F.concat(F.lit('{"elements":'), value, F.lit(',"text":'), value, F.lit(',"unicode":'), value,
+                       F.lit(',"end":"'), checksum, F.lit('"}'))
+    json = F.from_json(wrapped, "elements ARRAY<STRING>, text STRING, unicode VARIANT, end STRING",
+                       {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"})
+    # A string in the array has lost its quotes in `elements`, and could pass for an object: then this doesn't hold.
+    is_array_of_objects = F.concat(F.lit("["), F.array_join("json.elements", ","), F.lit("]")) == F.col("json.text")
+    # Lone surrogates turn into "?" in `elements`, and make `unicode` null.
+    is_unicode = ~value.rlike(r"\\u[dD][89a-fA-F]") | F.col("json.unicode").isNotNull()
+    is_splittable = (F.is_valid_utf8(value) & (F.col("json.end") == checksum) & is_array_of_objects & is_unicode)
+    elements = F.transform("json.elements", lambda element: element.cast("binary"))
+    return (files.select("*", json.alias("json"))
+            .select(F.explode(F.when(is_splittable, elements).otherwise(F.array("raw"))).alias("raw"),
+                    "source_file", "ingest_time", "reject_reason"))
+
+
+def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
+    """Reads the files whose names are in `batch`.
+
+    Out: `raw` (binary: a line or a whole file), `source_file`, `ingest_time`, and `reject_reason`: null, or where
+    `careful`, "unreadable_file" with a null `raw` for each file that can't be read to its end.
+    """
+    spark = batch.sparkSession
+    # Microseconds, because a datetime of Python would go through the zone of this machine.
+    files = batch.select("path", F.unix_micros("ingest_time").alias("ingest_time")).collect()
+    paths = [file.path for file in files]
+    unreadable = find_unreadable(spark, paths) if careful else []
+    ingest_time = F.timestamp_micros(F.lit(files[0].ingest_time if files else None))
+    # Spark gives the name as a URI, of which url_decode would take a "+" for a blank.
+    source_file = F.url_decode(F.replace("_metadata.file_path", F.lit("+"), F.lit("%2B")))
+    schema = "raw BINARY, source_file STRING, reject_reason STRING"
+    records = spark.createDataFrame([(None, path, "unreadable_file") for path in unreadable], schema)
+    if readable := [escape_glob(path) for path in paths if path not in unreadable]:
+        text = spark.read.options(**text_options).text(readable)
+        records = records.union(text.select(
+            F.col("value").cast("binary"), source_file, F.lit(None).cast("string")))
+    return records.withColumn("ingest_time", ingest_time)
+
+
+def find_unreadable(spark: SparkSession, paths: list[str]) -> list[str]:
+    """Those of `paths` that can't be read to their end (no permission, a broken .gz, gone), each named on stderr."""
+    try:
+        spark.read.text([escape_glob(path) for path in paths]).write.format("noop").mode("overwrite").save()
+        return []
+    except (PySparkException, Py4JJavaError) as error:
+        if len(paths) == 1:
+            print(f"{paths[0]} can't be read: {root_cause(error)}. It is in the quarantine as unreadable_file; put it "
+                  f"right and give it a new name.", file=sys.stderr)
+            return paths
+    middle = len(paths) // 2
+    return find_unreadable(spark, paths[:middle]) + find_unreadable(spark, paths[middle:])
+
+
+def escape_glob(path: str) -> str:
+    return re.sub(r"([\\\[\]{}*?])", r"\\\1", path)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -52,7 +52,7 @@ def root_cause(error: BaseException) -> str:
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     while java.getCause() is not None:
         java = java.getCause()
-    return next(iter(str(java.toString()).strip().splitlines()), "")
+    return next(iter((java.getMessage() or java.toString()).strip().splitlines()), "")
 
 
 def say(line: str) -> None:

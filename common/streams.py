@@ -164,11 +164,14 @@ def _check_restart(spark: SparkSession, writer: TableWriter, checkpoint: str) ->
 
     Going on would then lose records (a checkpoint that has read them, tables that don't have them) or write them twice.
     """
-    files = spark._jvm.org.apache.hadoop.fs.Path(checkpoint, "metadata")
-    file_system = files.getFileSystem(spark._jsc.hadoopConfiguration())
-    commits = spark._jvm.org.apache.hadoop.fs.Path(checkpoint, "commits")
-    checkpoint_id = (spark.read.schema("id STRING").json(files.toString()).first()["id"]
-                     if file_system.exists(files) else None)
+    java = spark._jvm  # which reaches any file system that Spark does
+    metadata, commits = (java.org.apache.hadoop.fs.Path(checkpoint, name) for name in ("metadata", "commits"))
+    file_system = metadata.getFileSystem(spark._jsc.hadoopConfiguration())
+    checkpoint_id = None
+    if file_system.exists(metadata):
+        content = file_system.open(metadata)
+        checkpoint_id = json.loads(java.org.apache.commons.io.IOUtils.toString(content, "UTF-8"))["id"]
+        content.close()
     has_committed = file_system.exists(commits) and len(file_system.listStatus(commits)) > 0
     for table in (writer.table, writer.quarantine):
         table_writer = writer_of(spark, table)

@@ -52,5 +52,11 @@ def writer_of(spark: SparkSession, path: str) -> str | None:
     """
     if not DeltaTable.isDeltaTable(spark, path):
         return None
-    properties = DeltaTable.forPath(spark, path).detail().first()["properties"]
-    return properties.get(WRITER, "")
+    # Takes the properties from the newest commit's checksum; DeltaTable.detail() would read the whole table's state.
+    properties = spark.sql(f"SHOW TBLPROPERTIES {as_identifier(path)}").collect()
+    return next((row.value for row in properties if row.key == WRITER), "")
+
+
+def as_identifier(path: str) -> str:
+    """The table at `path` as SQL names it."""
+    return "delta.`" + path.replace("`", "``") + "`"

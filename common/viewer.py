@@ -1,0 +1,59 @@
+"""Printing Delta tables for people."""
+
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from common.console import PipelineError, argument_parser, at_least, location, say
+from common.session import READER_JVM, build_spark
+from common.tables import quarantine_of
+
+CUT_AT = 120  # characters of a value, unless all of it is asked for
+
+
+def show_latest(manual: str, default_table: str, written_by: str) -> None:
+    """The whole of a reader script: options, session, the newest rows, the number of rows.
+
+    `written_by`: the command that makes the table, for whoever has none yet.
+    """
+    parser = argument_parser(manual)
+    parser.add_argument("--table", type=location, default=default_table, help="Delta table")
+    parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
+    parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
+    parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")
+    parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
+    options = parser.parse_args()
+
+    spark = build_spark("reader", READER_JVM, options.verbose)
+    accepted = read_table(spark, options.table, written_by)
+    rejected = read_table(spark, quarantine_of(options.table), written_by)
+    rows = rejected if options.rejected else accepted
+    newest_first = [F.desc(column) for column in ("ingest_time", "event_time") if column in rows.columns]
+    if not options.raw:
+        rows = rows.drop("raw_json")
+    show(rows.orderBy(*newest_first), options.limit, whole=options.raw)
+    say(f"{accepted.count():,} rows in {options.table}")
+    say(f"{rejected.count():,} rows in {quarantine_of(options.table)}")
+
+
+def read_table(spark: SparkSession, path: str, written_by: str, **time_travel) -> DataFrame:
+    """The Delta table at `path`, at a version or time if told (`versionAsOf`, `timestampAsOf`).
+
+    Raises PipelineError where there is none; `written_by` is the command that makes it.
+    """
+    if not DeltaTable.isDeltaTable(spark, path):
+        raise PipelineError(f"No Delta table at {path} yet. It appears with the first records; start {written_by}.")
+    return spark.read.format("delta").options(**time_travel).load(path)
+
+
+def show(rows: DataFrame, limit: int, whole: bool = False) -> None:
+    """Prints the first `limit` rows. Binary is shown as text; control and format characters as "�".
+
+    A record may hold anything, and what it holds must not steer the terminal.
+    """
+    def printable(name: str, kind: str):
+        text = F.col(f"`{name}`").cast("string") if kind in ("string", "binary") else F.col(f"`{name}`")
+        return (F.regexp_replace(text, r"\p{C}", "\ufffd") if kind in ("string", "binary") else text).alias(name)
+
+    rows.select(*[printable(name, kind) for name, kind in rows.dtypes]).show(limit, truncate=0 if whole else CUT_AT)

@@ -1,0 +1,15 @@
+"""Prints the newest readings of the Bronze table, newest first by ingest_time, then event_time.
+
+Under them stand the numbers of rows in the table and in its quarantine, the records that were rejected.
+
+    python3 read_bronze.py
+    python3 read_bronze.py --limit 5
+    python3 read_bronze.py --rejected
+"""
+
+from common.console import run
+from common.tables import BRONZE
+from common.viewer import show_latest
+
+if __name__ == "__main__":
+    run(lambda: show_latest(__doc__, BRONZE, written_by="python3 streaming_files_to_delta_bronze.py"))

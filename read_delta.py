@@ -1,0 +1,93 @@
+"""Looks into any Delta table: its rows now or as they were, and its history. Without TABLE: what tables there are.
+
+    python3 read_delta.py
+    python3 read_delta.py lake/silver/sensor_data --sort-by value --limit 5
+    python3 read_delta.py lake/silver/sensor_data --version 0
+    python3 read_delta.py lake/silver/sensor_data --timestamp "2026-11-20 08:00:00"
+    python3 read_delta.py lake/silver/sensor_data --history
+"""
+
+import argparse
+import os
+
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from common.console import PipelineError, argument_parser, at_least, location, run, say
+from common.session import READER_JVM, build_spark
+from common.tables import LAKE
+from common.viewer import read_table, show
+
+STREAMS = "python3 spark_kafka_consumer.py or python3 streaming_files_to_delta_bronze.py"
+
+
+def main() -> None:
+    options = parse_options()
+    spark = build_spark("read-delta", READER_JVM, options.verbose)
+    if options.table is None:
+        show_overview(spark, options.lake)
+    elif options.history:
+        show_history(spark, options)
+    else:
+        show_rows(spark, options)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("table", type=location, nargs="?", metavar="TABLE", help="path of a Delta table")
+    parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
+    parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
+    parser.add_argument("--history", action="store_true", help="the table's commits, newest first")
+    moment = parser.add_mutually_exclusive_group()
+    moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
+    moment.add_argument("--timestamp", metavar="T", help='the table as of this time, UTC: "2026-11-20 08:00:00"')
+    parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, without TABLE")
+    parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
+    options = parser.parse_args()
+    if options.table is None and (options.history or options.sort_by or options.timestamp or options.version is not None):
+        parser.error("--history, --sort-by, --version and --timestamp need a TABLE")
+    return options
+
+
+def show_overview(spark: SparkSession, lake: str) -> None:
+    """Prints a line for each table under the folder `lake`: rows, live files, size, last commit."""
+    tables = sorted(folder for folder, subfolders, _ in os.walk(lake) if "_delta_log" in subfolders)
+    if not tables:
+        raise PipelineError(f"No Delta table under {lake} yet. Tables appear with the first records; start {STREAMS}.")
+    overview = []
+    for path in tables:
+        table = DeltaTable.forPath(spark, path)
+        detail = table.detail().first()
+        commit = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).first()
+        overview.append((os.path.relpath(path, lake), table.toDF().count(), detail["numFiles"],
+                         round(detail["sizeInBytes"] / 1e6, 2), commit["version"], commit["operation"],
+                         commit["timestamp"]))
+    columns = ["table", "rows", "live_files", "size_mb", "version", "last_commit", "last_commit_time"]
+    show(spark.createDataFrame(overview, columns), len(overview), whole=True)
+
+
+def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
+    read_table(spark, options.table, STREAMS)
+    history = DeltaTable.forPath(spark, options.table).history(options.limit)
+    show(history.select("version", "timestamp", "operation", F.expr("operationMetrics['numOutputRows']").alias("rows"),
+                        F.expr("operationMetrics['numFiles']").alias("files")), options.limit)
+
+
+def show_rows(spark: SparkSession, options: argparse.Namespace) -> None:
+    moment = {}
+    if options.version is not None:
+        moment["versionAsOf"] = options.version
+    if options.timestamp is not None:
+        moment["timestampAsOf"] = options.timestamp
+    rows = read_table(spark, options.table, STREAMS, **moment)
+    if options.sort_by is not None:
+        if options.sort_by not in rows.columns:
+            raise PipelineError(f"{options.table} has no column {options.sort_by}; it has {', '.join(rows.columns)}.")
+        rows = rows.orderBy(F.desc(f"`{options.sort_by}`"))
+    show(rows, options.limit)
+    say(f"{rows.count():,} rows in {options.table}")
+
+
+if __name__ == "__main__":
+    run(main)

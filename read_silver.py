@@ -1,0 +1,15 @@
+"""Prints the newest readings of the Silver table, newest first by ingest_time, then event_time.
+
+Under them stand the numbers of rows in the table and in its quarantine, the records that were rejected.
+
+    python3 read_silver.py
+    python3 read_silver.py --limit 5 --raw
+    python3 read_silver.py --rejected
+"""
+
+from common.console import run
+from common.tables import SILVER
+from common.viewer import show_latest
+
+if __name__ == "__main__":
+    run(lambda: show_latest(__doc__, SILVER, written_by="python3 spark_kafka_consumer.py"))

@@ -23,7 +23,7 @@ from datetime import datetime, timedelta, timezone
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
-from common.console import PipelineError, argument_parser, at_least, run, say
+from common.console import PipelineError, argument_parser, at_least, fraction, run, say
 from common.readings import SENSOR_TYPES
 from common.topics import add_topic_options, wait_for_topic
 
@@ -54,13 +54,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--create-topic", action="store_true", help="make the topic, with 3 partitions, if it is missing")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
-
-
-def fraction(value: str) -> float:
-    share = at_least(0, float)(value)
-    if share > 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is more than 1")
-    return share
 
 
 def simulate(devices: int, invalid_fraction: float = 0, seed: int | None = None) -> Iterator[tuple[str, bytes | None]]:

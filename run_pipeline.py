@@ -3,7 +3,7 @@
     input/sensor_data/*.json ──> streaming_files_to_delta_bronze.py ──> lake/bronze/sensor_data
     kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ──────────> lake/silver/sensor_data
 
-It uses the Kafka that answers on localhost:9092; where none does, it starts local_kafka.py. It makes the topic if it is
+It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic if it is
 missing, starts the producer and both streams, and marks each line they print with the script's name. Ctrl+C, or the end
 of --duration, stops what it started, in order, and shows the newest rows of both tables. When a part dies, it says
 which, stops the others and ends with exit code 1.
@@ -19,11 +19,10 @@ import sys
 import threading
 import time
 
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, run, say
+from common.console import REPOSITORY, PipelineError, argument_parser, at_least, fraction, run, say
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from local_kafka import answers
 
-KAFKA_PORT = 9092
 STOP_SECONDS = 120  # what a stream may need to finish its batch
 
 
@@ -37,16 +36,17 @@ def main() -> None:
 
     parts = []
     try:
-        if not answers(KAFKA_PORT):
-            parts.append(Part("local_kafka.py", "--port", str(KAFKA_PORT)))
-            while not answers(KAFKA_PORT) and not stopping.is_set():
+        if not answers(options.port):
+            parts.append(Part("local_kafka.py", "--port", str(options.port)))
+            while not answers(options.port) and not stopping.is_set():
                 require_alive(parts)
                 stopping.wait(0.5)
         if not stopping.is_set():
+            broker = f"localhost:{options.port}"
             parts.append(Part("streaming_files_to_delta_bronze.py"))
-            parts.append(Part("spark_kafka_consumer.py"))
-            parts.append(Part("kafka_producer.py", "--create-topic", "--rate", str(options.rate),
-                              "--invalid-fraction", str(options.invalid_fraction)))
+            parts.append(Part("spark_kafka_consumer.py", "--bootstrap-servers", broker))
+            parts.append(Part("kafka_producer.py", "--bootstrap-servers", broker, "--create-topic", "--rate",
+                              str(options.rate), "--invalid-fraction", str(options.invalid_fraction)))
         end = time.monotonic() + (options.duration or float("inf"))
         while not stopping.wait(0.5) and time.monotonic() < end:
             require_alive(parts)
@@ -64,8 +64,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--duration", type=at_least(1, float), metavar="SECONDS", help="stop by itself after so long")
     parser.add_argument("--rate", type=at_least(0, float), default=1, metavar="PER_SECOND",
                         help="messages per second of the producer")
-    parser.add_argument("--invalid-fraction", type=at_least(0, float), default=0, metavar="F",
+    parser.add_argument("--invalid-fraction", type=fraction, default=0, metavar="F",
                         help="share of the producer's messages that break a rule")
+    parser.add_argument("--port", type=at_least(1), default=9092, help="port of this machine that Kafka listens on")
     return parser.parse_args()
 
 

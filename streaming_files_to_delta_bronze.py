@@ -83,22 +83,21 @@ def read_values(batch: DataFrame, careful: bool) -> DataFrame:
     The elements of an array come without white space and with numbers as Spark writes them. A file whose array is
     broken, or holds null or strings, is one record as a whole.
     """
-    files = read_files(batch, careful, wholetext=True)
+    strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     value, checksum = F.col("raw").cast("string"), F.sha2("raw", 256)
-    # As in common/readings.py, `end` comes back only if nothing follows the value.
-    wrapped = F.concat(F.lit('{"elements":'), value, F.lit(',"text":'), value, F.lit(',"unicode":'), value,
-                       F.lit(',"end":"'), checksum, F.lit('"}'))
-    json = F.from_json(wrapped, "elements ARRAY<STRING>, text STRING, unicode VARIANT, end STRING",
-                       {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"})
+    # As in common/readings.py: the checksum comes second only if nothing but white space follows the value.
+    framed = F.from_json(F.concat(F.lit("["), value, F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
+    files = read_files(batch, careful, wholetext=True).select(
+        "*", framed.alias("framed"), F.from_json(value, "ARRAY<STRING>", strict).alias("elements"))
+    is_one_value = (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
     # A string in the array has lost its quotes in `elements`, and could pass for an object: then this doesn't hold.
-    is_array_of_objects = F.concat(F.lit("["), F.array_join("json.elements", ","), F.lit("]")) == F.col("json.text")
-    # Lone surrogates turn into "?" in `elements`, and make `unicode` null.
-    is_unicode = ~value.rlike(r"\\u[dD][89a-fA-F]") | F.col("json.unicode").isNotNull()
-    is_splittable = (F.is_valid_utf8(value) & (F.col("json.end") == checksum) & is_array_of_objects & is_unicode)
-    elements = F.transform("json.elements", lambda element: element.cast("binary"))
-    return (files.select("*", json.alias("json"))
-            .select(F.explode(F.when(is_splittable, elements).otherwise(F.array("raw"))).alias("raw"),
-                    "source_file", "ingest_time", "reject_reason"))
+    is_array_of_objects = F.concat(F.lit("["), F.array_join("elements", ","), F.lit("]")) == F.get("framed", F.lit(0))
+    # A lone surrogate is "?" in `elements`, and can't be in a variant.
+    is_unicode = ~value.rlike(r"\\u[dD][89a-fA-F]") | F.try_parse_json(value).isNotNull()
+    is_splittable = F.is_valid_utf8(value) & is_one_value & is_array_of_objects & is_unicode
+    elements = F.transform("elements", lambda element: element.cast("binary"))
+    return files.select(F.explode(F.when(is_splittable, elements).otherwise(F.array("raw"))).alias("raw"),
+                        "source_file", "ingest_time", "reject_reason")
 
 
 def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:

@@ -45,6 +45,14 @@ def at_least(minimum: float, number: Callable[[str], float] = int) -> Callable[[
     return parse
 
 
+def fraction(value: str) -> float:
+    """The type of an option that takes a share, 0 to 1."""
+    share = at_least(0, float)(value)
+    if share > 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is more than 1")
+    return share
+
+
 def root_cause(error: BaseException) -> str:
     """The innermost message of an error, in one line; of a Java error that of its innermost cause."""
     java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)

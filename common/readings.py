@@ -55,8 +55,8 @@ def _for_its_type(condition: str) -> str:
 RULES = {
     "empty_record": f"raw IS NULL OR text RLIKE r'{BLANK}'",
     "invalid_encoding": "NOT is_valid_utf8(text)",
-    "malformed_json": "end IS NULL OR end <> checksum OR fields IS NULL "
-                      "OR size(array_distinct(map_keys(fields))) < size(fields)",
+    "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> checksum, true) "
+                      "OR fields IS NULL OR size(array_distinct(map_keys(fields))) < size(fields)",
     "missing_device_id": _is_missing("device_id", "reading.device_id"),
     "missing_building": _is_missing("building", "reading.building"),
     "missing_type": _is_missing("type", "reading.type"),
@@ -97,28 +97,27 @@ def with_reject_reason(records: DataFrame) -> DataFrame:
 
 
 def _parse(records: DataFrame) -> DataFrame:
-    """Adds `text`, `checksum`, `event_time`; and from the JSON `reading` (typed), `fields`, `json_type`, `end`.
+    """Adds `text`, `checksum`, `json`, `fields`, `json_type`, `reading` and `event_time`.
 
-    `from_json` is lenient, so the record goes in wrapped: {"fields": RECORD, "reading": RECORD, "end": CHECKSUM}.
-    - It reads the first JSON value and ignores what follows. Here whatever follows closes or breaks the outer object
-      before `end`, and no record can hold its own SHA-256 to forge one.
-    - It makes strings of numbers and objects, and takes the last of equal names. `fields`, a map of variants, has every
-      name as often as it stands in the record, and each value with its JSON type. `json_type` names those: STRING,
-      BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, VOID for JSON's null; null for an absent field.
-    - What a variant can't hold makes `fields` null: a lone surrogate, which is no Unicode, or a name twice further in.
+    `from_json` reads the first JSON value and ignores what follows, makes strings of numbers and objects, and takes the
+    last of equal names. So the record is read a second time, as `json`, which sees all of that:
+    - It is the array [RECORD, {"end": CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its
+      number of elements, and no record can hold its own SHA-256 to forge the end.
+    - `fields`, the record as a map of variants, has every name as often as it stands there, and each value with its JSON
+      type. `json_type` names those: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, VOID for null;
+      it is null for an absent field.
+    - What a variant can't hold makes all null: a lone surrogate, which is no Unicode, or a name twice further in.
     """
-    wrapped = F.concat(F.lit('{"fields":'), "text", F.lit(',"reading":'), "text",
-                       F.lit(',"end":"'), "checksum", F.lit('"}'))
-    json = F.from_json(
-        wrapped,
-        "fields MAP<STRING, VARIANT>, end STRING, reading STRUCT<device_id: STRING, building: STRING, floor: INT, "
-        "type: STRING, value: DOUBLE, unit: STRING, timestamp: STRING>",
-        {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"})
+    strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
+    framed = F.concat(F.lit("["), "text", F.lit(',{"end":"'), "checksum", F.lit('"}]'))
     json_types = [F.schema_of_variant(F.col("fields")[field]).alias(field)
                   for field in ("device_id", "building", "floor", "type", "value", "unit", "timestamp")]
     iso_timestamp = F.when(F.col("reading.timestamp").rlike(TIMESTAMP), F.col("reading.timestamp"))
     return (records
             .select("*", F.col("raw").cast("string").alias("text"), F.sha2("raw", 256).alias("checksum"))
-            .select("*", json.alias("json"))
-            .select("*", "json.*")
+            .select("*",
+                    F.from_json(framed, "ARRAY<MAP<STRING, VARIANT>>", strict).alias("json"),
+                    F.from_json("text", "device_id STRING, building STRING, floor INT, type STRING, value DOUBLE, "
+                                "unit STRING, timestamp STRING", strict).alias("reading"))
+            .select("*", F.get("json", F.lit(0)).alias("fields"))
             .select("*", F.struct(*json_types).alias("json_type"), iso_timestamp.try_cast("timestamp").alias("event_time")))

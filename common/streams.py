@@ -38,6 +38,10 @@ def _interval(value: str) -> str:
     return value
 
 
+class Stopped(Exception):
+    """Ends a query between two batches."""
+
+
 class TableWriter:
     """Writes each micro-batch of a stream to `table` and its quarantine: every record to one of them, exactly once.
 
@@ -61,7 +65,7 @@ class TableWriter:
         with self.lock:
             try:
                 if self.stopping.is_set():
-                    raise InterruptedError("stopped before this batch was written; the next start repeats it")
+                    raise Stopped  # before anything of this batch was written; the next start repeats it
                 self._write(batch, batch_id)
             except Exception as error:
                 self.error = error
@@ -122,7 +126,8 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
         query.stop()
         _report_batches(query, writer)
     except StreamingQueryException as error:
-        raise _explain(error, writer, options) from error
+        if not isinstance(writer.error, Stopped):
+            raise _explain(error, writer, options) from error
     finally:
         stream.sparkSession.stop()
     if not options.once:

@@ -1,0 +1,143 @@
+"""JSON files -> Bronze, the script as a process on real files."""
+
+import gzip
+import json
+import os
+import signal
+
+import pytest
+from test_rules import VALID, reading
+
+from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, quarantine_of
+from conftest import run_script
+
+SCRIPT = "streaming_files_to_delta_bronze.py"
+
+
+@pytest.fixture
+def bronze(tmp_path):
+    """An input folder, and the options that make the script use it."""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    return folder, ["--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint"]
+
+
+def rows_of(spark, table, columns="*") -> list[tuple]:
+    return sorted(map(tuple, spark.read.format("delta").load(str(table)).select(*columns).collect()), key=str)
+
+
+def put(folder, name: str, *records: bytes) -> None:
+    """A file that appears complete, as the script's manual asks for."""
+    content = b"\n".join(records) + b"\n"
+    (folder / f"_{name}").write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    os.rename(folder / f"_{name}", folder / name)
+
+
+def test_files_of_all_kinds_arrive_and_broken_ones_hurt_nobody_else(spark, bronze, tmp_path):
+    folder, options = bronze
+    name = "Küche 1 + [a]{b}* 100%.json"
+    put(folder, name, reading(value=1), reading(value=2).replace(b"}", b"}\r"))
+    put(folder, "packed.json.gz", reading(value=3))
+    put(folder, "broken.json.gz", *[reading(value=n) for n in range(40)])
+    packed = (folder / "broken.json.gz").read_bytes()
+    (folder / "broken.json.gz").write_bytes(packed[:len(packed) // 2])
+    (folder / "empty.json").touch()
+    put(folder, "blank.jsonl", b"", reading(value=4))
+    put(folder, "garbage.json", b"\xff\xfe\x00", b"{", reading(value=5) + b" {}", reading(value=500))
+    (folder / "sub").mkdir()
+    put(folder / "sub", "deep.ndjson", reading(value=6))
+    put(folder, "notes.txt", b"not for the pipeline")
+    put(folder, ".hidden.json", reading(value=7))
+
+    run = run_script(SCRIPT, *options, "--once")
+
+    assert (run.returncode, "Traceback" in run.stderr) == (0, False), run.stderr
+    assert f"{folder}/broken.json.gz can't be read" in run.stderr
+    accepted = rows_of(spark, tmp_path / "bronze", ["value", "source_file"])
+    assert accepted == sorted([(float(value), f"file:{folder}/{file}") for value, file in [
+        (1, name), (2, name), (3, "packed.json.gz"), (4, "blank.jsonl"), (6, "sub/deep.ndjson")]], key=str)
+    rejected = rows_of(spark, tmp_path / "bronze_quarantine", ["reject_reason", "raw", "source_file"])
+    assert rejected == sorted([(reason, raw, f"file:{folder}/{file}") for reason, raw, file in [
+        ("empty_record", b"", "blank.jsonl"),
+        ("invalid_encoding", b"\xff\xfe\x00", "garbage.json"),
+        ("malformed_json", b"{", "garbage.json"),
+        ("malformed_json", reading(value=5) + b" {}", "garbage.json"),
+        ("out_of_range", reading(value=500), "garbage.json"),
+        ("unreadable_file", None, "broken.json.gz")]], key=str)
+    assert "11 rows in, 5 accepted, 6 rejected (empty_record 1, invalid_encoding 1, malformed_json 2, " in run.stdout
+
+
+def test_the_tables_have_the_columns_of_the_design_and_nobody_elses(spark, bronze, tmp_path):
+    folder, options = bronze
+    put(folder, "one.json", reading(), b"{")
+    assert run_script(SCRIPT, *options, "--once").returncode == 0
+    for table, columns in ((tmp_path / "bronze", BRONZE_COLUMNS), (tmp_path / "bronze_quarantine", BRONZE_QUARANTINE_COLUMNS)):
+        schema = spark.read.format("delta").load(str(table)).schema
+        assert [f"{field.name} {field.dataType.simpleString().upper()}" for field in schema] == columns.split(", ")
+
+
+def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path):
+    folder, options = bronze
+    pretty = {"indent": 2, "ensure_ascii": False}
+    put(folder, "object.json", json.dumps(VALID | {"value": 1.0}, **pretty).encode())
+    put(folder, "array.json", json.dumps([VALID | {"value": 2.0}, VALID | {"value": 500}, 7, VALID | {"floor": 2.0},
+                                          VALID | {"device_id": "Ärger {[,]}", "value": 3.0}], **pretty).encode())
+    put(folder, "escaped.json.gz", json.dumps([VALID | {"building": "😀", "value": 4.0}]).encode())
+    put(folder, "none.json", b"[]")
+    tail = json.dumps([VALID], **pretty).encode() + b',"x":1'
+    put(folder, "tail.json", tail)
+    disguised = json.dumps([json.dumps(VALID), VALID]).encode()
+    put(folder, "disguised.json", disguised)
+    put(folder, "surrogate.json", b"[" + reading(building="@").replace(b"@", rb"\ud800") + b"]")
+    put(folder, "lines.json", reading(), reading())
+    put(folder, "latin1.json", "[{\"building\":\"é\"}]".encode("latin-1"))
+
+    assert run_script(SCRIPT, *options, "--multiline", "--once").returncode == 0
+
+    accepted = rows_of(spark, tmp_path / "bronze", ["value", "device_id", "building"])
+    assert accepted == [(1.0, "sensor-001", "A"), (2.0, "sensor-001", "A"), (3.0, "Ärger {[,]}", "A"),
+                        (4.0, "sensor-001", "😀")]
+    rejected = spark.read.format("delta").load(str(tmp_path / "bronze_quarantine")).collect()
+    reasons = sorted((os.path.basename(row.source_file), row.reject_reason) for row in rejected)
+    assert reasons == [("array.json", "invalid_floor"), ("array.json", "malformed_json"), ("array.json", "out_of_range"),
+                       ("disguised.json", "malformed_json"), ("latin1.json", "invalid_encoding"),
+                       ("lines.json", "malformed_json"), ("surrogate.json", "malformed_json"),
+                       ("tail.json", "malformed_json")]
+    whole = {os.path.basename(row.source_file): bytes(row.raw) for row in rejected}
+    assert (whole["tail.json"], whole["disguised.json"]) == (tail + b"\n", disguised + b"\n")
+
+
+def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bronze, tmp_path, start):
+    folder, options = bronze
+    put(folder, "1.json", reading(value=1))
+    stream = start(SCRIPT, *options, "--trigger", "0 seconds")
+    stream.wait_for("1 accepted")
+    put(folder, "2.json", reading(value=2))
+    stream.wait_for("1 accepted", times=2)
+    assert stream.stop(signal.SIGTERM) == 0
+    assert "Traceback" not in stream.output and "Stopped." in stream.output
+    put(folder, "1.json", reading(value=99))  # a name that was read
+    put(folder, "3.json", reading(value=3))
+    again = run_script(SCRIPT, *options, "--once", "--max-files-per-trigger", 1)
+    assert again.returncode == 0, again.stderr
+    assert rows_of(spark, tmp_path / "bronze", ["value"]) == [(1.0,), (2.0,), (3.0,)]
+
+
+def test_a_checkpoint_without_its_table_and_a_table_without_its_checkpoint_are_refused(bronze, tmp_path):
+    folder, options = bronze
+    put(folder, "1.json", reading())
+    assert run_script(SCRIPT, *options, "--once").returncode == 0
+
+    other = [*options[:4], "--checkpoint", tmp_path / "other"]
+    run = run_script(SCRIPT, *other, "--once")
+    assert run.returncode == 1 and "was not written with the checkpoint" in run.stderr and "Traceback" not in run.stderr
+
+    os.rename(quarantine_of(str(tmp_path / "bronze")), tmp_path / "gone")
+    run = run_script(SCRIPT, *options, "--once")
+    assert run.returncode == 1 and "there is no such table" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_missing_input_folder_is_an_error_with_a_way_out(tmp_path):
+    run = run_script(SCRIPT, "--input", tmp_path / "nowhere", "--once")
+    assert (run.returncode, run.stderr) == (
+        1, f"error: No folder {tmp_path}/nowhere. Make it, or name another with --input.\n")

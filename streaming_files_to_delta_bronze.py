@@ -117,7 +117,7 @@ def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     schema = "raw BINARY, source_file STRING, reject_reason STRING"
     records = spark.createDataFrame([(None, path, "unreadable_file") for path in unreadable], schema)
     if readable := [escape_glob(path) for path in paths if path not in unreadable]:
-        text = spark.read.options(**text_options).text(readable)
+        text = spark.read.text(readable, **text_options)
         records = records.union(text.select(
             F.col("value").cast("binary"), source_file, F.lit(None).cast("string")))
     return records.withColumn("ingest_time", ingest_time)

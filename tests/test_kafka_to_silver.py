@@ -1,0 +1,117 @@
+"""Kafka -> Silver with the real scripts, broker and tables: a story of starts, stops and kills, and the account of it."""
+
+import itertools
+import re
+import signal
+
+import pytest
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from pyspark.sql import functions as F
+from test_rules import reading
+
+from common.readings import RULES
+from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from conftest import run_script
+
+CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
+topic_numbers = itertools.count()
+
+
+@pytest.fixture
+def silver(broker, tmp_path):
+    """The options of a producer and a consumer on a topic and a table of their own."""
+    topic = ["--bootstrap-servers", broker, "--topic", f"readings_{next(topic_numbers)}"]
+    return topic, [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint"]
+
+
+def tables(spark, options) -> tuple:
+    table = str(options[options.index("--table") + 1])
+    return tuple(spark.read.format("delta").load(path) for path in (table, f"{table}_quarantine"))
+
+
+def end_offsets(broker: str, topic: str) -> dict[int, int]:
+    with KafkaConsumer(bootstrap_servers=broker) as consumer:
+        partitions = [TopicPartition(topic, partition) for partition in consumer.partitions_for_topic(topic)]
+        return {partition.partition: end for partition, end in consumer.end_offsets(partitions).items()}
+
+
+def assert_all_there_once(spark, broker: str, options: list) -> int:
+    """Every offset of the topic is in the table or in the quarantine, once. Returns how many there are."""
+    origin = [table.select("partition", "offset") for table in tables(spark, options)]
+    rows = origin[0].unionAll(origin[1])
+    found = {row["partition"]: (row.rows, row.distinct, row.first, row.last) for row in rows.groupBy("partition").agg(
+        F.count("*").alias("rows"), F.countDistinct("offset").alias("distinct"), F.min("offset").alias("first"),
+        F.max("offset").alias("last")).collect()}
+    sent = end_offsets(broker, options[options.index("--topic") + 1])
+    assert found == {partition: (end, end, 0, end - 1) for partition, end in sent.items() if end}
+    return sum(sent.values())
+
+
+def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(spark, broker, silver, start):
+    topic, options = silver
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before there is a topic
+    consumer.wait_for("No topic")
+    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 100, "--invalid-fraction", 0.2, "--seed", 5)
+    consumer.wait_for("batch", times=3)
+    assert consumer.stop(signal.SIGINT) == 0 and "Traceback" not in consumer.output
+    assert re.search(r"batch 1: [\d,]+ rows in, [\d,]+ accepted, [\d,]+ rejected \(.+\), [\d.]+ s, [\d,]+ behind", consumer.output)
+
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
+    consumer.wait_for("batch", times=2)
+    consumer.stop(signal.SIGKILL)
+
+    consumer = start(CONSUMER, *options, "--max-offsets-per-trigger", 700, "--trigger", "1 second")
+    consumer.wait_for("batch", times=2)
+    assert consumer.stop(signal.SIGTERM) == 0 and "Traceback" not in consumer.output
+
+    assert producer.stop(signal.SIGINT) == 0
+    sent, acknowledged = re.findall(r"^([\d,]+) sent, ([\d,]+) acknowledged\.$", producer.output, re.MULTILINE)[-1]
+    assert sent == acknowledged
+
+    last = run_script(CONSUMER, *options, "--once")
+    assert (last.returncode, last.stderr) == (0, "")
+    assert assert_all_there_once(spark, broker, options) == int(sent.replace(",", ""))
+    accepted, rejected = tables(spark, options)
+    assert {row.reject_reason for row in rejected.select("reject_reason").distinct().collect()} == set(RULES)
+    assert accepted.where("device_id IS NULL OR event_time IS NULL OR kafka_key <> CAST(device_id AS BINARY)").count() == 0
+
+
+def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):
+    topic, options = silver
+    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    records = [reading(device_id="Gerät 🌡", building="\x00\n"), b"\xff\xfe", None, b"", b'{"device_id": "\x1b[2J"}', b"[1]"]
+    with KafkaProducer(bootstrap_servers=broker) as producer:
+        for record in records:
+            producer.send(topic[3], value=record, key=b"\xffkey", partition=1, timestamp_ms=1_700_000_000_123)
+
+    assert run_script(CONSUMER, *options, "--once").returncode == 0
+
+    accepted, rejected = tables(spark, options)
+    for table, columns in ((accepted, SILVER_COLUMNS), (rejected, SILVER_QUARANTINE_COLUMNS)):
+        assert [f"{field.name} {field.dataType.simpleString().upper()}" for field in table.schema] == columns.split(", ")
+    origin = ["topic", "partition", "offset", "kafka_key", F.unix_millis("kafka_timestamp")]
+    sent = [(topic[3], 1, offset, b"\xffkey", 1_700_000_000_123) for offset in range(len(records))]
+    assert accepted.select("raw_json", "device_id", "building", *origin).collect() == [
+        (records[0].decode(), "Gerät 🌡", "\x00\n", *sent[0])]
+    assert rejected.select("raw", "reject_reason", *origin).orderBy("offset").collect() == [
+        (records[1], "invalid_encoding", *sent[1]), (None, "empty_record", *sent[2]), (b"", "empty_record", *sent[3]),
+        (records[4], "malformed_json", *sent[4]), (b"[1]", "malformed_json", *sent[5])]
+
+    shown = run_script("read_silver.py", "--table", options[5], "--rejected", "--raw")
+    assert shown.returncode == 0 and "\x1b" not in shown.stdout and "device_id" in shown.stdout
+    assert f"1 rows in {options[5]}\n5 rows in {options[5]}_quarantine\n" in shown.stdout
+
+
+def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver):
+    topic, _ = silver
+    command = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 50, "--seed", 3, "--devices", 4]
+    for run in (run_script(*command), run_script(*command)):
+        assert (run.returncode, run.stdout.splitlines()[-1]) == (0, "50 sent, 50 acknowledged.")
+    with KafkaConsumer(topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
+        records = [(message.key, re.sub(rb'"timestamp": "[^"]+"', b"", message.value)) for message in consumer]
+    by_device = [[value for key, value in records if key == f"sensor-{number:03}".encode()] for number in (1, 2, 3, 4)]
+    assert [len(values) for values in by_device] == [26, 26, 24, 24]
+    assert all(values[:len(values) // 2] == values[len(values) // 2:] for values in by_device)
+    assert len({re.sub(rb'"value": [^,]+', b"", value) for _, value in records}) == 4  # a device stays what it is
+
+

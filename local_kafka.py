@@ -23,7 +23,7 @@ import yaml
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, location, run, say
+from common.console import REPOSITORY, PipelineError, argument_parser, location, port_number, run, say
 from common.java import SCALA, find_java, resolve_jars
 
 COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
@@ -71,7 +71,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--port", type=at_least(1), default=9092, help="port of this machine that Kafka listens on")
+    parser.add_argument("--port", type=port_number, default=9092, help="port of this machine that Kafka listens on")
     parser.add_argument("--data-dir", type=location, default=str(REPOSITORY / "kafka-data"),
                         help="where topics, messages and logs are kept")
     return parser.parse_args()

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, fraction, run, say
+from common.console import REPOSITORY, PipelineError, argument_parser, at_least, fraction, port_number, run, say
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from local_kafka import answers
 
@@ -66,7 +66,7 @@ def parse_options() -> argparse.Namespace:
                         help="messages per second of the producer")
     parser.add_argument("--invalid-fraction", type=fraction, default=0, metavar="F",
                         help="share of the producer's messages that break a rule")
-    parser.add_argument("--port", type=at_least(1), default=9092, help="port of this machine that Kafka listens on")
+    parser.add_argument("--port", type=port_number, default=9092, help="port of this machine that Kafka listens on")
     return parser.parse_args()
 
 

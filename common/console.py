@@ -53,6 +53,14 @@ def fraction(value: str) -> float:
     return share
 
 
+def port_number(value: str) -> int:
+    """The type of an option that takes a TCP port."""
+    port = at_least(1)(value)
+    if port > 65_535:
+        raise argparse.ArgumentTypeError(f"{value!r} is more than 65535")
+    return port
+
+
 def root_cause(error: BaseException) -> str:
     """The innermost message of an error, in one line; of a Java error that of its innermost cause."""
     java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)

@@ -1,0 +1,116 @@
+"""Each script as its user meets it: manual, options, errors, exit codes."""
+
+import os
+import stat
+
+import pytest
+from conftest import REPOSITORY, run_script
+
+from local_kafka import free_ports
+
+OPTIONS = {
+    "kafka_producer.py": "--bootstrap-servers --topic --rate --count --devices --seed --invalid-fraction --create-topic",
+    "spark_kafka_consumer.py": "--bootstrap-servers --topic --table --checkpoint --trigger --once --max-offsets-per-trigger",
+    "streaming_files_to_delta_bronze.py":
+        "--input --table --checkpoint --trigger --once --max-files-per-trigger --multiline",
+    "read_bronze.py": "--table --limit --rejected",
+    "read_silver.py": "--table --limit --rejected",
+    "read_delta.py": "--limit --sort-by --version --timestamp --history",
+    "local_kafka.py": "--port --data-dir",
+    "run_pipeline.py": "--duration",
+}
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_help_is_the_manual_and_has_every_option(script):
+    run = run_script(script, "--help")
+    assert run.returncode == 0 and run.stderr == ""
+    manual = (REPOSITORY / script).read_text(encoding="utf-8").split('"""')[1]
+    assert manual.strip() in run.stdout
+    assert set(OPTIONS[script].split()) <= set(run.stdout.split()) | {word.rstrip(",") for word in run.stdout.split()}
+
+
+BAD_OPTIONS = [
+    ["kafka_producer.py", "--rate", "-1"],
+    ["kafka_producer.py", "--rate", "nan"],
+    ["kafka_producer.py", "--invalid-fraction", "1.5"],
+    ["kafka_producer.py", "--count", "many"],
+    ["spark_kafka_consumer.py", "--trigger", "often"],
+    ["spark_kafka_consumer.py", "--max-offsets-per-trigger", "0"],
+    ["streaming_files_to_delta_bronze.py", "--max-files-per-trigger", "x"],
+    ["read_bronze.py", "--limit", "0"],
+    ["read_silver.py", "--unknown"],
+    ["read_delta.py", "--history"],
+    ["read_delta.py", "table", "--version", "1", "--timestamp", "2026-11-20"],
+    ["local_kafka.py", "--port", "99999"],
+    ["run_pipeline.py", "--duration", "0"],
+]
+
+
+@pytest.mark.parametrize("command", BAD_OPTIONS, ids=" ".join)
+def test_a_bad_option_ends_with_exit_code_2_and_names_it(command):
+    run = run_script(*command)
+    assert run.returncode == 2
+    assert f"{command[0]}: error:" in run.stderr and "Traceback" not in run.stderr
+
+
+def assert_is_one_sentence(run, *words: str) -> None:
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    assert all(word in run.stderr for word in words), run.stderr
+
+
+@pytest.mark.parametrize("script", ["kafka_producer.py", "spark_kafka_consumer.py"])
+def test_no_broker_is_said_with_the_way_out(script):
+    [port] = free_ports(1)
+    run = run_script(script, "--bootstrap-servers", f"localhost:{port}", "--wait", 0)
+    assert_is_one_sentence(run, f"No Kafka broker answers on localhost:{port}", "docker compose up -d", "local_kafka.py")
+
+
+@pytest.mark.parametrize("script", ["kafka_producer.py", "spark_kafka_consumer.py"])
+def test_no_topic_is_said_with_the_way_out(script, broker):
+    run = run_script(script, "--bootstrap-servers", broker, "--topic", "nowhere", "--wait", 0)
+    assert_is_one_sentence(run, 'No topic "nowhere"', "--create-topic", f"kafka-python admin -b {broker} topics create")
+
+
+@pytest.mark.parametrize("script", ["read_bronze.py", "read_silver.py", "read_delta.py"])
+def test_no_table_yet_is_said_with_the_way_out(script, tmp_path):
+    arguments = [tmp_path / "none"] if script == "read_delta.py" else ["--table", tmp_path / "none"]
+    assert_is_one_sentence(run_script(script, *arguments), f"No Delta table at {tmp_path}/none", "python3 s")
+
+
+def test_a_port_in_use_is_said_with_the_way_out(broker, tmp_path):
+    run = run_script("local_kafka.py", "--port", broker.split(":")[1], "--data-dir", tmp_path)
+    assert_is_one_sentence(run, f"Port {broker.split(':')[1]} is in use", "--port")
+
+
+def java_that_says(folder, modules: str) -> dict[str, str]:
+    """An environment whose Java lists these modules."""
+    java = folder / "bin" / "java"
+    java.parent.mkdir()
+    java.write_text(f"#!/bin/sh\necho '{modules}'\n")
+    java.chmod(java.stat().st_mode | stat.S_IXUSR)
+    return os.environ | {"JAVA_HOME": str(folder)}
+
+
+@pytest.mark.parametrize("modules, complaint", [
+    ("java.base@11.0.2\njdk.incubator.vector@11.0.2", "is Java 11, and Spark needs Java 17 or 21"),
+    ("java.base@17.0.15\njava.sql@17.0.15", "lacks the module jdk.incubator.vector"),
+    ("Unrecognized option: --list-modules", "is older than Java 9"),
+])
+def test_the_wrong_java_is_said_with_the_way_out(modules, complaint, tmp_path):
+    run = run_script("streaming_files_to_delta_bronze.py", "--once", env=java_that_says(tmp_path, modules))
+    assert_is_one_sentence(run, complaint, "Install OpenJDK 17")
+
+
+def test_no_java_is_said_with_the_way_out(tmp_path):
+    without_java = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"} | {"PATH": str(tmp_path)}
+    assert_is_one_sentence(run_script("read_silver.py", env=without_java), "No Java found", "Install OpenJDK 17")
+
+
+def test_jars_that_cannot_be_downloaded_are_said_with_the_way_out(tmp_path):
+    offline = "-Dhttps.proxyHost=127.0.0.1 -Dhttps.proxyPort=1"
+    run = run_script("read_silver.py", env=os.environ | {"HOME": str(tmp_path), "JAVA_TOOL_OPTIONS": offline})
+    notice, error = run.stderr.splitlines()
+    assert run.returncode == 1 and notice.startswith("First start: downloading io.delta:delta-spark")
+    assert error.startswith("error: Could not download io.delta:delta-spark") and "proxy" in error

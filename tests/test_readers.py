@@ -1,0 +1,88 @@
+"""The reader scripts on real tables."""
+
+import re
+
+import pytest
+from conftest import run_script
+
+from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, create_table
+from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+
+
+@pytest.fixture(scope="module")
+def lake(spark, tmp_path_factory):
+    """A lake with both tables: 30 readings whose order by time is none of writing, of files or of event_time alone."""
+    folder = tmp_path_factory.mktemp("lake")
+    for layer, columns, quarantine_columns in (("bronze", BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS),
+                                               ("silver", SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)):
+        table = str(folder / layer / "sensor_data")
+        create_table(spark, table, columns, writer="test")
+        create_table(spark, table + "_quarantine", quarantine_columns, writer="test")
+        for batch in (1, 0, 2):  # versions 1, 2, 3
+            readings = spark.range(10).selectExpr(
+                f"concat('d', {batch} * 10 + id) AS device_id", "'A\x1b[31m' AS building", "double(id) AS value",
+                # Within a batch the times fall as ids rise, and come closer than a millisecond.
+                "timestamp_micros(1763600000000000 - id) AS event_time",
+                f"timestamp_micros(1763700000000000 + {batch}) AS ingest_time", "'{\"whole\": \"record\"}' AS raw_json")
+            if layer == "bronze":
+                readings = readings.drop("raw_json")
+            readings.repartition(3).write.format("delta").mode("append").save(table)
+        spark.range(3).selectExpr("'malformed_json' AS reject_reason", "CAST('{\x07' AS BINARY) AS raw",
+                                  "now() AS ingest_time").write.format("delta").mode("append").save(f"{table}_quarantine")
+    return folder
+
+
+def column(output: str, name: str) -> list[str]:
+    """The values of a column in a printed table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line.startswith("|")]
+    return [row[rows[0].index(name)] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("script, layer", [("read_bronze.py", "bronze"), ("read_silver.py", "silver")])
+def test_the_newest_readings_come_first_with_the_counts_under_them(lake, script, layer):
+    table = lake / layer / "sensor_data"
+    run = run_script(script, "--table", table, "--limit", 12)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert column(run.stdout, "device_id") == [f"d{20 + n}" for n in range(10)] + ["d10", "d11"]
+    assert run.stdout.endswith(f"30 rows in {table}\n3 rows in {table}_quarantine\n")
+    assert "raw_json" not in run.stdout and "\x1b" not in run.stdout and "A\ufffd[31m" in run.stdout
+
+
+def test_raw_and_rejected_records_are_shown_when_asked_for(lake):
+    table = lake / "silver" / "sensor_data"
+    assert column(run_script("read_silver.py", "--table", table, "--raw").stdout, "raw_json") == ['{"whole": "record"}'] * 20
+    run = run_script("read_silver.py", "--table", table, "--rejected")
+    assert column(run.stdout, "reject_reason") == ["malformed_json"] * 3
+    assert column(run.stdout, "raw") == ["{\ufffd"] * 3
+
+
+def test_read_delta_shows_what_tables_there_are(lake):
+    run = run_script("read_delta.py", "--lake", lake)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert column(run.stdout, "table") == [f"{layer}/sensor_data{suffix}" for layer in ("bronze", "silver")
+                                           for suffix in ("", "_quarantine")]
+    assert column(run.stdout, "rows") == ["30", "3", "30", "3"]
+    assert column(run.stdout, "last_commit") == ["WRITE"] * 4
+    assert all(int(files) >= 1 for files in column(run.stdout, "live_files"))
+
+
+def test_read_delta_sorts_and_travels_in_time(lake):
+    table = lake / "silver" / "sensor_data"
+    run = run_script("read_delta.py", table, "--sort-by", "value", "--limit", 4, "--version", 2)
+    assert column(run.stdout, "value") == ["9.0", "9.0", "8.0", "8.0"]
+    assert run.stdout.endswith(f"20 rows in {table}\n")
+    history = run_script("read_delta.py", table, "--history").stdout
+    assert column(history, "version") == ["3", "2", "1", "0"]
+    assert column(history, "rows")[:3] == ["10", "10", "10"]
+    when = column(history, "timestamp")[2]
+    assert run_script("read_delta.py", table, "--timestamp", when).stdout.endswith(f"10 rows in {table}\n")
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (["--version", "99"], r"version 99. Available versions: \[0, 3\]"),
+    (["--timestamp", "yesterday-ish"], r"'yesterday-ish'"),
+    (["--sort-by", "colour"], r"has no column colour; it has device_id, "),
+])
+def test_read_delta_says_what_is_wrong(lake, options, complaint):
+    run = run_script("read_delta.py", lake / "silver" / "sensor_data", *options)
+    assert run.returncode == 1 and re.search(complaint, run.stderr) and "Traceback" not in run.stderr

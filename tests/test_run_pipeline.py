@@ -1,0 +1,67 @@
+"""run_pipeline.py in a copy of the repository, as after a fresh clone."""
+
+import os
+import shutil
+import signal
+import subprocess
+
+import psutil
+import pytest
+from conftest import REPOSITORY, Script
+from kafka import KafkaConsumer
+
+from local_kafka import answers, free_ports
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of what is in git, or would be: no data of earlier runs."""
+    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, text=True,
+                           capture_output=True, check=True).stdout.splitlines()
+    for file in files:
+        target = tmp_path / "clone" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / file, target)
+    return tmp_path / "clone"
+
+
+def processes_of(text: str) -> list[int]:
+    """The processes that have `text` in their command line."""
+    return [process.pid for process in psutil.process_iter(["cmdline"])
+            if text in " ".join(process.info["cmdline"] or [])]
+
+
+def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
+    [port] = free_ports(1)
+    pipeline = Script("run_pipeline.py", "--port", port, "--rate", 20, "--invalid-fraction", 0.2, folder=clone)
+    try:
+        pipeline.wait_for("local_kafka.py                     | Kafka is ready")
+        pipeline.wait_for("streaming_files_to_delta_bronze.py | batch 0: 20 rows in, 18 accepted, 2 rejected")
+        pipeline.wait_for("spark_kafka_consumer.py            | batch", times=2)
+        assert pipeline.stop(signal.SIGINT) == 0, pipeline.output
+    finally:
+        pipeline.process.kill()
+    assert "Traceback" not in pipeline.output and "error" not in pipeline.output
+    stopped = [line.split("|")[0].strip() for line in pipeline.lines[pipeline.lines.index("Stopping …\n"):]
+               if "acknowledged." in line or "topped" in line]
+    assert stopped == ["kafka_producer.py", "spark_kafka_consumer.py", "streaming_files_to_delta_bronze.py",
+                       "local_kafka.py"]
+    assert f"18 rows in {clone}/lake/bronze/sensor_data\n" in pipeline.output
+    assert f" rows in {clone}/lake/silver/sensor_data_quarantine\n" in pipeline.output
+    assert processes_of(str(clone)) == [] and not answers(port)
+
+
+def test_when_a_part_dies_the_others_are_stopped_and_a_broker_that_was_there_is_left_alone(clone, broker):
+    pipeline = Script("run_pipeline.py", "--port", broker.split(":")[1], "--duration", 600, folder=clone)
+    try:
+        pipeline.wait_for("spark_kafka_consumer.py            | batch")
+        [consumer] = processes_of(f"{clone}/spark_kafka_consumer.py")
+        os.kill(consumer, signal.SIGKILL)
+        assert pipeline.wait() == 1
+    finally:
+        pipeline.process.kill()
+    assert "error: spark_kafka_consumer.py has ended with exit code -9" in pipeline.output
+    assert "Traceback" not in pipeline.output and "local_kafka.py" not in pipeline.output
+    assert processes_of(str(clone)) == []
+    with KafkaConsumer(bootstrap_servers=broker) as consumer:
+        assert "sensor_data" in consumer.topics()

@@ -16,7 +16,9 @@ class PipelineError(Exception):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Names the default of an option that has one; a switch and an option that may be left out have none."""
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def argument_parser(manual: str) -> argparse.ArgumentParser:

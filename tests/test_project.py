@@ -1,0 +1,83 @@
+"""The README, the layout and the files around the code say what is true."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, run_script
+
+from common.java import DELTA, KAFKA_SOURCE
+from common.readings import RULES
+from common.tables import (BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_of_a_script_that_the_readme_names_exists(script):
+    assert script in README
+    named = {option for call in re.findall(rf"{re.escape(script)}((?: +[^\s`|&]+)*)", README)
+             for option in re.findall(r"--[a-z-]+", call)}
+    manual = run_script(script, "--help").stdout
+    assert named <= set(re.findall(r"--[a-z-]+", manual)), named
+
+
+def test_the_options_that_the_readme_names_alone_exist():
+    known = {option for script in SCRIPTS for option in re.findall(r"--[a-z-]+", run_script(script, "--help").stdout)}
+    assert set(re.findall(r"`(--[a-z-]+)`", README)) - {"--packages"} <= known
+
+
+def test_the_layout_is_the_one_of_the_readme():
+    layout = README.split("## What is where")[1]
+    for name in re.findall(r"^([\w./-]+)(?:  ([\w./-]+))?", layout, re.MULTILINE):
+        for path in filter(None, name):
+            assert (REPOSITORY / path).exists(), path
+    for script in SCRIPTS:
+        assert script in layout
+
+
+def test_the_readme_has_every_reason_and_every_column():
+    reasons = re.findall(r"^\| (`.*?) \|", README.split("## What a valid reading is")[1].split("##")[0], re.MULTILINE)
+    named = re.findall(r"`(\S+)`", " ".join(reasons))
+    prefix, expanded = "", []
+    for name in named:
+        prefix = prefix if name.startswith("…") else name.split("_")[0]
+        expanded.append(prefix + name[1:] if name.startswith("…") else name)
+    assert expanded == [*RULES, "unreadable_file"]
+    for columns in (BRONZE_COLUMNS, SILVER_COLUMNS, BRONZE_QUARANTINE_COLUMNS, SILVER_QUARANTINE_COLUMNS):
+        assert "| " + ", ".join(column.split()[0] for column in columns.split(", ")) + " |" in README
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = next(line for line in README.splitlines() if "-m pytest" in line)
+    assert command.endswith("-r tests/requirements.txt && .venv/bin/python -m pytest tests")
+    assert "grep -m1 -- '-m pytest' README.md" in (REPOSITORY / ".ci/run").read_text()
+
+
+def test_the_readme_names_the_packages_that_the_scripts_use():
+    assert f"--packages {DELTA},{KAFKA_SOURCE} " in README
+
+
+def test_docker_compose_fits_the_schema_of_the_compose_specification():
+    check = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
+                            REPOSITORY / "docker-compose.yml"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "tests/requirements.txt"])
+def test_requirements_are_pinned(file):
+    lines = [line for line in (REPOSITORY / file).read_text().splitlines() if line and line[0] not in "#-"]
+    assert lines and all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+
+
+@pytest.mark.parametrize("path, ignored", [
+    ("lake/silver/sensor_data/_delta_log/0.json", True), ("lake/bronze/sensor_data_quarantine/part-0.parquet", True),
+    ("checkpoints/silver_sensor_data/offsets/0", True), ("kafka-data/kafka/meta.properties", True),
+    ("input/sensor_data/mine.json", True), (".venv/pyvenv.cfg", True),
+    ("lake/silver/.gitkeep", False), ("checkpoints/.gitkeep", False), ("input/sensor_data/sample_1.json", False),
+])
+def test_generated_data_is_never_in_git_and_its_folders_are(path, ignored):
+    check = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", path], cwd=REPOSITORY)
+    assert (check.returncode == 0) == ignored

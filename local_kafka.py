@@ -32,7 +32,6 @@ KAFKA_IN_CONFLUENT = {"7.9": "3.9.2"}
 # What the image makes of its ZOOKEEPER_… variables.
 ZOOKEEPER_PROPERTIES = {"CLIENT_PORT": "clientPort", "TICK_TIME": "tickTime", "ADMIN_ENABLE_SERVER": "admin.enableServer"}
 LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka brings slf4j 1.7 without a place to log to
-START_SECONDS = 60
 
 
 def main() -> None:
@@ -41,31 +40,37 @@ def main() -> None:
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use, perhaps by a Kafka that runs already. "
                             f"Stop that, or choose another with --port.")
-    zookeeper_port, docker_port = free_ports(2)
-    zookeeper = zookeeper_properties(services["zookeeper"]["environment"], zookeeper_port, options.data_dir)
-    kafka = kafka_properties(services["kafka"]["environment"], options.port, docker_port, zookeeper_port,
-                             options.data_dir)
     class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
+    zookeeper_port, docker_port = free_ports(2)
+    environment = services["zookeeper"]["environment"]
+    zookeeper = Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
+                       zookeeper_properties(environment, zookeeper_port, options.data_dir), options.data_dir)
+    environment = services["kafka"]["environment"]
+    properties = kafka_properties(environment, options.port, docker_port, zookeeper_port, options.data_dir)
+    kafka = Server("Kafka", "kafka.Kafka", class_path, environment, properties, options.data_dir)
 
     stopping = threading.Event()
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, lambda *_: stopping.set())
-    running = []
     try:
-        running.append(start("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", zookeeper,
-                             services["zookeeper"]["environment"], class_path, options.data_dir))
-        wait_until(lambda: not is_free(zookeeper_port), running, stopping)
-        running.append(start("Kafka", "kafka.Kafka", kafka, services["kafka"]["environment"], class_path,
-                             options.data_dir))
-        wait_until(lambda: answers(options.port), running, stopping)
+        zookeeper.start()
+        while is_free(zookeeper_port) and not stopping.wait(0.2):
+            zookeeper.require_running()
+        kafka.start()
+        # As long as ZooKeeper takes a broker that was killed to be alive, it turns the next one away.
+        expiry = time.monotonic() + 2 * int(properties["zookeeper.session.timeout.ms"]) / 1000
+        while not answers(options.port) and not stopping.wait(0.2):
+            if not kafka.is_running() and time.monotonic() < expiry:
+                kafka.start()
+            kafka.require_running()
         if not stopping.is_set():
             say(f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops.")
         while not stopping.wait(0.5):
-            require_running(running)
+            zookeeper.require_running()
+            kafka.require_running()
     finally:
-        for process in reversed(running):
-            process.terminate()
-            process.wait()
+        kafka.stop()
+        zookeeper.stop()
     say("Kafka and ZooKeeper have stopped.")
 
 
@@ -107,38 +112,42 @@ def kafka_properties(environment: dict, port: int, docker_port: int, zookeeper_p
     return settings | {"zookeeper.connect": f"localhost:{zookeeper_port}", "log.dirs": f"{data_dir}/kafka"}
 
 
-def start(name: str, main_class: str, properties: dict, environment: dict, class_path: list[str],
-          data_dir: str) -> subprocess.Popen:
-    """Starts a Java server with `properties`; its log goes to DATA_DIR/name.log."""
-    folder = Path(data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    file, log = folder / f"{name.lower()}.properties", folder / f"{name.lower()}.log"
-    file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-    with log.open("w") as output:
-        # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
-        process = subprocess.Popen(
-            [find_java(), *shlex.split(environment["KAFKA_HEAP_OPTS"]), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
-             "-cp", os.pathsep.join(class_path), main_class, str(file)],
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    process.name, process.log = name, log
-    return process
+class Server:
+    """A Java server as a process, with its properties in DATA_DIR/name.properties and its log in DATA_DIR/name.log."""
 
+    def __init__(self, name: str, main_class: str, class_path: list[str], environment: dict, properties: dict,
+                 data_dir: str):
+        self.name = name
+        self.log = Path(data_dir, f"{name.lower()}.log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        settings = self.log.with_suffix(".properties")
+        settings.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+        self.command = [find_java(), *shlex.split(environment["KAFKA_HEAP_OPTS"]),
+                        "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(class_path), main_class,
+                        str(settings)]
+        self.process: subprocess.Popen | None = None
 
-def wait_until(is_ready, running: list[subprocess.Popen], stopping: threading.Event) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not stopping.is_set() and not is_ready():
-        require_running(running)
-        if time.monotonic() > deadline:
-            raise PipelineError(f"{running[-1].name} did not answer within {START_SECONDS} s; see {running[-1].log}.")
-        stopping.wait(0.2)
+    def start(self) -> None:
+        with self.log.open("w") as output:
+            # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
+            self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
+    def is_running(self) -> bool:
+        return self.process.poll() is None
 
-def require_running(running: list[subprocess.Popen]) -> None:
-    for process in running:
-        if process.poll() is not None:
-            lines = process.log.read_text(errors="replace").strip().splitlines()
-            reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
-            raise PipelineError(f"{process.name} has ended with code {process.returncode}: {reason} (see {process.log})")
+    def require_running(self) -> None:
+        if self.is_running():
+            return
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
+        if self.process.returncode < 0:
+            reason = f"something killed it with signal {-self.process.returncode}"
+        raise PipelineError(f"{self.name} has ended: {reason}. Its log is {self.log}; start again, its data is kept.")
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
 
 
 def answers(port: int) -> bool:

@@ -23,7 +23,7 @@ from common.console import REPOSITORY, argument_parser, at_least, run
 from common.session import build_spark
 from common.streams import TableWriter, add_stream_options, run_until_stopped
 from common.tables import SILVER, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
-from common.topics import add_topic_options, wait_for_topic
+from common.topics import add_topic_options, explain_kafka_error, wait_for_topic
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
     records = read_topic(spark, options)
     silver = TableWriter(options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, read_records=lambda batch, careful: batch)
-    run_until_stopped(records, silver, options)
+    run_until_stopped(records, silver, options, explain=lambda message: explain_kafka_error(message, options))
 
 
 def parse_options() -> argparse.Namespace:

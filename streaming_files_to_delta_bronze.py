@@ -27,7 +27,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, location, root_cause, run
+from common.console import REPOSITORY, PipelineError, argument_parser, at_least, first_line, location, root_cause, run
 from common.session import build_spark
 from common.streams import TableWriter, add_stream_options, run_until_stopped
 from common.tables import BRONZE, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
@@ -130,7 +130,7 @@ def find_unreadable(spark: SparkSession, paths: list[str]) -> list[str]:
         return []
     except (PySparkException, Py4JJavaError) as error:
         if len(paths) == 1:
-            print(f"{paths[0]} can't be read: {root_cause(error)}. It is in the quarantine as unreadable_file; put it "
+            print(f"{paths[0]} can't be read: {first_line(root_cause(error))}. It is in the quarantine as unreadable_file; put it "
                   f"right and give it a new name.", file=sys.stderr)
             return paths
     middle = len(paths) // 2

@@ -64,13 +64,17 @@ def port_number(value: str) -> int:
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost message of an error, in one line; of a Java error that of its innermost cause."""
+    """The message of an error; of an error of Java that of its innermost cause."""
     java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
     if java is None:
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return str(error).strip() or type(error).__name__
     while java.getCause() is not None:
         java = java.getCause()
-    return next(iter((java.getMessage() or java.toString()).strip().splitlines()), "")
+    return (java.getMessage() or java.toString()).strip()
+
+
+def first_line(text: str) -> str:
+    return text.splitlines()[0]
 
 
 def say(line: str) -> None:
@@ -92,9 +96,8 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if "--verbose" in sys.argv:
             traceback.print_exc()
-        if isinstance(error, PipelineError):
-            message = str(error)
-        else:
-            message = f"{root_cause(error)} (--verbose shows all of it)"
+        message = str(error)
+        if not isinstance(error, PipelineError):
+            message = f"{first_line(root_cause(error))} (--verbose shows all of it)"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)

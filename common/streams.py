@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.streaming import StreamingQuery
 from pyspark.sql.types import StructType
 
-from common.console import PipelineError, at_least, location, say
+from common.console import PipelineError, location, root_cause, say
 from common.readings import with_reject_reason
 from common.tables import create_table, quarantine_of, writer_of
 
@@ -102,9 +102,11 @@ def _count(records: DataFrame) -> dict[str | None, int]:
     return {row.reject_reason: row["count"] for row in records.groupBy("reject_reason").count().collect()}
 
 
-def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.Namespace) -> None:
+def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.Namespace,
+                      explain: Callable[[str], str | None] = lambda message: None) -> None:
     """Runs `stream` into `writer`: with --once to its end, else until Ctrl+C or SIGTERM; the running batch is finished.
 
+    `explain`: makes of an error message of the source what a user can do about it, or None.
     Raises PipelineError where the stream can't start or can't go on.
     """
     _check_restart(stream.sparkSession, writer, options.checkpoint)
@@ -127,7 +129,9 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
         _report_batches(query, writer)
     except StreamingQueryException as error:
         if not isinstance(writer.error, Stopped):
-            raise _explain(error, writer, options) from error
+            cause = writer.error or error
+            explanation = explain(root_cause(cause))
+            raise PipelineError(explanation) if explanation else cause
     finally:
         stream.sparkSession.stop()
     if not options.once:
@@ -187,8 +191,3 @@ def _check_restart(spark: SparkSession, writer: TableWriter, checkpoint: str) ->
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
                                 f"again: delete the checkpoint and {writer.table}*.")
-
-
-def _explain(error: StreamingQueryException, writer: TableWriter, options: argparse.Namespace) -> Exception:
-    """The error behind a failed query as a PipelineError where its cause is known, else as it is."""
-    return writer.error or error

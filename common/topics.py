@@ -1,6 +1,7 @@
 """The Kafka topic from a script's point of view: is there a broker, is there the topic, and what to do if not."""
 
 import argparse
+import re
 import time
 
 from kafka import KafkaAdminClient
@@ -54,3 +55,20 @@ def _problem(options: argparse.Namespace, create: bool) -> str | None:
     return (f'No topic "{topic}" on {servers}. Create it: python3 kafka_producer.py --create-topic, or '
             f"kafka-python admin -b {servers} topics create -t {topic} --num-partitions {PARTITIONS} "
             f"--replication-factor 1.")
+
+
+def explain_kafka_error(message: str, options: argparse.Namespace) -> str | None:
+    """What to do about an error of Spark's Kafka source; None for one that is not known here."""
+    topic = f'the topic "{options.topic}" on {options.bootstrap_servers}'
+    if "may have been lost" in message:
+        reason = re.search(r"Reason: (.*?)\.?$", message, re.MULTILINE)
+        return (f"Kafka no longer has records of {topic} that were not read yet"
+                f"{f' ({reason[1]})' if reason else ''}: its retention removed them, or the topic was deleted and made "
+                f"again. Nothing was skipped. To go on with what the topic has now, give a new --table and --checkpoint.")
+    if "UNKNOWN_TOPIC" in message or "UnknownTopic" in message or "does not host this topic" in message:
+        return (f"{topic[0].upper()}{topic[1:]} is gone, with what was not read yet. Create it again and give a new --table "
+                f"and --checkpoint.")
+    if re.search(r"[Tt]imed out|[Tt]imeout|[Dd]isconnect", message):
+        return (f"Kafka on {options.bootstrap_servers} does not answer any more. Start it again, then this script: it goes "
+                f"on from the last committed offsets.")
+    return None

@@ -5,7 +5,7 @@ import re
 import signal
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from pyspark.sql import functions as F
 from test_rules import reading
 
@@ -100,6 +100,24 @@ def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):
     shown = run_script("read_silver.py", "--table", options[5], "--rejected", "--raw")
     assert shown.returncode == 0 and "\x1b" not in shown.stdout and "device_id" in shown.stdout
     assert f"1 rows in {options[5]}\n5 rows in {options[5]}_quarantine\n" in shown.stdout
+
+
+def test_records_that_kafka_lost_before_they_were_read_stop_the_job(spark, broker, silver, start):
+    topic, options = silver
+    send = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count"]
+    run_script(*send, 60)
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
+    consumer.wait_for("batch 0: 60 rows in")
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        admin.delete_topics([topic[3]])
+    assert consumer.wait() == 1
+    assert f'error: The topic "{topic[3]}" on {broker} is gone' in consumer.output and "Traceback" not in consumer.output
+
+    run_script(*send, 30)
+    run = run_script(CONSUMER, *options, "--once")
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.startswith("error: Kafka no longer has records") and "new --table and --checkpoint" in run.stderr
+    assert sum(table.count() for table in tables(spark, options)) == 60
 
 
 def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver):

@@ -33,12 +33,11 @@ FLOORS = range(6)
 
 def main() -> None:
     options = parse_options()
-    wait_for_topic(options, create=options.create_topic)
+    wait_for_topic(options.bootstrap_servers, options.topic, options.wait, create=options.create_topic)
     stopping = threading.Event()
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, lambda *_: stopping.set())
-    messages = itertools.islice(simulate(options.devices, options.invalid_fraction, options.seed), options.count)
-    send(messages, options, stopping)
+    send(simulate(options.devices, options.invalid_fraction, options.seed), options, stopping)
 
 
 def parse_options() -> argparse.Namespace:
@@ -117,8 +116,19 @@ BREAKS = {
 }
 
 
+def ticks(rate: float, stopping: threading.Event) -> Iterator[None]:
+    """Comes up `rate` times a second, or without a pause for 0, until `stopping` is set."""
+    begin = time.monotonic()
+    for number in itertools.count():
+        if rate:
+            stopping.wait(begin + number / rate - time.monotonic())
+        if stopping.is_set():
+            return
+        yield
+
+
 def send(messages: Iterator[tuple[str, bytes | None]], options: argparse.Namespace, stopping: threading.Event) -> None:
-    """Sends `messages` at the rate asked for until they end or `stopping` is set; all that was sent is delivered.
+    """Sends `messages` at the rate and up to the count asked for, or until `stopping` is set; delivers all it has sent.
 
     Raises PipelineError where one can't be delivered.
     """
@@ -137,13 +147,10 @@ def send(messages: Iterator[tuple[str, bytes | None]], options: argparse.Namespa
                              linger_ms=0 if options.rate and options.rate < 100 else 20, batch_size=128 * 1024,
                              allow_auto_create_topics=False)
     say(f'Sending to the topic "{options.topic}" on {options.bootstrap_servers}. Ctrl+C stops.')
-    begin = shown = time.monotonic()
+    shown = time.monotonic()
     try:
-        for key, record in messages:
-            if options.rate:
-                stopping.wait(begin + sent / options.rate - time.monotonic())
-            if stopping.is_set():
-                break
+        # The tick comes first, so that the time in a message is the one at which it is sent.
+        for _, (key, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
             producer.send(options.topic, key=key.encode(), value=record).add_callback(count_delivery).add_errback(
                 note_failure)
             sent += 1

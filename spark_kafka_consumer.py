@@ -28,7 +28,7 @@ from common.topics import add_topic_options, explain_kafka_error, wait_for_topic
 
 def main() -> None:
     options = parse_options()
-    wait_for_topic(options)
+    wait_for_topic(options.bootstrap_servers, options.topic, options.wait)
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
     records = read_topic(spark, options)
     silver = TableWriter(options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, read_records=lambda batch, careful: batch)

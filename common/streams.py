@@ -126,13 +126,13 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
             written = max(writer.counts, default=None)
         _wait_for_commit(query, written)
         query.stop()
-        _report_batches(query, writer)
     except StreamingQueryException as error:
         if not isinstance(writer.error, Stopped):
             cause = writer.error or error
             explanation = explain(root_cause(cause))
             raise PipelineError(explanation) if explanation else cause
     finally:
+        _report_batches(query, writer)
         stream.sparkSession.stop()
     if not options.once:
         say("Stopped. The next start goes on from here.")

@@ -9,35 +9,35 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from common.console import PipelineError, at_least, say
 
+TOPIC = "sensor_data"
 PARTITIONS = 3
 
 
 def add_topic_options(parser: argparse.ArgumentParser) -> None:
     """The options --bootstrap-servers, --topic and --wait."""
     parser.add_argument("--bootstrap-servers", default="localhost:9092", metavar="HOST:PORT,…", help="Kafka's brokers")
-    parser.add_argument("--topic", default="sensor_data", help="Kafka topic")
+    parser.add_argument("--topic", default=TOPIC, help="Kafka topic")
     parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
                         help="how long to wait for a broker or a topic that is not there yet")
 
 
-def wait_for_topic(options: argparse.Namespace, create: bool = False) -> None:
+def wait_for_topic(servers: str, topic: str, seconds: float, create: bool = False) -> None:
     """Returns once the topic is there; `create` makes it where it is missing.
 
-    Raises PipelineError where no broker answers, or there is no topic, for `options.wait` seconds.
+    Raises PipelineError where no broker answers, or there is no topic, for so many seconds.
     """
-    deadline = time.monotonic() + options.wait
+    deadline = time.monotonic() + seconds
     said = None
-    while problem := _problem(options, create):
+    while problem := _problem(servers, topic, create):
         if time.monotonic() >= deadline:
             raise PipelineError(problem)
         if problem != said:
-            say(f"{problem} Waiting up to {options.wait:g} s for it …")
+            say(f"{problem} Waiting up to {seconds:g} s for it …")
             said = problem
         time.sleep(0.5)
 
 
-def _problem(options: argparse.Namespace, create: bool) -> str | None:
-    servers, topic = options.bootstrap_servers, options.topic
+def _problem(servers: str, topic: str, create: bool) -> str | None:
     try:
         with KafkaAdminClient(bootstrap_servers=servers.split(","), bootstrap_timeout_ms=3000) as admin:
             if topic in admin.list_topics():

@@ -9,9 +9,10 @@
 
 import argparse
 import os
+from functools import reduce
 
 from delta.tables import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import PipelineError, argument_parser, at_least, location, run, say
@@ -60,11 +61,11 @@ def show_overview(spark: SparkSession, lake: str) -> None:
         table = DeltaTable.forPath(spark, path)
         detail = table.detail().first()
         commit = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).first()
-        overview.append((os.path.relpath(path, lake), table.toDF().count(), detail["numFiles"],
-                         round(detail["sizeInBytes"] / 1e6, 2), commit["version"], commit["operation"],
-                         commit["timestamp"]))
-    columns = ["table", "rows", "live_files", "size_mb", "version", "last_commit", "last_commit_time"]
-    show(spark.createDataFrame(overview, columns), len(overview), whole=True)
+        line = {"table": os.path.relpath(path, lake), "rows": table.toDF().count(), "live_files": detail["numFiles"],
+                "size_mb": round(detail["sizeInBytes"] / 1e6, 2), "version": commit["version"],
+                "last_commit": commit["operation"], "last_commit_time": commit["timestamp"]}
+        overview.append(spark.range(1).select(*[F.lit(value).alias(name) for name, value in line.items()]))
+    show(reduce(DataFrame.union, overview), len(overview), whole=True)
 
 
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:

@@ -114,8 +114,9 @@ def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     ingest_time = F.timestamp_micros(F.lit(files[0].ingest_time if files else None))
     # Spark gives the name as a URI, of which url_decode would take a "+" for a blank.
     source_file = F.url_decode(F.replace("_metadata.file_path", F.lit("+"), F.lit("%2B")))
-    schema = "raw BINARY, source_file STRING, reject_reason STRING"
-    records = spark.createDataFrame([(None, path, "unreadable_file") for path in unreadable], schema)
+    names = F.array(*map(F.lit, unreadable)).cast("ARRAY<STRING>")
+    records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
+                                    F.lit("unreadable_file").alias("reject_reason"))
     if readable := [escape_glob(path) for path in paths if path not in unreadable]:
         text = spark.read.text(readable, **text_options)
         records = records.union(text.select(

@@ -1,6 +1,7 @@
 """The SparkSession with the Delta extensions that each script builds for itself."""
 
 import os
+import sys
 import tempfile
 
 from pyspark import SparkConf, SparkContext
@@ -44,6 +45,7 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
         launch.setAll([*jvm.items(), ("spark.driver.extraClassPath", class_path)])
         # Nothing outside this machine has a reason to reach the driver of a local session.
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
     gateway = _start_jvm(launch, verbose)
     conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
     for key, value in SETTINGS.items():

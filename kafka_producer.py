@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 
 from kafka import KafkaProducer
@@ -132,7 +133,7 @@ def send(messages: Iterator[tuple[str, bytes | None]], options: argparse.Namespa
 
     Raises PipelineError where one can't be delivered.
     """
-    sent, acknowledged, failure = 0, 0, None
+    sent, acknowledged, failure, send_error = 0, 0, None, None
 
     def count_delivery(_):
         nonlocal acknowledged
@@ -159,11 +160,12 @@ def send(messages: Iterator[tuple[str, bytes | None]], options: argparse.Namespa
                 say(f"{sent:,} sent, {acknowledged:,} acknowledged; last: {(record or b'null').decode(errors='replace')}")
         producer.flush()
     except KafkaError as error:
-        failure = failure or error
+        send_error = error
     finally:
-        producer.close(timeout=10)
+        with suppress(KafkaError):  # it flushes again, and fails again; what failed is known by then
+            producer.close(timeout=10)
     say(f"{sent:,} sent, {acknowledged:,} acknowledged.")
-    if failure:
+    if failure := failure or send_error:  # what became of a message says more than that a flush failed
         raise PipelineError(f"{sent - acknowledged:,} of {sent:,} messages could not be delivered to the topic "
                             f'"{options.topic}" on {options.bootstrap_servers}: {failure}. Check that Kafka runs and has '
                             f"the topic, then start again.")

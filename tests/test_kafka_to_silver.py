@@ -133,3 +133,12 @@ def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver):
     assert len({re.sub(rb'"value": [^,]+', b"", value) for _, value in records}) == 4  # a device stays what it is
 
 
+def test_a_message_that_cannot_be_delivered_is_an_error_and_never_silence(broker, silver):
+    topic, _ = silver
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        admin.create_topics({topic[3]: {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "10"}}},
+                            wait_for_metadata=True)
+    run = run_script(PRODUCER, *topic, "--rate", 0, "--count", 3)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.startswith(f'error: 3 of 3 messages could not be delivered to the topic "{topic[3]}" on {broker}: ')
+    assert run.stdout.endswith("3 sent, 0 acknowledged.\n")

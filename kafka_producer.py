@@ -26,7 +26,7 @@ from kafka.errors import KafkaError
 
 from common.console import PipelineError, argument_parser, at_least, fraction, run, say
 from common.readings import SENSOR_TYPES
-from common.topics import add_topic_options, wait_for_topic
+from common.topics import Topic, add_topic_options
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
@@ -34,11 +34,12 @@ FLOORS = range(6)
 
 def main() -> None:
     options = parse_options()
-    wait_for_topic(options.bootstrap_servers, options.topic, options.wait, create=options.create_topic)
+    topic = Topic.of(options)
+    topic.wait(options.wait, create=options.create_topic)
     stopping = threading.Event()
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, lambda *_: stopping.set())
-    send(simulate(options.devices, options.invalid_fraction, options.seed), options, stopping)
+    send(simulate(options.devices, options.invalid_fraction, options.seed), topic, options, stopping)
 
 
 def parse_options() -> argparse.Namespace:
@@ -128,7 +129,8 @@ def ticks(rate: float, stopping: threading.Event) -> Iterator[None]:
         yield
 
 
-def send(messages: Iterator[tuple[str, bytes | None]], options: argparse.Namespace, stopping: threading.Event) -> None:
+def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: argparse.Namespace,
+         stopping: threading.Event) -> None:
     """Sends `messages` at the rate and up to the count asked for, or until `stopping` is set; delivers all it has sent.
 
     Raises PipelineError where one can't be delivered.
@@ -144,15 +146,14 @@ def send(messages: Iterator[tuple[str, bytes | None]], options: argparse.Namespa
         failure = error
         stopping.set()
 
-    producer = KafkaProducer(bootstrap_servers=options.bootstrap_servers.split(","), enable_idempotence=True, acks="all",
-                             linger_ms=0 if options.rate and options.rate < 100 else 20, batch_size=128 * 1024,
-                             allow_auto_create_topics=False)
-    say(f'Sending to the topic "{options.topic}" on {options.bootstrap_servers}. Ctrl+C stops.')
+    producer = topic.client(KafkaProducer, enable_idempotence=True, acks="all", batch_size=128 * 1024,
+                            linger_ms=0 if options.rate and options.rate < 100 else 20, allow_auto_create_topics=False)
+    say(f"Sending to {topic}. Ctrl+C stops.")
     shown = time.monotonic()
     try:
         # The tick comes first, so that the time in a message is the one at which it is sent.
         for _, (key, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
-            producer.send(options.topic, key=key.encode(), value=record).add_callback(count_delivery).add_errback(
+            producer.send(topic.name, key=key.encode(), value=record).add_callback(count_delivery).add_errback(
                 note_failure)
             sent += 1
             if time.monotonic() - shown >= 1 or sent == 1:
@@ -166,9 +167,8 @@ def send(messages: Iterator[tuple[str, bytes | None]], options: argparse.Namespa
             producer.close(timeout=10)
     say(f"{sent:,} sent, {acknowledged:,} acknowledged.")
     if failure := failure or send_error:  # what became of a message says more than that a flush failed
-        raise PipelineError(f"{sent - acknowledged:,} of {sent:,} messages could not be delivered to the topic "
-                            f'"{options.topic}" on {options.bootstrap_servers}: {failure}. Check that Kafka runs and has '
-                            f"the topic, then start again.")
+        raise PipelineError(f"{sent - acknowledged:,} of {sent:,} messages could not be delivered to {topic}: "
+                            f"{failure}. Check that Kafka runs and has the topic, then start again.")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Every KAFKA_… and ZOOKEEPER_… setting comes from docker-compose.yml, and so does the version: Confluent 7.9 is Kafka
 3.9. The first start downloads Kafka with the Ivy that comes with pyspark; Java is all it needs. It says when it is
-ready; Ctrl+C stops Kafka, then ZooKeeper. Topics and messages stay in --data-dir for the next start.
+ready, and starts a server again that has died. Ctrl+C stops Kafka, then ZooKeeper. Topics and messages stay in
+--data-dir for the next start.
 
     python3 local_kafka.py
     python3 local_kafka.py --port 9093 --data-dir /tmp/kafka
@@ -31,6 +32,8 @@ COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
 KAFKA_IN_CONFLUENT = {"7.9": "3.9.2"}
 # What the image makes of its ZOOKEEPER_… variables.
 ZOOKEEPER_PROPERTIES = {"CLIENT_PORT": "clientPort", "TICK_TIME": "tickTime", "ADMIN_ENABLE_SERVER": "admin.enableServer"}
+# A broker that was killed is turned away until ZooKeeper takes it for dead, which takes some starts.
+MOST_ENDS_A_MINUTE = 8
 LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka brings slf4j 1.7 without a place to log to
 
 
@@ -55,19 +58,15 @@ def main() -> None:
     try:
         zookeeper.start()
         while is_free(zookeeper_port) and not stopping.wait(0.2):
-            zookeeper.require_running()
+            zookeeper.keep_running()
         kafka.start()
-        # As long as ZooKeeper takes a broker that was killed to be alive, it turns the next one away.
-        expiry = time.monotonic() + 2 * int(properties["zookeeper.session.timeout.ms"]) / 1000
         while not answers(options.port) and not stopping.wait(0.2):
-            if not kafka.is_running() and time.monotonic() < expiry:
-                kafka.start()
-            kafka.require_running()
+            kafka.keep_running()
         if not stopping.is_set():
             say(f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops.")
         while not stopping.wait(0.5):
-            zookeeper.require_running()
-            kafka.require_running()
+            zookeeper.keep_running()
+            kafka.keep_running()
     finally:
         kafka.stop()
         zookeeper.stop()
@@ -126,23 +125,30 @@ class Server:
                         "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(class_path), main_class,
                         str(settings)]
         self.process: subprocess.Popen | None = None
+        self.ends: list[float] = []  # when it ended, in the last minute
 
     def start(self) -> None:
         with self.log.open("w") as output:
             # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
             self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def is_running(self) -> bool:
-        return self.process.poll() is None
-
-    def require_running(self) -> None:
-        if self.is_running():
+    def keep_running(self) -> None:
+        """Starts it again where it has ended, as `restart: on-failure` does; PipelineError where it can't stay up."""
+        if self.process.poll() is None:
             return
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
         if self.process.returncode < 0:
             reason = f"something killed it with signal {-self.process.returncode}"
-        raise PipelineError(f"{self.name} has ended: {reason}. Its log is {self.log}; start again, its data is kept.")
+        else:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
+        now = time.monotonic()
+        self.ends = [moment for moment in self.ends if now - moment < 60]
+        if len(self.ends) == MOST_ENDS_A_MINUTE:
+            raise PipelineError(f"{self.name} does not stay up: {reason}. Its log is {self.log}.")
+        if not self.ends:
+            say(f"{self.name} has ended: {reason}. Starting it again …")
+        self.ends.append(now)
+        self.start()
 
     def stop(self) -> None:
         if self.process:

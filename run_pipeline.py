@@ -21,7 +21,7 @@ import time
 
 from common.console import REPOSITORY, PipelineError, argument_parser, at_least, fraction, port_number, run, say
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
-from common.topics import TOPIC, wait_for_topic
+from common.topics import Topic
 from local_kafka import answers
 
 STOP_SECONDS = 120  # what a stream may need to finish its batch
@@ -44,7 +44,7 @@ def main() -> None:
                 stopping.wait(0.5)
         if not stopping.is_set():
             broker = f"localhost:{options.port}"
-            wait_for_topic(broker, TOPIC, seconds=0, create=True)
+            Topic(broker).wait(seconds=0, create=True)
             parts.append(Part("streaming_files_to_delta_bronze.py"))
             parts.append(Part("spark_kafka_consumer.py", "--bootstrap-servers", broker))
             parts.append(Part("kafka_producer.py", "--bootstrap-servers", broker, "--rate", str(options.rate),

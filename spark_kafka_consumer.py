@@ -7,7 +7,8 @@ Each record of the topic is checked against the rules of common/readings.py. A v
 any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two, exactly
 once, also when the script or the machine is killed: the checkpoint holds the offsets that were read, and a batch that is
 repeated is not written twice. The first start reads the topic from its earliest offset, each later one from where the
-last ended. Ctrl+C lets the running batch finish.
+last ended. Ctrl+C lets the running batch finish. Where Kafka stops answering, it waits five minutes for it; where Kafka
+no longer has records that were not read, it stops and says which.
 
     python3 spark_kafka_consumer.py
     python3 spark_kafka_consumer.py --once
@@ -20,19 +21,20 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import REPOSITORY, argument_parser, at_least, run
+from common.kafka_config import spark_options
 from common.session import build_spark
 from common.streams import TableWriter, add_stream_options, run_until_stopped
 from common.tables import SILVER, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
-from common.topics import add_topic_options, explain_kafka_error, wait_for_topic
+from common.topics import Topic, add_topic_options
 
 
 def main() -> None:
     options = parse_options()
-    wait_for_topic(options.bootstrap_servers, options.topic, options.wait)
+    topic = Topic.of(options)
+    topic.wait(options.wait)
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
-    records = read_topic(spark, options)
-    silver = TableWriter(options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, read_records=lambda batch, careful: batch)
-    run_until_stopped(records, silver, options, explain=lambda message: explain_kafka_error(message, options))
+    records = read_topic(spark, topic, options)
+    run_until_stopped(records, TableWriter(options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, topic=topic), options)
 
 
 def parse_options() -> argparse.Namespace:
@@ -41,17 +43,23 @@ def parse_options() -> argparse.Namespace:
     add_stream_options(parser, SILVER, str(REPOSITORY / "checkpoints" / "silver_sensor_data"), trigger="2 seconds")
     parser.add_argument("--max-offsets-per-trigger", type=at_least(1), metavar="N", default=1_000_000,
                         help="the most records that one batch takes")
+    parser.add_argument("--accept-data-loss", action="store_true",
+                        help="go on where Kafka no longer has records that were not read, or has a new topic of this name")
     return parser.parse_args()
 
 
-def read_topic(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
+def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -> DataFrame:
     """The topic as a stream: its value as `raw`, where it came from, and `ingest_time`, the start of its batch."""
     return (
         spark.readStream.format("kafka")
-        .option("kafka.bootstrap.servers", options.bootstrap_servers)
-        .option("subscribe", options.topic)
+        .options(**spark_options(topic.properties))
+        .option("kafka.bootstrap.servers", topic.servers)
+        .option("subscribe", topic.name)
         .option("startingOffsets", "earliest")
         .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
+        .option("failOnDataLoss", not options.accept_data_loss)
+        # A broker that does not answer is waited for by `run_until_stopped`, which says so.
+        .option("fetchOffset.numRetries", 1)
         .load()
         .select(
             F.col("value").alias("raw"),

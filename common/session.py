@@ -9,6 +9,7 @@ from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
+from common.class_archive import class_archive
 from common.console import PipelineError
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 
@@ -41,8 +42,12 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
     launch = SparkConf(loadDefaults=False)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # which spark-submit sets when it runs the script
         find_java()
-        class_path = os.pathsep.join(spark_jars(DELTA, KAFKA_SOURCE))
-        launch.setAll([*jvm.items(), ("spark.driver.extraClassPath", class_path)])
+        jars = spark_jars(DELTA, KAFKA_SOURCE)
+        java_options = jvm.get("spark.driver.extraJavaOptions", "")
+        if "ArchiveClasses" not in java_options:
+            java_options += f" -XX:SharedArchiveFile={class_archive(jars)} -Xlog:disable"
+        launch.setAll((jvm | {"spark.driver.extraClassPath": os.pathsep.join(jars),
+                              "spark.driver.extraJavaOptions": java_options}).items())
         # Nothing outside this machine has a reason to reach the driver of a local session.
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH

@@ -15,9 +15,13 @@ from pyspark.sql import functions as F
 from pyspark.sql.streaming import StreamingQuery
 from pyspark.sql.types import StructType
 
-from common.console import PipelineError, location, root_cause, say
+from common.checkpoints import Checkpoint, exclusive
+from common.console import PipelineError, location, say
 from common.readings import with_reject_reason
-from common.tables import create_table, quarantine_of, writer_of
+from common.tables import TOPIC_ID, WRITER, create_table, properties_of, quarantine_of
+from common.topics import Topic
+
+MOST_FAILURES = 3  # in a row, each after a wait for Kafka, without a batch between them
 
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
@@ -47,18 +51,22 @@ class TableWriter:
 
     `columns`, `quarantine_columns`: DDL of the two tables; `raw_json` is the text of an accepted record.
     `read_records(batch, careful)`: makes of a micro-batch its records, the columns that `with_reject_reason` takes and
-    the tables' own. A repeated batch gives the same records. `careful` is true where reading them has failed before.
+    the tables' own; without it the batch is the records. A repeated batch gives the same records. `careful` is true
+    where reading them has failed before. `topic`: the one that the records come from, if any.
     """
 
     def __init__(self, table: str, columns: str, quarantine_columns: str,
-                 read_records: Callable[[DataFrame, bool], DataFrame]):
+                 read_records: Callable[[DataFrame, bool], DataFrame] | None = None, topic: Topic | None = None):
         self.table, self.columns = table, columns
         self.quarantine, self.quarantine_columns = quarantine_of(table), quarantine_columns
-        self.read_records = read_records
+        self.read_records, self.topic = read_records, topic
         self.checkpoint_id: str | None = None  # known once the query has started
+        self.topic_id = ""
+        self.adopts = False  # whether the tables were another stream's before
         self.lock = threading.Lock()  # held while a batch is written
         self.stopping = threading.Event()
         self.counts: dict[int, dict[str | None, int]] = {}  # rows by reject_reason (None: accepted) of a written batch
+        self.batches = 0
         self.error: Exception | None = None
 
     def __call__(self, batch: DataFrame, batch_id: int) -> None:
@@ -73,16 +81,23 @@ class TableWriter:
 
     def _write(self, batch: DataFrame, batch_id: int) -> None:
         if batch_id == 0:
-            create_table(batch.sparkSession, self.quarantine, self.quarantine_columns, self.checkpoint_id)
-            create_table(batch.sparkSession, self.table, self.columns, self.checkpoint_id)
-        records = with_reject_reason(self.read_records(batch, careful=False)).persist()
+            owner = {WRITER: self.checkpoint_id} | ({TOPIC_ID: self.topic_id} if self.topic_id else {})
+            # The table last: as long as it is not this stream's, nothing was written.
+            for table, columns in ((self.quarantine, self.quarantine_columns), (self.table, self.columns)):
+                create_table(batch.sparkSession, table, columns, owner, self.adopts)
+        records = with_reject_reason(self.read_records(batch, False) if self.read_records else batch).persist()
         try:
             try:
                 counts = _count(records)
             except (PySparkException, Py4JJavaError):
+                if not self.read_records:
+                    raise
                 records.unpersist()
-                records = with_reject_reason(self.read_records(batch, careful=True)).persist()
+                records = with_reject_reason(self.read_records(batch, True)).persist()
                 counts = _count(records)
+            # An id never comes back: if it is the same now, all of these records are of the same topic.
+            if self.topic and self.topic.id() != self.topic_id:
+                raise PipelineError(f"{self.topic} was deleted while it was read.")
             if counts.keys() - {None}:
                 self._append(records.where("reject_reason IS NOT NULL"), self.quarantine, self.quarantine_columns, batch_id)
             if None in counts:
@@ -91,6 +106,7 @@ class TableWriter:
         finally:
             records.unpersist()
         self.counts[batch_id] = counts
+        self.batches += 1
 
     def _append(self, records: DataFrame, table: str, columns: str, batch_id: int) -> None:
         """Appends to `table`, unless its log says that this stream's batch is there: a batch repeated after a crash."""
@@ -102,23 +118,42 @@ def _count(records: DataFrame) -> dict[str | None, int]:
     return {row.reject_reason: row["count"] for row in records.groupBy("reject_reason").count().collect()}
 
 
-def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.Namespace,
-                      explain: Callable[[str], str | None] = lambda message: None) -> None:
+def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.Namespace) -> None:
     """Runs `stream` into `writer`: with --once to its end, else until Ctrl+C or SIGTERM; the running batch is finished.
 
-    `explain`: makes of an error message of the source what a user can do about it, or None.
-    Raises PipelineError where the stream can't start or can't go on.
+    Where Kafka stops answering, it waits for it and goes on. Raises PipelineError where it can't start or can't go on.
     """
-    _check_restart(stream.sparkSession, writer, options.checkpoint)
+    spark, topic, failures = stream.sparkSession, writer.topic, 0
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, lambda *_: writer.stopping.set())
+    try:
+        with exclusive(options.checkpoint):
+            _check_restart(spark, writer, options)
+            say(f"Writing to {writer.table}, rejected records to {writer.quarantine}."
+                + ("" if options.once else " Ctrl+C stops."))
+            while error := run_query(stream, writer, options):
+                failures = 1 if writer.batches else failures + 1
+                if topic is None or failures > MOST_FAILURES:
+                    raise error
+                topic.wait_out(error, writer.stopping)
+                if writer.stopping.is_set():
+                    break
+                _check_restart(spark, writer, options)
+                say("Going on from the last committed offsets.")
+    finally:
+        spark.stop()
+    if not options.once:
+        say("Stopped. The next start goes on from here.")
+
+
+def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace) -> Exception | None:
+    """Runs the query until it is done or `writer.stopping` is set; returns the error that ended it before."""
     trigger = {"availableNow": True} if options.once else {"processingTime": options.trigger}
+    writer.error, writer.batches = None, 0
     with writer.lock:
         query = (stream.writeStream.foreachBatch(writer).option("checkpointLocation", options.checkpoint)
                  .trigger(**trigger).start())
         writer.checkpoint_id = query.id
-    say(f"Writing to {writer.table}, rejected records to {writer.quarantine}."
-        + ("" if options.once else " Ctrl+C stops."))
     try:
         while not writer.stopping.is_set() and not query.awaitTermination(0.5):
             _report_batches(query, writer)
@@ -128,14 +163,10 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
         query.stop()
     except StreamingQueryException as error:
         if not isinstance(writer.error, Stopped):
-            cause = writer.error or error
-            explanation = explain(root_cause(cause))
-            raise PipelineError(explanation) if explanation else cause
+            return writer.error or error
     finally:
         _report_batches(query, writer)
-        stream.sparkSession.stop()
-    if not options.once:
-        say("Stopped. The next start goes on from here.")
+    return None
 
 
 def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float = 5) -> None:
@@ -168,26 +199,42 @@ def _total_offset(offsets: str) -> int:
     return sum(offset for partitions in json.loads(offsets).values() for offset in partitions.values())
 
 
-def _check_restart(spark: SparkSession, writer: TableWriter, checkpoint: str) -> None:
-    """Raises PipelineError where the checkpoint and the tables do not belong together.
+def _check_restart(spark: SparkSession, writer: TableWriter, options: argparse.Namespace) -> None:
+    """Raises PipelineError where the checkpoint, the tables and the topic do not belong together.
 
     Going on would then lose records (a checkpoint that has read them, tables that don't have them) or write them twice.
     """
-    java = spark._jvm  # which reaches any file system that Spark does
-    metadata, commits = (java.org.apache.hadoop.fs.Path(checkpoint, name) for name in ("metadata", "commits"))
-    file_system = metadata.getFileSystem(spark._jsc.hadoopConfiguration())
-    checkpoint_id = None
-    if file_system.exists(metadata):
-        content = file_system.open(metadata)
-        checkpoint_id = json.loads(java.org.apache.commons.io.IOUtils.toString(content, "UTF-8"))["id"]
-        content.close()
-    has_committed = file_system.exists(commits) and len(file_system.listStatus(commits)) > 0
-    for table in (writer.table, writer.quarantine):
-        table_writer = writer_of(spark, table)
-        if table_writer is None and has_committed:
-            raise PipelineError(f"The checkpoint {checkpoint} has batches that were written to {table}, but there is no "
+    checkpoint = Checkpoint(spark, options.checkpoint)
+    tables = {table: properties_of(spark, table) for table in (writer.table, writer.quarantine)}
+    if writer.topic:
+        writer.topic_id = writer.topic.id()
+        if _is_of_another_topic(tables[writer.table], writer.topic_id):
+            problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had "
+                       f"from {checkpoint.offsets() or 'its beginning'} on is gone.").replace("the", "The", 1)
+            _accept_loss(problem, "the new topic is read from its beginning", options)
+            say(f"The old checkpoint is now {checkpoint.set_aside()}.")
+            writer.adopts = True
+            return
+    for table, properties in tables.items():
+        if properties is None and checkpoint.last_batch() is not None:
+            raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
                                 f"such table. Put the table back, or read all again: delete the checkpoint and {writer.table}*.")
-        if table_writer is not None and table_writer != checkpoint_id:
-            raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint}, and going on could "
+        if properties is not None and properties.get(WRITER) != checkpoint.id():
+            raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
                                 f"again: delete the checkpoint and {writer.table}*.")
+    if writer.topic and (offsets := checkpoint.offsets()):
+        unread = {int(partition): offset for partition, offset in json.loads(offsets)[writer.topic.name].items()}
+        if lost := writer.topic.lost(unread):
+            _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
+                         f"removed them, or something else did.", "it goes on with what there is", options)
+
+
+def _is_of_another_topic(properties: dict[str, str] | None, topic_id: str) -> bool:
+    return bool(properties and topic_id and properties.get(TOPIC_ID, topic_id) != topic_id)
+
+
+def _accept_loss(problem: str, what_follows: str, options: argparse.Namespace) -> None:
+    if not options.accept_data_loss:
+        raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")
+    say(f"{problem} --accept-data-loss: {what_follows}.")

@@ -4,7 +4,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
-from common.console import REPOSITORY
+from common.console import REPOSITORY, PipelineError
 from common.readings import READING_COLUMNS
 
 KAFKA_ORIGIN = "topic STRING, partition INT, offset BIGINT, kafka_timestamp TIMESTAMP, kafka_key BINARY"
@@ -26,8 +26,9 @@ PROPERTIES = {
     "delta.logRetentionDuration": "interval 1 day",
     "delta.deletedFileRetentionDuration": "interval 1 day",
 }
-# The table property that holds the id of the checkpoint whose stream writes the table.
+# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and Kafka's id of the topic.
 WRITER = "pipeline.checkpoint.id"
+TOPIC_ID = "pipeline.topic.id"
 
 
 def quarantine_of(table: str) -> str:
@@ -35,24 +36,31 @@ def quarantine_of(table: str) -> str:
     return table.rstrip("/") + "_quarantine"
 
 
-def create_table(spark: SparkSession, path: str, columns: str, writer: str) -> None:
-    """Creates the Delta table at `path` with `columns` (DDL) for the stream with the checkpoint id `writer`."""
+def create_table(spark: SparkSession, path: str, columns: str, owner: dict[str, str], adopt: bool) -> None:
+    """Creates the Delta table at `path` with `columns` (DDL) for the stream that the properties `owner` name.
+
+    `adopt`: makes a table that another stream has written that of this one.
+    Raises PipelineError where the table is another stream's.
+    """
     table = DeltaTable.createIfNotExists(spark).location(path).addColumns(StructType.fromDDL(columns))
-    for name, value in (PROPERTIES | {WRITER: writer}).items():
+    for name, value in (PROPERTIES | owner).items():
         table = table.property(name, value)
     table.execute()
+    if properties_of(spark, path).items() >= owner.items():
+        return
+    if not adopt:
+        raise PipelineError(f"Another stream has made the table {path} meanwhile. Give this one a --table and a "
+                            f"--checkpoint of its own.")
+    changed = ", ".join(f"'{name}' = '{value}'" for name, value in owner.items())
+    spark.sql(f"ALTER TABLE {as_identifier(path)} SET TBLPROPERTIES ({changed})")
 
 
-def writer_of(spark: SparkSession, path: str) -> str | None:
-    """The checkpoint id of the stream that writes the table at `path`; None where there is no table.
-
-    A table that no stream of this pipeline made has the id "".
-    """
+def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:
+    """The properties of the table at `path`; None where there is no table."""
     if not DeltaTable.isDeltaTable(spark, path):
         return None
-    # Takes the properties from the newest commit's checksum; DeltaTable.detail() would read the whole table's state.
-    properties = spark.sql(f"SHOW TBLPROPERTIES {as_identifier(path)}").collect()
-    return next((row.value for row in properties if row.key == WRITER), "")
+    # Takes them from the newest commit's checksum; DeltaTable.detail() would read the whole table's state.
+    return {row.key: row.value for row in spark.sql(f"SHOW TBLPROPERTIES {as_identifier(path)}").collect()}
 
 
 def as_identifier(path: str) -> str:

@@ -1,74 +1,143 @@
-"""The Kafka topic from a script's point of view: is there a broker, is there the topic, and what to do if not."""
+"""The Kafka topic from a script's point of view: is it there, is it still the same, and what to do if not."""
 
 import argparse
 import re
+import threading
 import time
+from functools import cached_property
 
-from kafka import KafkaAdminClient
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka import KafkaAdminClient, TopicPartition
+from kafka.admin import OffsetSpec
+from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError, TopicAlreadyExistsError
 
-from common.console import PipelineError, at_least, say
+from common.console import PipelineError, at_least, first_line, location, root_cause, say
+from common.kafka_config import python_settings, read_properties
 
 TOPIC = "sensor_data"
 PARTITIONS = 3
+SERVERS = "localhost:9092"
+OUTAGE = 300  # seconds that a running stream waits for its broker to come back
 
 
 def add_topic_options(parser: argparse.ArgumentParser) -> None:
-    """The options --bootstrap-servers, --topic and --wait."""
-    parser.add_argument("--bootstrap-servers", default="localhost:9092", metavar="HOST:PORT,…", help="Kafka's brokers")
+    """The options --bootstrap-servers, --topic, --kafka-config and --wait."""
+    parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,…",
+                        help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})")
     parser.add_argument("--topic", default=TOPIC, help="Kafka topic")
+    parser.add_argument("--kafka-config", type=location, metavar="FILE",
+                        help="properties of a Kafka client, such as security.protocol and sasl.jaas.config")
     parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
                         help="how long to wait for a broker or a topic that is not there yet")
 
 
-def wait_for_topic(servers: str, topic: str, seconds: float, create: bool = False) -> None:
-    """Returns once the topic is there; `create` makes it where it is missing.
+class Topic:
+    """A topic. `servers`: "host:port,…"; `properties`: those of a Kafka client, as in `--kafka-config`."""
 
-    Raises PipelineError where no broker answers, or there is no topic, for so many seconds.
-    """
-    deadline = time.monotonic() + seconds
-    said = None
-    while problem := _problem(servers, topic, create):
-        if time.monotonic() >= deadline:
-            raise PipelineError(problem)
-        if problem != said:
-            say(f"{problem} Waiting up to {seconds:g} s for it …")
-            said = problem
-        time.sleep(0.5)
+    def __init__(self, servers: str | None, name: str = TOPIC, properties: dict[str, str] | None = None):
+        self.properties = properties or {}
+        self.servers = servers or self.properties.get("bootstrap.servers", SERVERS)
+        self.name = name
 
+    def __str__(self) -> str:
+        return f'the topic "{self.name}" on {self.servers}'
 
-def _problem(servers: str, topic: str, create: bool) -> str | None:
-    try:
-        with KafkaAdminClient(bootstrap_servers=servers.split(","), bootstrap_timeout_ms=3000) as admin:
-            if topic in admin.list_topics():
-                return None
-            if create:
-                admin.create_topics({topic: {"num_partitions": PARTITIONS, "replication_factor": 1}},
-                                    wait_for_metadata=True)
-                say(f'Created the topic "{topic}" with {PARTITIONS} partitions.')
-                return None
-    except TopicAlreadyExistsError:  # another script was quicker
-        return None
-    except (KafkaError, OSError) as error:
-        return (f"No Kafka broker answers on {servers} ({type(error).__name__}). Start one: docker compose up -d, "
-                f"or python3 local_kafka.py.")
-    return (f'No topic "{topic}" on {servers}. Create it: python3 kafka_producer.py --create-topic, or '
-            f"kafka-python admin -b {servers} topics create -t {topic} --num-partitions {PARTITIONS} "
-            f"--replication-factor 1.")
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Topic":
+        """The topic that the options of `add_topic_options` name."""
+        return cls(options.bootstrap_servers, options.topic,
+                   read_properties(options.kafka_config) if options.kafka_config else None)
 
+    def client(self, kind: type, **settings):
+        """A client of kafka-python of this `kind`; the properties win over `settings`."""
+        return kind(**settings | python_settings(self.properties, kind.DEFAULT_CONFIG),
+                    bootstrap_servers=self.servers.split(","))
 
-def explain_kafka_error(message: str, options: argparse.Namespace) -> str | None:
-    """What to do about an error of Spark's Kafka source; None for one that is not known here."""
-    topic = f'the topic "{options.topic}" on {options.bootstrap_servers}'
-    if "may have been lost" in message:
-        reason = re.search(r"Reason: (.*?)\.?$", message, re.MULTILINE)
-        return (f"Kafka no longer has records of {topic} that were not read yet"
-                f"{f' ({reason[1]})' if reason else ''}: its retention removed them, or the topic was deleted and made "
-                f"again. Nothing was skipped. To go on with what the topic has now, give a new --table and --checkpoint.")
-    if "UNKNOWN_TOPIC" in message or "UnknownTopic" in message or "does not host this topic" in message:
-        return (f"{topic[0].upper()}{topic[1:]} is gone, with what was not read yet. Create it again and give a new --table "
-                f"and --checkpoint.")
-    if re.search(r"[Tt]imed out|[Tt]imeout|[Dd]isconnect", message):
-        return (f"Kafka on {options.bootstrap_servers} does not answer any more. Start it again, then this script: it goes "
-                f"on from the last committed offsets.")
-    return None
+    def wait(self, seconds: float, create: bool = False, stopping: threading.Event | None = None) -> None:
+        """Returns once the topic is there, or `stopping` is set; `create` makes it where it is missing.
+
+        Raises PipelineError where no broker answers, or there is no topic, for so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        said = None
+        while problem := self._problem(create):
+            if time.monotonic() >= deadline:
+                raise PipelineError(problem)
+            if problem != said:
+                say(f"{problem} Waiting up to {seconds:g} s for it …")
+                said = problem
+            if stopping:
+                if stopping.wait(0.5):
+                    return
+            else:
+                time.sleep(0.5)
+
+    def _problem(self, create: bool) -> str | None:
+        try:
+            with self.client(KafkaAdminClient, bootstrap_timeout_ms=3000) as admin:
+                if self.name in admin.list_topics():
+                    return None
+                if create:
+                    admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1}},
+                                        wait_for_metadata=True)
+                    say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
+                    return None
+        except TopicAlreadyExistsError:  # another script was quicker
+            return None
+        except (SaslAuthenticationFailedError, AuthorizationError) as error:
+            raise PipelineError(f"Kafka on {self.servers} refuses this user ({type(error).__name__}). Check the user, the "
+                                f"password and the rights that --kafka-config stands for.") from error
+        except (KafkaError, OSError) as error:
+            return (f"No Kafka broker answers on {self.servers} ({type(error).__name__}). Start one: docker compose up -d, "
+                    f"or python3 local_kafka.py.")
+        return (f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '
+                f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
+                f"--replication-factor 1.")
+
+    @cached_property
+    def _admin(self) -> KafkaAdminClient:
+        return self.client(KafkaAdminClient)
+
+    def id(self) -> str:
+        """Kafka's id of the topic, which changes when it is deleted and made again; "" where there is no topic."""
+        [topic] = self._admin.describe_topics([self.name])
+        return str(topic["topic_id"] or "")
+
+    def lost(self, unread: dict[int, int]) -> str:
+        """Which of the offsets from `unread` on (partition: next offset) the topic no longer has; "" for none."""
+        [topic] = self._admin.describe_topics([self.name])
+        there = {partition["partition_index"] for partition in topic["partitions"]}
+        places = [TopicPartition(self.name, partition) for partition in sorted(unread) if partition in there]
+        first, end = (self._admin.list_partition_offsets(dict.fromkeys(places, spec))
+                      for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+        gone = [f"partition {partition} from offset {unread[partition]} on" for partition in sorted(unread.keys() - there)]
+        for place in places:
+            next_offset = unread[place.partition]
+            if first[place].offset > next_offset:
+                gone.append(f"partition {place.partition} offsets {next_offset} to {first[place].offset - 1}")
+            elif end[place].offset < next_offset:
+                gone.append(f"partition {place.partition} offsets {end[place].offset} to {next_offset - 1}, read or not,")
+        return ", ".join(gone)
+
+    def wait_out(self, error: Exception, stopping: threading.Event) -> None:
+        """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
+
+        Raises PipelineError where Kafka stays away or waiting is of no use; `error` where it is not Kafka's.
+        """
+        message = root_cause(error)
+        if re.search("[Aa]uthenticat|[Aa]uthoriz|SSL", message):
+            raise PipelineError(f"Kafka on {self.servers} refuses this script: {first_line(message)} Check the user, the "
+                                f"password, the rights and the certificates of --kafka-config.") from error
+        if "may have been lost" in message:  # what is lost is looked at next
+            return
+        has_no_topic = re.search(r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic", message)
+        if not (has_no_topic or isinstance(error, KafkaError) or re.search(r"[Tt]imed out|[Tt]imeout|[Dd]isconnect", message)):
+            raise error
+        if has_no_topic:  # which a broker also says for a moment after its start
+            try:
+                self.wait(10, stopping=stopping)
+            except PipelineError:
+                raise PipelineError(f"{self} is gone, with what was not read yet. To go on with a new one, make it and start "
+                                    f"with --accept-data-loss.".replace("the", "The", 1)) from error
+        else:
+            say(f"Kafka on {self.servers} does not answer any more.")
+            self.wait(OUTAGE, stopping=stopping)

@@ -1,13 +1,18 @@
 """What the tests share: one SparkSession, one real broker made from docker-compose.yml, and scripts run as processes."""
 
+import itertools
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from kafka import KafkaConsumer, TopicPartition
 
 from common.session import build_spark
 from local_kafka import free_ports
@@ -37,6 +42,11 @@ class Script:
             assert self.process.poll() is None and time.monotonic() < deadline, f"no {text!r} in:\n{self.output}"
             time.sleep(0.1)
 
+    def counts(self) -> tuple[int, int]:
+        """What a producer that has ended has sent, and what was acknowledged."""
+        counts = re.findall(r"^([\d,]+) sent, ([\d,]+) acknowledged\.$", self.output, re.MULTILINE)[-1]
+        return tuple(int(count.replace(",", "")) for count in counts)
+
     def stop(self, stop_signal: signal.Signals = signal.SIGINT) -> int:
         """Sends a signal; returns the exit code."""
         self.process.send_signal(stop_signal)
@@ -52,6 +62,45 @@ def run_script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
     """Runs a script to its end; its exit code, stdout and stderr."""
     return subprocess.run([sys.executable, str(REPOSITORY / name), *map(str, arguments)], capture_output=True, text=True,
                           cwd="/", timeout=PATIENCE, stdin=subprocess.DEVNULL, **options)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often each stream is killed in tests/faults")
+
+
+ACCOUNT = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[ACCOUNT] = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.stash[ACCOUNT]:
+        return
+    terminalreporter.section("nothing lost, nothing twice")
+    for line in [("fault", "sent", "table", "quarantine", "missing", "duplicates"), *config.stash[ACCOUNT]]:
+        terminalreporter.write_line(f"{line[0]:<96}" + "".join(f"{cell:>12,}" if type(cell) is int else f"{cell:>12}"
+                                                              for cell in line[1:]))
+
+
+@pytest.fixture
+def account(request):
+    """Notes what became of the records that were sent, prints it at the end of the run, and lets none be lost or doubled.
+
+    A record goes by its origin: (topic, partition, offset) or (file, line).
+    """
+
+    def note(fault: str, sent: Iterable, table: Iterable, quarantine: Iterable) -> None:
+        table, quarantine = list(table), list(quarantine)
+        arrived = Counter(table + quarantine)
+        missing = set(sent) - arrived.keys()
+        duplicates = {origin for origin, times in arrived.items() if times > 1}
+        request.config.stash[ACCOUNT].append(
+            (fault, len(set(sent)), len(table), len(quarantine), len(missing), len(duplicates)))
+        assert (missing, duplicates, arrived.keys() - set(sent)) == (set(), set(), set())
+
+    return note
 
 
 @pytest.fixture
@@ -87,3 +136,36 @@ def broker(tmp_path_factory):
         yield f"localhost:{port}"
     finally:
         assert kafka.stop() == 0, kafka.output
+
+
+topic_numbers = itertools.count()
+
+
+@pytest.fixture
+def silver(broker, tmp_path):
+    """The options of a producer and a consumer on a topic and a table of their own."""
+    topic = ["--bootstrap-servers", broker, "--topic", f"readings_{next(topic_numbers)}"]
+    return topic, [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint"]
+
+
+def tables(spark, options: list) -> tuple:
+    """The table and the quarantine that the options of a stream name."""
+    table = str(options[options.index("--table") + 1])
+    return tuple(spark.read.format("delta").load(path) for path in (table, f"{table}_quarantine"))
+
+
+def topic_offsets(broker: str, topic: str, end: bool = True) -> dict[int, int]:
+    """The end of each partition, or its beginning."""
+    with KafkaConsumer(bootstrap_servers=broker) as consumer:
+        places = [TopicPartition(topic, partition) for partition in consumer.partitions_for_topic(topic)]
+        offsets = consumer.end_offsets(places) if end else consumer.beginning_offsets(places)
+        return {place.partition: offset for place, offset in offsets.items()}
+
+
+def origins(spark, broker: str, options: list) -> tuple[list, list, list]:
+    """(topic, partition, offset) of what is in the topic, in the table and in the quarantine."""
+    topic = options[options.index("--topic") + 1]
+    first, end = (topic_offsets(broker, topic, end) for end in (False, True))
+    sent = [(topic, partition, offset) for partition in end for offset in range(first[partition], end[partition])]
+    return sent, *([tuple(row) for row in table.select("topic", "partition", "offset").collect()]
+                   for table in tables(spark, options))

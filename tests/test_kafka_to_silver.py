@@ -1,53 +1,20 @@
 """Kafka -> Silver with the real scripts, broker and tables: a story of starts, stops and kills, and the account of it."""
 
-import itertools
 import re
 import signal
 
-import pytest
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from conftest import origins, run_script, tables
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.readings import RULES
 from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
-from conftest import run_script
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
-topic_numbers = itertools.count()
 
 
-@pytest.fixture
-def silver(broker, tmp_path):
-    """The options of a producer and a consumer on a topic and a table of their own."""
-    topic = ["--bootstrap-servers", broker, "--topic", f"readings_{next(topic_numbers)}"]
-    return topic, [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint"]
-
-
-def tables(spark, options) -> tuple:
-    table = str(options[options.index("--table") + 1])
-    return tuple(spark.read.format("delta").load(path) for path in (table, f"{table}_quarantine"))
-
-
-def end_offsets(broker: str, topic: str) -> dict[int, int]:
-    with KafkaConsumer(bootstrap_servers=broker) as consumer:
-        partitions = [TopicPartition(topic, partition) for partition in consumer.partitions_for_topic(topic)]
-        return {partition.partition: end for partition, end in consumer.end_offsets(partitions).items()}
-
-
-def assert_all_there_once(spark, broker: str, options: list) -> int:
-    """Every offset of the topic is in the table or in the quarantine, once. Returns how many there are."""
-    origin = [table.select("partition", "offset") for table in tables(spark, options)]
-    rows = origin[0].unionAll(origin[1])
-    found = {row["partition"]: (row.rows, row.distinct, row.first, row.last) for row in rows.groupBy("partition").agg(
-        F.count("*").alias("rows"), F.countDistinct("offset").alias("distinct"), F.min("offset").alias("first"),
-        F.max("offset").alias("last")).collect()}
-    sent = end_offsets(broker, options[options.index("--topic") + 1])
-    assert found == {partition: (end, end, 0, end - 1) for partition, end in sent.items() if end}
-    return sum(sent.values())
-
-
-def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(spark, broker, silver, start):
+def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(spark, broker, silver, start, account):
     topic, options = silver
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before there is a topic
     consumer.wait_for("No topic")
@@ -65,12 +32,14 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     assert consumer.stop(signal.SIGTERM) == 0 and "Traceback" not in consumer.output
 
     assert producer.stop(signal.SIGINT) == 0
-    sent, acknowledged = re.findall(r"^([\d,]+) sent, ([\d,]+) acknowledged\.$", producer.output, re.MULTILINE)[-1]
+    sent, acknowledged = producer.counts()
     assert sent == acknowledged
 
     last = run_script(CONSUMER, *options, "--once")
     assert (last.returncode, last.stderr) == (0, "")
-    assert assert_all_there_once(spark, broker, options) == int(sent.replace(",", ""))
+    in_topic, *arrived = origins(spark, broker, options)
+    account("stops and kills while the producer runs", in_topic, *arrived)
+    assert len(in_topic) == sent
     accepted, rejected = tables(spark, options)
     assert {row.reject_reason for row in rejected.select("reject_reason").distinct().collect()} == set(RULES)
     assert accepted.where("device_id IS NULL OR event_time IS NULL OR kafka_key <> CAST(device_id AS BINARY)").count() == 0
@@ -100,24 +69,6 @@ def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):
     shown = run_script("read_silver.py", "--table", options[5], "--rejected", "--raw")
     assert shown.returncode == 0 and "\x1b" not in shown.stdout and "device_id" in shown.stdout
     assert f"1 rows in {options[5]}\n5 rows in {options[5]}_quarantine\n" in shown.stdout
-
-
-def test_records_that_kafka_lost_before_they_were_read_stop_the_job(spark, broker, silver, start):
-    topic, options = silver
-    send = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count"]
-    run_script(*send, 60)
-    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
-    consumer.wait_for("batch 0: 60 rows in")
-    with KafkaAdminClient(bootstrap_servers=broker) as admin:
-        admin.delete_topics([topic[3]])
-    assert consumer.wait() == 1
-    assert f'error: The topic "{topic[3]}" on {broker} is gone' in consumer.output and "Traceback" not in consumer.output
-
-    run_script(*send, 30)
-    run = run_script(CONSUMER, *options, "--once")
-    assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert run.stderr.startswith("error: Kafka no longer has records") and "new --table and --checkpoint" in run.stderr
-    assert sum(table.count() for table in tables(spark, options)) == 60
 
 
 def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver):

@@ -1,0 +1,82 @@
+"""A stream's checkpoint: one process at a time, and only with the tables that belong to it."""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from common.console import PipelineError
+
+
+@contextmanager
+def exclusive(path: str) -> Iterator[None]:
+    """Keeps the checkpoint at `path` from other processes of this machine. PipelineError where one of them has it.
+
+    On another file system (`s3a://…`) there is no such lock: there the second stream fails at its first batch, in the
+    checkpoint's log or by Delta's transaction identifiers, with nothing written twice.
+    """
+    if "://" in path:
+        yield
+        return
+    lock = Path(path).with_name(f".{Path(path).name}.lock")  # beside it, so that it may be deleted or moved
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(f"Another process works with the checkpoint {path}. Stop that one, or give this one a --table "
+                                f"and a --checkpoint of its own.") from None
+        yield
+
+
+class Checkpoint:
+    """What Spark has noted in the checkpoint at `path`, on any file system that Spark reaches."""
+
+    def __init__(self, spark: SparkSession, path: str):
+        self.path = path
+        self._java = spark._jvm
+        self._folder = self._java.org.apache.hadoop.fs.Path(path)
+        self._files = self._folder.getFileSystem(spark._jsc.hadoopConfiguration())
+
+    def id(self) -> str | None:
+        """The id of the stream, by which Delta knows its batches; None for a checkpoint that is not there yet."""
+        metadata = self._read("metadata")
+        return metadata and json.loads(metadata)["id"]
+
+    def last_batch(self) -> int | None:
+        """The newest batch that is done."""
+        commits = self._child("commits")
+        if not self._files.exists(commits):
+            return None
+        names = (status.getPath().getName() for status in self._files.listStatus(commits))
+        return max((int(name) for name in names if name.isdecimal()), default=None)
+
+    def offsets(self) -> str:
+        """Where the next batch begins: the end of the last one that is done, as its source writes it; "" at the start."""
+        last = self.last_batch()
+        lines = (self._read("offsets", str(last)) or "") if last is not None else ""
+        return lines.strip().split("\n")[-1]  # a version, the metadata, and a line for each source: there is one
+
+    def set_aside(self) -> str:
+        """Renames the checkpoint, so that the stream starts anew; returns its new path."""
+        aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
+        if self._files.exists(self._folder):
+            self._files.rename(self._folder, self._java.org.apache.hadoop.fs.Path(aside))
+        return aside
+
+    def _child(self, *names: str):
+        return self._java.org.apache.hadoop.fs.Path("/".join((self.path, *names)))
+
+    def _read(self, *names: str) -> str | None:
+        file = self._child(*names)
+        if not self._files.exists(file):
+            return None
+        content = self._files.open(file)
+        try:
+            return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
+        finally:
+            content.close()

@@ -1,0 +1,95 @@
+"""The properties of a Kafka client (`--kafka-config FILE`), for kafka-python and for Spark's Kafka source.
+
+The file is the one that Kafka's own tools take as `--command-config`, in the syntax of Java's properties. Its names are
+those of https://kafka.apache.org/39/documentation.html#consumerconfigs and the like. Certificates have to be PEM files
+(`ssl.truststore.type=PEM`, `ssl.keystore.type=PEM`): that is what both clients read.
+"""
+
+import re
+import ssl
+
+import javaproperties
+
+from common.console import PipelineError
+
+# Names of kafka-python that are not Kafka's own with "_" for ".".
+PYTHON_NAMES = {"sasl.kerberos.service.name": "sasl_kerberos_service_name"}
+SSL_NAMES = ("ssl.truststore.location", "ssl.truststore.certificates", "ssl.truststore.type", "ssl.keystore.location",
+             "ssl.keystore.type", "ssl.key.password", "ssl.endpoint.identification.algorithm")
+USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+
+
+def read_properties(path: str) -> dict[str, str]:
+    """The properties in the file at `path`. PipelineError, which never quotes the file, where it can't be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {name: value.strip() for name, value in javaproperties.load(file).items()}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no properties file in UTF-8"
+        raise PipelineError(f"The Kafka properties {path} can't be read: {reason}. A line of it is name=value.") from None
+
+
+def spark_options(properties: dict[str, str]) -> dict[str, str]:
+    """The properties as options of Spark's Kafka source."""
+    return {f"kafka.{name}": value for name, value in properties.items()}
+
+
+def python_settings(properties: dict[str, str], known: dict) -> dict:
+    """The properties as settings of a client of kafka-python, whose own settings are `known` (its DEFAULT_CONFIG).
+
+    As Kafka's own clients do, it leaves out what another kind of client knows; but never what makes a connection safe:
+    a `sasl.…` or `ssl.…` that kafka-python can't follow raises PipelineError.
+    """
+    settings = {}
+    for name, value in properties.items():
+        setting = PYTHON_NAMES.get(name, name.replace(".", "_"))
+        if name in SSL_NAMES or name in ("sasl.jaas.config", "bootstrap.servers"):
+            continue
+        if setting in known:
+            settings[setting] = _as_type_of(known[setting], value, name)
+        elif name.startswith(("sasl.", "ssl.")):
+            raise PipelineError(f"kafka-python has nothing like the property {name}. Leave it out; what it can do is "
+                                f"{', '.join(('sasl.mechanism', 'sasl.jaas.config', *PYTHON_NAMES, *SSL_NAMES))}.")
+    if properties.get("sasl.mechanism") in USER_AND_PASSWORD:
+        settings |= _user_and_password(properties.get("sasl.jaas.config", ""))
+    if properties.get("security.protocol", "").endswith("SSL"):
+        settings["ssl_context"] = _ssl_context(properties)
+    return settings
+
+
+def _as_type_of(default: object, value: str, name: str):
+    if value in ("true", "false"):
+        return value == "true"
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        try:
+            return value if value == "all" else int(value)
+        except ValueError:
+            raise PipelineError(f"The Kafka property {name} needs a whole number.") from None
+    return value
+
+
+def _user_and_password(jaas: str) -> dict[str, str]:
+    """Takes them from `sasl.jaas.config`: a login module with username="…" and password="…"; a backslash escapes."""
+    found = {name: re.sub(r"\\(.)", r"\1", text)
+             for name, text in re.findall(r'\b(username|password)\s*=\s*"((?:[^"\\]|\\.)*)"', jaas)}
+    if found.keys() != {"username", "password"}:
+        raise PipelineError('The Kafka property sasl.jaas.config has to name the login module, username="…" and '
+                            'password="…", and to end with a semicolon.')
+    return {f"sasl_plain_{name}": text for name, text in found.items()}
+
+
+def _ssl_context(properties: dict[str, str]) -> ssl.SSLContext:
+    for store in ("truststore", "keystore"):
+        if f"ssl.{store}.location" in properties and properties.get(f"ssl.{store}.type") != "PEM":
+            raise PipelineError(f"The Kafka property ssl.{store}.type has to be PEM, and ssl.{store}.location a PEM file: "
+                                f"kafka-python reads no other. keytool -exportcert -rfc writes one.")
+    try:
+        context = ssl.create_default_context(cafile=properties.get("ssl.truststore.location"),
+                                             cadata=properties.get("ssl.truststore.certificates"))
+        if keystore := properties.get("ssl.keystore.location"):
+            context.load_cert_chain(keystore, password=properties.get("ssl.key.password"))
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise PipelineError(f"The certificates that the Kafka properties name can't be loaded: {error}.") from None
+    # Kafka's clients check the host's name too, unless this is set to nothing.
+    context.check_hostname = properties.get("ssl.endpoint.identification.algorithm", "https") != ""
+    return context

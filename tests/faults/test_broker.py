@@ -1,0 +1,89 @@
+"""kill -9 of Kafka and ZooKeeper while the producer and the consumer run."""
+
+import re
+import signal
+from collections import defaultdict
+
+import psutil
+import pytest
+from conftest import origins, run_script
+from kafka import KafkaConsumer
+
+from local_kafka import free_ports
+
+CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
+
+
+@pytest.fixture
+def own_broker(start, tmp_path):
+    """A function that starts local_kafka.py, always with the same data; its processes and its address."""
+    [port] = free_ports(1)
+
+    def start_broker():
+        kafka = start("local_kafka.py", "--port", port, "--data-dir", tmp_path / "kafka")
+        kafka.wait_for("Kafka is ready")
+        return kafka
+
+    yield start_broker, f"localhost:{port}"
+    for process in processes(tmp_path):
+        process.kill()
+
+
+def processes(data_dir, name: str = "") -> list[psutil.Process]:
+    """The servers with this data, as `name`.properties says."""
+    return [process for process in psutil.process_iter(["cmdline"])
+            if process.info["cmdline"] and process.info["cmdline"][-1].startswith(str(data_dir))
+            and process.info["cmdline"][-1].endswith(f"{name}.properties")]
+
+
+def kill(data_dir, name: str) -> None:
+    [server] = processes(data_dir, name)
+    server.kill()
+
+
+def messages(broker: str, topic: str) -> list:
+    with KafkaConsumer(topic, bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
+        return list(consumer)
+
+
+def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(spark, own_broker, tmp_path, start, account):
+    start_broker, broker = own_broker
+    kafka = start_broker()
+    # These make an outage of seconds what one of minutes is with Kafka's defaults.
+    impatient = tmp_path / "impatient.properties"
+    impatient.write_text("default.api.timeout.ms=4000\nrequest.timeout.ms=3000\n")
+    topic = ["--bootstrap-servers", broker, "--topic", "readings"]
+    options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint", "--trigger", "1 second"]
+    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 200, "--invalid-fraction", 0.05)
+    consumer = start(CONSUMER, *options, "--kafka-config", impatient)
+    consumer.wait_for("batch", times=2)
+
+    kill(tmp_path, "kafka")
+    kafka.wait_for("Kafka has ended: something killed it with signal 9")
+    consumer.wait_for("batch", times=consumer.output.count("batch") + 4)
+    kill(tmp_path, "zookeeper")
+    kafka.wait_for("ZooKeeper has ended: something killed it with signal 9")
+    consumer.wait_for("batch", times=consumer.output.count("batch") + 4)
+
+    kafka.process.kill()  # now none starts them again
+    kill(tmp_path, "kafka")
+    kill(tmp_path, "zookeeper")
+    consumer.wait_for("does not answer any more")
+    start_broker()
+    consumer.wait_for("Going on from the last committed offsets")
+    consumer.wait_for("batch", times=consumer.output.count("batch") + 2)
+
+    assert producer.stop(signal.SIGINT) == 0, producer.output
+    assert consumer.stop(signal.SIGINT) == 0, consumer.output
+    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    sent, acknowledged = producer.counts()
+    in_topic, *arrived = origins(spark, broker, options)
+    account("kill -9 of Kafka, of ZooKeeper, of both", in_topic, *arrived)
+    assert sent == acknowledged == len(in_topic)
+    times = defaultdict(list)
+    for message in messages(broker, "readings"):
+        if sent_at := re.search(rb'"timestamp": "([^"]{23}Z)"', message.value or b""):  # some are broken on purpose
+            times[message.key].append(sent_at[1])
+    assert len(times) == 12
+    for of_device in times.values():  # in order, and none twice
+        assert of_device == sorted(set(of_device))

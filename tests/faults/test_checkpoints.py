@@ -1,0 +1,69 @@
+"""Checkpoints and tables that don't belong together, and two streams with one checkpoint."""
+
+import os
+import shutil
+
+import pytest
+from conftest import run_script, tables
+from test_files_to_bronze import put
+from test_rules import reading
+
+from common.tables import quarantine_of
+
+CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
+
+
+def refused(*command) -> str:
+    run = run_script(*command)
+    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    return run.stderr
+
+
+@pytest.fixture
+def filled(silver, tmp_path):
+    """Both streams with their tables: the commands that go on with them, and the places of their checkpoints."""
+    topic, options = silver
+    folder = tmp_path / "input"
+    folder.mkdir()
+    put(folder, "1.json", reading(), b"{")
+    files = ["--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"]
+    sent = run_script(PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 40, "--invalid-fraction", 0.5)
+    assert sent.returncode == 0
+    commands = [CONSUMER, *options, "--once"], [BRONZE, *files, "--once"]
+    for command in commands:
+        assert run_script(*command).returncode == 0
+    return *commands, tmp_path / "checkpoint", tmp_path / "bronze_checkpoint"
+
+
+def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(spark, filled, tmp_path, account):
+    kafka, files, silver_checkpoint, bronze_checkpoint = filled
+    rows = [table.count() for table in tables(spark, kafka)]
+
+    os.rename(silver_checkpoint, tmp_path / "away")  # the checkpoint deleted but not the table
+    assert "was not written with the checkpoint" in refused(*kafka)
+    shutil.rmtree(silver_checkpoint, ignore_errors=True)
+    os.rename(bronze_checkpoint, silver_checkpoint)  # the two swapped
+    os.rename(tmp_path / "away", bronze_checkpoint)
+    assert "was not written with the checkpoint" in refused(*kafka)
+    assert "was not written with the checkpoint" in refused(*files)
+    os.rename(bronze_checkpoint, tmp_path / "away")
+    os.rename(silver_checkpoint, bronze_checkpoint)
+    os.rename(tmp_path / "away", silver_checkpoint)
+    for table in (tmp_path / "silver", quarantine_of(str(tmp_path / "silver"))):  # a table deleted but not the checkpoint
+        os.rename(table, tmp_path / "away")
+        assert "there is no such table" in refused(*kafka)
+        os.rename(tmp_path / "away", table)
+
+    for command in (kafka, files):  # all in its place again
+        assert run_script(*command).returncode == 0
+    assert [table.count() for table in tables(spark, kafka)] == rows
+
+
+def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, silver, start):
+    topic, options = silver
+    first = start(CONSUMER, *options, "--trigger", "0 seconds")
+    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 50)
+    first.wait_for("batch")
+    assert f"Another process works with the checkpoint {options[-1]}" in refused(CONSUMER, *options, "--once")
+    first.wait_for("batch", times=3)
+    assert first.stop() == 0 and producer.stop() == 0

@@ -1,0 +1,103 @@
+"""kill -9 of both streams, at random moments and between the two writes of a batch, while records keep coming.
+
+`--kills 20` kills each stream so often.
+"""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+from conftest import PATIENCE, origins, run_script
+from test_files_to_bronze import put
+from test_rules import reading
+
+from common.tables import quarantine_of
+
+CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
+
+
+def last_batch(table: str) -> int:
+    """The number of the newest batch in the log of a Delta table; -1 where there is none."""
+    for commit in sorted(Path(table, "_delta_log").glob("*.json"), reverse=True):
+        for action in map(json.loads, commit.read_text().splitlines()):
+            if "txn" in action:
+                return action["txn"]["version"]
+    return -1
+
+
+def kill_between_the_writes(script, table: str) -> bool:
+    """Kills the script once a batch is in the quarantine and not yet in the table; whether that came true."""
+    log = Path(quarantine_of(table), "_delta_log")
+    before, deadline = last_batch(quarantine_of(table)), time.monotonic() + PATIENCE
+    seen = set()
+    while time.monotonic() < deadline and script.process.poll() is None:
+        commits = {name for name in os.listdir(log) if name.endswith(".json")} if log.exists() else set()
+        if commits != seen and last_batch(quarantine_of(table)) > before:
+            break
+        seen = commits
+        time.sleep(0.002)
+    script.stop(signal.SIGKILL)
+    return last_batch(quarantine_of(table)) > last_batch(table)
+
+
+def kill_again_and_again(start, command: list, table: str, kills: int) -> int:
+    """Starts a stream and kills it, `kills` times, and lets it end by itself; how often it was between its writes."""
+    moments, between = random.Random(7), 0
+    for kill in range(kills):
+        script = start(*command)
+        if kill % 2 == 0:
+            between += kill_between_the_writes(script, table)
+        else:
+            time.sleep(moments.uniform(2, 25))
+            script.stop(signal.SIGKILL)
+    return between
+
+
+def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, start, account, pytestconfig):
+    topic, options = silver
+    kills = pytestconfig.getoption("kills")
+    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 200, "--invalid-fraction", 0.05, "--seed", 5)
+    producer.wait_for("acknowledged")
+    table = str(options[options.index("--table") + 1])
+
+    between = kill_again_and_again(start, [CONSUMER, *options, "--trigger", "0 seconds"], table, kills)
+
+    assert producer.stop(signal.SIGINT) == 0
+    last = run_script(CONSUMER, *options, "--once")
+    assert (last.returncode, last.stderr) == (0, "")
+    account(f"{kills} kills of the consumer, {between} of them between its two writes", *origins(spark, broker, options))
+    assert between
+
+
+def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, account, pytestconfig):
+    folder, kills, sent, done = tmp_path / "input", pytestconfig.getoption("kills"), [], threading.Event()
+    folder.mkdir()
+    table = str(tmp_path / "bronze")
+    options = ["--input", folder, "--table", table, "--checkpoint", tmp_path / "checkpoint"]
+
+    def write_files():
+        while not done.wait(0.1):
+            file = f"{len(sent) // 20}.json"
+            # Every twentieth line breaks a rule.
+            put(folder, file, *[reading(device_id=f"line-{line}", value=500 if line == 7 else 20) for line in range(20)])
+            sent.extend((file, f"line-{line}") for line in range(20))
+
+    writer = threading.Thread(target=write_files)
+    writer.start()
+    try:
+        between = kill_again_and_again(start, [BRONZE, *options, "--trigger", "0 seconds"], table, kills)
+    finally:
+        done.set()
+        writer.join()
+    last = run_script(BRONZE, *options, "--once")
+    assert (last.returncode, last.stderr) == (0, "")
+
+    accepted, rejected = (spark.read.format("delta").load(path).collect() for path in (table, quarantine_of(table)))
+    account(f"{kills} kills of the Bronze job, {between} of them between its two writes", sent,
+            [(os.path.basename(row.source_file), row.device_id) for row in accepted],
+            [(os.path.basename(row.source_file), json.loads(row.raw)["device_id"]) for row in rejected])
+    assert between

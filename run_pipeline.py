@@ -44,7 +44,7 @@ def main() -> None:
                 stopping.wait(0.5)
         if not stopping.is_set():
             broker = f"localhost:{options.port}"
-            Topic(broker).wait(seconds=0, create=True)
+            Topic(broker).wait(seconds=30, create=True)
             parts.append(Part("streaming_files_to_delta_bronze.py"))
             parts.append(Part("spark_kafka_consumer.py", "--bootstrap-servers", broker))
             parts.append(Part("kafka_producer.py", "--bootstrap-servers", broker, "--rate", str(options.rate),

@@ -23,7 +23,12 @@ def exclusive(path: str) -> Iterator[None]:
         yield
         return
     lock = Path(path).with_name(f".{Path(path).name}.lock")  # beside it, so that it may be deleted or moved
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise PipelineError(f"The checkpoint {path} can't be made: {error.strerror}. Make room for it, give this user the right, "
+                            f"or name another place with --checkpoint.") from error
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

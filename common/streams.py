@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import os
 import re
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from pyspark.sql.streaming import StreamingQuery
 from pyspark.sql.types import StructType
 
 from common.checkpoints import Checkpoint, exclusive
-from common.console import PipelineError, location, say
+from common.console import PipelineError, first_line, location, root_cause, say
 from common.readings import with_reject_reason
 from common.tables import TOPIC_ID, WRITER, create_table, properties_of, quarantine_of
 from common.topics import Topic
@@ -133,6 +136,8 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
                 + ("" if options.once else " Ctrl+C stops."))
             while error := run_query(stream, writer, options):
                 failures = 1 if writer.batches else failures + 1
+                if problem := _storage_problem(error, writer, options):
+                    raise PipelineError(problem) from error
                 if topic is None or failures > MOST_FAILURES:
                     raise error
                 topic.wait_out(error, writer.stopping)
@@ -167,6 +172,28 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
     finally:
         _report_batches(query, writer)
     return None
+
+
+def _storage_problem(error: Exception, writer: TableWriter, options: argparse.Namespace) -> str | None:
+    """What to do about an error of the file system; None for another error."""
+    message = first_line(root_cause(error))
+    places = [place for place in (writer.table, options.checkpoint, tempfile.gettempdir()) if "://" not in place]
+    next_start = "Nothing is lost: the next start goes on from the last committed offsets."
+    if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
+        free = {place: shutil.disk_usage(_existing(place)).free for place in places}
+        fullest = min(free, key=free.get, default=writer.table)
+        return f"There is no space left for {fullest} ({message}). Make some and start again. {next_start}"
+    if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH", message):
+        closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), writer.table)
+        return f"This user may not write to {closed} ({message}). Give it the right and start again. {next_start}"
+    return None
+
+
+def _existing(path: str) -> str:
+    """The path, or the nearest folder above it that is there."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float = 5) -> None:

@@ -1,7 +1,9 @@
 """The Kafka topic from a script's point of view: is it there, is it still the same, and what to do if not."""
 
 import argparse
+import logging
 import re
+import ssl
 import threading
 import time
 from functools import cached_property
@@ -28,6 +30,24 @@ def add_topic_options(parser: argparse.ArgumentParser) -> None:
                         help="properties of a Kafka client, such as security.protocol and sasl.jaas.config")
     parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
                         help="how long to wait for a broker or a topic that is not there yet")
+
+
+class _Refusals(logging.Handler):
+    """Catches why a broker refuses a connection: kafka-python says it in its log only, and then raises a mere timeout."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[Exception] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found += [value for value in record.args or ()
+                       if isinstance(value, (SaslAuthenticationFailedError, AuthorizationError, ssl.SSLError))]
+
+    def __enter__(self) -> None:
+        logging.getLogger("kafka.net").addHandler(self)
+
+    def __exit__(self, *_) -> None:
+        logging.getLogger("kafka.net").removeHandler(self)
 
 
 class Topic:
@@ -72,8 +92,9 @@ class Topic:
                 time.sleep(0.5)
 
     def _problem(self, create: bool) -> str | None:
+        refusals = _Refusals()
         try:
-            with self.client(KafkaAdminClient, bootstrap_timeout_ms=3000) as admin:
+            with refusals, self.client(KafkaAdminClient, bootstrap_timeout_ms=3000) as admin:
                 if self.name in admin.list_topics():
                     return None
                 if create:
@@ -81,17 +102,20 @@ class Topic:
                                         wait_for_metadata=True)
                     say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
                     return None
-        except TopicAlreadyExistsError:  # another script was quicker
-            return None
-        except (SaslAuthenticationFailedError, AuthorizationError) as error:
-            raise PipelineError(f"Kafka on {self.servers} refuses this user ({type(error).__name__}). Check the user, the "
-                                f"password and the rights that --kafka-config stands for.") from error
+        except TopicAlreadyExistsError:
+            return f'The topic "{self.name}" on {self.servers} is just being made, or deleted.'
         except (KafkaError, OSError) as error:
+            if refusals.found:
+                raise PipelineError(self._refused(str(refusals.found[0]))) from error
             return (f"No Kafka broker answers on {self.servers} ({type(error).__name__}). Start one: docker compose up -d, "
                     f"or python3 local_kafka.py.")
         return (f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '
                 f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
                 f"--replication-factor 1.")
+
+    def _refused(self, reason: str) -> str:
+        return (f"Kafka on {self.servers} and this script don't come together: {reason.rstrip('.')}. Check the user, the "
+                f"password, the rights and the certificates of --kafka-config.")
 
     @cached_property
     def _admin(self) -> KafkaAdminClient:
@@ -125,8 +149,7 @@ class Topic:
         """
         message = root_cause(error)
         if re.search("[Aa]uthenticat|[Aa]uthoriz|SSL", message):
-            raise PipelineError(f"Kafka on {self.servers} refuses this script: {first_line(message)} Check the user, the "
-                                f"password, the rights and the certificates of --kafka-config.") from error
+            raise PipelineError(self._refused(first_line(message))) from error
         if "may have been lost" in message:  # what is lost is looked at next
             return
         has_no_topic = re.search(r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic", message)

@@ -5,6 +5,7 @@ import time
 import pytest
 from conftest import origins, run_script, tables
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka.errors import TopicAlreadyExistsError
 from test_rules import reading
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
@@ -17,7 +18,11 @@ def admin(broker):
 
 
 def make_topic(admin, topic: str, partitions: int = 1) -> None:
-    admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True)
+    while topic not in admin.list_topics():
+        try:
+            admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True)
+        except TopicAlreadyExistsError:  # the old one is still being deleted
+            time.sleep(0.2)
 
 
 def send(broker: str, topic: str, values: range, partition: int = 0) -> None:
@@ -73,8 +78,8 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     send(broker, topic, range(0, 5))
     read_all(options)
     admin.delete_topics([topic])
-    while topic in admin.list_topics():  # a broker deletes in its own time
-        time.sleep(0.1)
+    while topic in admin.list_topics():
+        time.sleep(0.2)
     make_topic(admin, topic)
     send(broker, topic, range(20, 50))
 

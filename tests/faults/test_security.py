@@ -1,0 +1,196 @@
+"""A broker with SASL/SCRAM over TLS, and who may see what: passwords, ports, and what a record or a file's name says."""
+
+import os
+import re
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import javaproperties
+import psutil
+import pytest
+import yaml
+from conftest import REPOSITORY, origins, run_script
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
+
+from common.java import SCALA, resolve_jars
+from common.topics import Topic
+from local_kafka import LOGGING, Server, free_ports, is_free, kafka_properties, kafka_version, zookeeper_properties
+
+CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
+PASSWORD = 'Tr0ub4dor&"3\\;='
+
+
+@pytest.fixture(scope="module")
+def secure_broker(tmp_path_factory):
+    """The broker of docker-compose.yml whose port for this machine asks for SASL/SCRAM over TLS.
+
+    Its address, its address without a password, and the properties of a client that may use the first.
+    """
+    folder = tmp_path_factory.mktemp("secure")
+    store, certificate = folder / "kafka.p12", folder / "kafka.pem"
+    keytool = ["keytool", "-keystore", store, "-storepass", "changeit", "-alias", "kafka"]
+    subprocess.run([*keytool, "-genkeypair", "-keyalg", "RSA", "-storetype", "PKCS12", "-dname", "CN=localhost",
+                    "-ext", "san=dns:localhost,ip:127.0.0.1"], check=True, capture_output=True)
+    subprocess.run([*keytool, "-exportcert", "-rfc", "-file", certificate], check=True, capture_output=True)
+
+    services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
+    port, plain_port, zookeeper_port = free_ports(3)
+    environment = services["zookeeper"]["environment"]
+    servers = [Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
+                      zookeeper_properties(environment, zookeeper_port, str(folder)), str(folder))]
+    environment = services["kafka"]["environment"] | {
+        "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "HOST:SASL_SSL,DOCKER:PLAINTEXT",
+        "KAFKA_SASL_ENABLED_MECHANISMS": "SCRAM-SHA-512",
+        "KAFKA_LISTENER_NAME_HOST_SCRAM-SHA-512_SASL_JAAS_CONFIG":
+            "org.apache.kafka.common.security.scram.ScramLoginModule required;",
+        "KAFKA_SSL_KEYSTORE_TYPE": "PKCS12", "KAFKA_SSL_KEYSTORE_LOCATION": store, "KAFKA_SSL_KEYSTORE_PASSWORD": "changeit",
+    }
+    servers.append(Server("Kafka", "kafka.Kafka", class_path, environment,
+                          kafka_properties(environment, port, plain_port, zookeeper_port, str(folder)), str(folder)))
+    try:
+        servers[0].start()
+        while is_free(zookeeper_port):
+            time.sleep(0.1)
+        servers[1].start()
+        while is_free(plain_port):
+            time.sleep(0.1)
+        with KafkaAdminClient(bootstrap_servers=f"localhost:{plain_port}") as admin:
+            admin.alter_user_scram_credentials([UserScramCredentialUpsertion(
+                "sensors", ScramMechanism.SCRAM_SHA_512, PASSWORD.encode())])
+        yield f"localhost:{port}", f"localhost:{plain_port}", {
+            "security.protocol": "SASL_SSL", "sasl.mechanism": "SCRAM-SHA-512",
+            "sasl.jaas.config": jaas("sensors", PASSWORD),
+            "ssl.truststore.type": "PEM", "ssl.truststore.location": str(certificate)}
+    finally:
+        for server in reversed(servers):
+            server.stop()
+
+
+def jaas(user: str, password: str) -> str:
+    escaped = re.sub(r'(["\\])', r"\\\1", password)
+    return f'org.apache.kafka.common.security.scram.ScramLoginModule required username="{user}" password="{escaped}";'
+
+
+@pytest.fixture
+def secure(secure_broker, tmp_path):
+    """The options of the scripts for that broker, and a function that changes the properties in their file."""
+    broker, _, properties = secure_broker
+    file = tmp_path / "kafka.properties"
+
+    def change(**changes):
+        file.write_text(javaproperties.dumps(properties | {name.replace("_", "."): v for name, v in changes.items()}))
+
+    change()
+    return ["--bootstrap-servers", broker, "--kafka-config", file, "--topic", tmp_path.name], change
+
+
+def pages(address: str) -> str:
+    """All that Spark's web UI shows, from page to page."""
+    seen, to_do = {}, ["/jobs/", "/api/v1/applications"]
+    while to_do:
+        page = to_do.pop()
+        if page in seen or "/static/" in page or "kill" in page:
+            continue
+        try:
+            seen[page] = urllib.request.urlopen(address + page).read().decode()
+        except urllib.error.HTTPError:
+            seen[page] = ""
+            continue
+        to_do += re.findall(r'href="(/[^"#]+)"', seen[page].replace("&amp;", "&"))
+        for application in re.findall(r'"id" : "(local-\d+)"', seen[page]):
+            to_do += [f"/api/v1/applications/{application}/{what}" 
+                      for what in ("environment", "jobs", "stages", "sql?details=true&length=1000")]
+    assert any("/SQL/execution" in page for page in seen) and any("/environment" in page for page in seen)
+    return "\n".join(seen.values())
+
+
+def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(spark, secure_broker, secure, tmp_path, start, account):
+    _, plain, _ = secure_broker
+    topic, _ = secure
+    options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint"]
+    [port] = free_ports(1)
+    ui = f"--conf spark.ui.enabled=true --conf spark.ui.port={port} pyspark-shell"
+    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 50, "--verbose")
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds", "--verbose", env=os.environ | {"PYSPARK_SUBMIT_ARGS": ui})
+    consumer.wait_for("batch", times=2)
+
+    everyone = [process.info for process in psutil.process_iter(["cmdline", "environ"])]
+    shown = pages(f"http://localhost:{port}")
+    assert producer.stop() == 0 and consumer.stop() == 0
+    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    secrets = [PASSWORD, jaas("", PASSWORD).split('password="')[1][:-2], "Tr0ub4dor"]
+    files = [file.read_bytes() for folder in ("silver", "silver_quarantine", "checkpoint")
+             for file in (tmp_path / folder).rglob("*") if file.is_file()]
+    for secret in secrets:
+        assert secret not in str(everyone) and secret not in shown
+        assert secret not in producer.output and secret not in consumer.output
+        assert not any(secret.encode() in content for content in files)
+    assert "silver" in shown  # these are the pages of the consumer
+
+    account("SASL/SCRAM over TLS", *origins(spark, plain, options))
+
+
+@pytest.mark.parametrize("script", [PRODUCER, CONSUMER])
+def test_the_wrong_password_is_said_and_not_shown(script, secure):
+    options, change = secure
+    change(sasl_jaas_config=jaas("sensors", "swordfish"))
+    run = run_script(script, *options)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    assert "invalid credentials" in run.stderr and "--kafka-config" in run.stderr
+    assert "swordfish" not in run.stderr + run.stdout
+
+
+def test_a_certificate_that_is_not_trusted_is_said(secure, tmp_path):
+    options, change = secure
+    other = tmp_path / "other.pem"
+    subprocess.run(["keytool", "-keystore", tmp_path / "o.p12", "-storepass", "changeit", "-alias", "o", "-genkeypair",
+                    "-keyalg", "RSA", "-dname", "CN=other"], check=True, capture_output=True)
+    subprocess.run(["keytool", "-keystore", tmp_path / "o.p12", "-storepass", "changeit", "-alias", "o", "-exportcert", "-rfc",
+                    "-file", other], check=True, capture_output=True)
+    change(ssl_truststore_location=str(other))
+    run = run_script(PRODUCER, *options, "--wait", 0)
+    assert run.returncode == 1 and "certificate" in run.stderr.lower() and run.stderr.count("\n") == 1, run.stderr
+
+
+CONFIGS = [
+    ("sasl.mechanism=PLAIN\nsasl.jaas.config=none", "sasl.jaas.config has to name"),
+    ("security.protocol=SSL\nssl.truststore.location=/etc/hosts", "ssl.truststore.type has to be PEM"),
+    ("security.protocol=SSL\nssl.truststore.type=PEM\nssl.truststore.location=/nowhere", "can't be loaded"),
+    ("sasl.login.callback.handler.class=x", "nothing like the property sasl.login.callback.handler.class"),
+    ("request.timeout.ms=soon", "request.timeout.ms needs a whole number"),
+]
+
+
+@pytest.mark.parametrize("config, complaint", CONFIGS, ids=[complaint for _, complaint in CONFIGS])
+def test_a_property_that_cannot_be_followed_is_said(config, complaint, tmp_path):
+    file = tmp_path / "kafka.properties"
+    file.write_text(config)
+    run = run_script(PRODUCER, "--kafka-config", file, "--wait", 0)
+    assert run.returncode == 1 and complaint in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_a_config_file_that_cannot_be_read_is_said(tmp_path):
+    run = run_script(PRODUCER, "--kafka-config", tmp_path / "none")
+    assert (run.returncode, run.stderr) == (1, f"error: The Kafka properties {tmp_path}/none can't be read: No such file or "
+                                               f"directory. A line of it is name=value.\n")
+
+
+def test_nothing_listens_beyond_this_machine(broker, silver, start):
+    services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert ports and all(port.startswith("127.0.0.1:") for port in ports)
+
+    topic, options = silver
+    run_script(PRODUCER, *topic, "--create-topic", "--count", 5, "--rate", 0)
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
+    consumer.wait_for("batch")
+    ours = [process for process in psutil.process_iter(["cmdline"])
+            if re.search(r"local_kafka|kafka\.Kafka|QuorumPeerMain|spark", " ".join(process.info["cmdline"] or ()))]
+    listening = [socket.laddr.ip for process in ours for socket in process.net_connections("inet")
+                 if socket.status == psutil.CONN_LISTEN]
+    assert len(listening) > 5 and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert consumer.stop() == 0

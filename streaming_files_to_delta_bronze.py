@@ -20,17 +20,22 @@ name that begins with "." or "_", and rename it when it is complete.
 import argparse
 import os
 import re
-import sys
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, first_line, location, root_cause, run
+from common.console import REPOSITORY, PipelineError, argument_parser, at_least, first_line, location, root_cause, run, warn
+from common.readings import LONE_SURROGATE
 from common.session import build_spark
 from common.streams import TableWriter, add_stream_options, run_until_stopped
 from common.tables import BRONZE, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
+
+# Bytes of a line, or with --multiline of a file: far more than a reading has, and little enough for the memory.
+LONGEST_RECORD = 8_000_000
+IN_QUARANTINE = "It is in the quarantine as unreadable_file; put it right and give it a new name."
+LINE_LIMIT = {"mapreduce.input.linerecordreader.line.maxlength": LONGEST_RECORD}
 
 
 def main() -> None:
@@ -38,7 +43,7 @@ def main() -> None:
     spark = build_spark("files-to-bronze", verbose=options.verbose)
     new_files = list_new_files(spark, options)
     read_records = read_values if options.multiline else read_lines
-    bronze = TableWriter(options.table, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, read_records)
+    bronze = BronzeWriter(options.table, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, read_records)
     run_until_stopped(new_files, bronze, options)
 
 
@@ -54,9 +59,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
-    """The names of new files as a stream: `path` and `ingest_time`, the start of the batch that takes the file.
+    """New files as a stream: `path`, `length`, `modificationTime` (both of now, each time that they are looked at), and
+    `ingest_time`, the start of the batch that takes the file.
 
-    Only names, so that a file that can't be read stops no batch: `read_files` reads them.
+    Not what is in them, so that a file that can't be read stops no batch: `read_files` reads them.
     """
     if "://" not in options.input and not os.path.isdir(options.input):
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
@@ -68,8 +74,21 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         .option("maxFilesPerTrigger", options.max_files_per_trigger)
         .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed
         .load(options.input)
-        .select("path", F.current_timestamp().alias("ingest_time"))
+        .select("path", "length", "modificationTime", F.current_timestamp().alias("ingest_time"))
     )
+
+
+class BronzeWriter(TableWriter):
+    """Writes the tables, and names each file that changed while it was taken: it broke the rule of complete files."""
+
+    def write(self, batch: DataFrame, batch_id: int) -> None:
+        before = set(batch.drop("ingest_time").collect())
+        super().write(batch, batch_id)
+        paths = {file.path for file in before}
+        for file in set(batch.drop("ingest_time").collect()) - before:
+            if file.path in paths:
+                warn(f"{file.path} has changed since it was taken, and what it has gained is not read. Write a file under a "
+                     f'name that begins with "_", and rename it when it is complete.')
 
 
 def read_lines(batch: DataFrame, careful: bool) -> DataFrame:
@@ -84,17 +103,18 @@ def read_values(batch: DataFrame, careful: bool) -> DataFrame:
     broken, or holds null or strings, is one record as a whole.
     """
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
-    value, checksum = F.col("raw").cast("string"), F.sha2("raw", 256)
+    checksum = F.sha2("raw", 256)
     # As in common/readings.py: the checksum comes second only if nothing but white space follows the value.
-    framed = F.from_json(F.concat(F.lit("["), value, F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
-    files = read_files(batch, careful, wholetext=True).select(
-        "*", framed.alias("framed"), F.from_json(value, "ARRAY<STRING>", strict).alias("elements"))
+    framed = F.from_json(F.concat(F.lit("["), "text", F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
+    files = (read_files(batch, careful, wholetext=True)
+             .withColumn("text", F.col("raw").cast("string"))
+             .select("*", framed.alias("framed"), F.from_json("text", "ARRAY<STRING>", strict).alias("elements")))
     is_one_value = (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
     # A string in the array has lost its quotes in `elements`, and could pass for an object: then this doesn't hold.
     is_array_of_objects = F.concat(F.lit("["), F.array_join("elements", ","), F.lit("]")) == F.get("framed", F.lit(0))
-    # A lone surrogate is "?" in `elements`, and can't be in a variant.
-    is_unicode = ~value.rlike(r"\\u[dD][89a-fA-F]") | F.try_parse_json(value).isNotNull()
-    is_splittable = F.is_valid_utf8(value) & is_one_value & is_array_of_objects & is_unicode
+    # It would be "?" in `elements`.
+    has_lone_surrogate = F.expr(LONE_SURROGATE)
+    is_splittable = F.is_valid_utf8("text") & is_one_value & is_array_of_objects & ~has_lone_surrogate
     elements = F.transform("elements", lambda element: element.cast("binary"))
     return files.select(F.explode(F.when(is_splittable, elements).otherwise(F.array("raw"))).alias("raw"),
                         "source_file", "ingest_time", "reject_reason")
@@ -108,31 +128,67 @@ def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     """
     spark = batch.sparkSession
     # Microseconds, because a datetime of Python would go through the zone of this machine.
-    files = batch.select("path", F.unix_micros("ingest_time").alias("ingest_time")).collect()
+    files = batch.select("path", "length", F.unix_micros("ingest_time").alias("ingest_time")).collect()
     paths = [file.path for file in files]
     unreadable = find_unreadable(spark, paths) if careful else []
+    unreadable += find_oversized(spark, [file for file in files if file.path not in unreadable], text_options)
     ingest_time = F.timestamp_micros(F.lit(files[0].ingest_time if files else None))
-    # Spark gives the name as a URI, of which url_decode would take a "+" for a blank.
-    source_file = F.url_decode(F.replace("_metadata.file_path", F.lit("+"), F.lit("%2B")))
     names = F.array(*map(F.lit, unreadable)).cast("ARRAY<STRING>")
     records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
                                     F.lit("unreadable_file").alias("reject_reason"))
     if readable := [escape_glob(path) for path in paths if path not in unreadable]:
-        text = spark.read.text(readable, **text_options)
+        text = spark.read.options(**LINE_LIMIT).text(readable, **text_options)
         records = records.union(text.select(
-            F.col("value").cast("binary"), source_file, F.lit(None).cast("string")))
+            F.col("value").cast("binary"), source_file(), F.lit(None).cast("string")))
     return records.withColumn("ingest_time", ingest_time)
+
+
+def source_file() -> Column:
+    """The path of the file that a row of text comes from. Spark has it as a URI, in which url_decode makes a blank of "+"."""
+    return F.url_decode(F.replace("_metadata.file_path", F.lit("+"), F.lit("%2B")))
+
+
+def find_oversized(spark: SparkSession, files: list[Row], text_options: dict) -> list[str]:
+    """Paths of those of `files` that hold a record of more than LONGEST_RECORD bytes, each named on stderr.
+
+    LINE_LIMIT leaves out a line that long without a word: what is read is then shorter than the file.
+    """
+    sizes = {file.path: size for file in files if (size := unpacked_size(spark, file)) > LONGEST_RECORD}
+    oversized = list(sizes)
+    if sizes and "wholetext" not in text_options:
+        lines = spark.read.options(**LINE_LIMIT).text(list(map(escape_glob, sizes)), **text_options)
+        read = lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
+        # A byte order mark is left out too; it has 3 bytes.
+        oversized = sizes.keys() - {file.path for file in read if file.size + 3 >= sizes[file.path]}
+    for path in oversized:
+        warn(f"{path} can't be read: it has a record of more than {LONGEST_RECORD:,} bytes. {IN_QUARANTINE}")
+    return list(oversized)
+
+
+def unpacked_size(spark: SparkSession, file: Row) -> int:
+    """The bytes in `file`, unpacked; 0 for a .gz that is broken, which `find_unreadable` finds."""
+    # A .gz has at most 1,032 times its size inside: https://zlib.net/zlib_tech.html
+    if not file.path.endswith(".gz") or file.length * 1032 <= LONGEST_RECORD:
+        return file.length
+    path, java = spark._jvm.org.apache.hadoop.fs.Path(file.path), spark._jvm
+    content = path.getFileSystem(spark._jsc.hadoopConfiguration()).open(path)
+    try:
+        return java.org.apache.commons.io.IOUtils.copyLarge(
+            java.java.util.zip.GZIPInputStream(content), java.org.apache.commons.io.output.NullOutputStream.INSTANCE)
+    except Py4JJavaError:
+        return 0
+    finally:
+        content.close()
 
 
 def find_unreadable(spark: SparkSession, paths: list[str]) -> list[str]:
     """Those of `paths` that can't be read to their end (no permission, a broken .gz, gone), each named on stderr."""
     try:
-        spark.read.text([escape_glob(path) for path in paths]).write.format("noop").mode("overwrite").save()
+        spark.read.options(**LINE_LIMIT).text([escape_glob(path) for path in paths]).write.format("noop").mode("overwrite").save()
         return []
     except (PySparkException, Py4JJavaError) as error:
         if len(paths) == 1:
-            print(f"{paths[0]} can't be read: {first_line(root_cause(error))}. It is in the quarantine as unreadable_file; put it "
-                  f"right and give it a new name.", file=sys.stderr)
+            warn(f"{paths[0]} can't be read: {first_line(root_cause(error))}. {IN_QUARANTINE}")
             return paths
     middle = len(paths) // 2
     return find_unreadable(spark, paths[:middle]) + find_unreadable(spark, paths[middle:])

@@ -1,15 +1,21 @@
 """A stream's checkpoint: one process at a time, and only with the tables that belong to it."""
 
+import argparse
 import fcntl
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyspark.sql import SparkSession
 
-from common.console import PipelineError
+from common.console import PipelineError, say
+from common.tables import TOPIC_ID, WRITER, properties_of
+
+if TYPE_CHECKING:
+    from common.streams import TableWriter
 
 
 @contextmanager
@@ -85,3 +91,44 @@ class Checkpoint:
             return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
         finally:
             content.close()
+
+
+def check_restart(spark: SparkSession, writer: "TableWriter", options: argparse.Namespace) -> None:
+    """Raises PipelineError where the checkpoint, the tables and the topic do not belong together.
+
+    Going on would then lose records (a checkpoint that has read them, tables that don't have them) or write them twice.
+    """
+    checkpoint = Checkpoint(spark, options.checkpoint)
+    tables = {table: properties_of(spark, table) for table in (writer.table, writer.quarantine)}
+    if writer.topic:
+        writer.topic_id = writer.topic.id()
+        if _is_of_another_topic(tables[writer.table], writer.topic_id):
+            problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had "
+                       f"from {checkpoint.offsets() or 'its beginning'} on is gone.").replace("the", "The", 1)
+            _accept_loss(problem, "the new topic is read from its beginning", options)
+            say(f"The old checkpoint is now {checkpoint.set_aside()}.")
+            writer.adopts = True
+            return
+    for table, properties in tables.items():
+        if properties is None and checkpoint.last_batch() is not None:
+            raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
+                                f"such table. Put the table back, or read all again: delete the checkpoint and {writer.table}*.")
+        if properties is not None and properties.get(WRITER) != checkpoint.id():
+            raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
+                                f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
+                                f"again: delete the checkpoint and {writer.table}*.")
+    if writer.topic and (offsets := checkpoint.offsets()):
+        unread = {int(partition): offset for partition, offset in json.loads(offsets)[writer.topic.name].items()}
+        if lost := writer.topic.lost(unread):
+            _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
+                         f"removed them, or something else did.", "it goes on with what there is", options)
+
+
+def _is_of_another_topic(properties: dict[str, str] | None, topic_id: str) -> bool:
+    return bool(properties and topic_id and properties.get(TOPIC_ID, topic_id) != topic_id)
+
+
+def _accept_loss(problem: str, what_follows: str, options: argparse.Namespace) -> None:
+    if not options.accept_data_loss:
+        raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")
+    say(f"{problem} --accept-data-loss: {what_follows}.")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
@@ -81,6 +82,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def warn(line: str) -> None:
+    """Prints a line to stderr. It may quote a file's name or an error, so no control character of it reaches the screen."""
+    print(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line), file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence.
 
@@ -99,5 +105,5 @@ def run(main: Callable[[], None]) -> None:
         message = str(error)
         if not isinstance(error, PipelineError):
             message = f"{first_line(root_cause(error))} (--verbose shows all of it)"
-        print(f"error: {message}", file=sys.stderr)
+        warn(f"error: {message}")
         sys.exit(1)

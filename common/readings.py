@@ -38,6 +38,10 @@ READING_COLUMNS = ("device_id STRING, building STRING, floor INT, type STRING, v
 # RFC 3339, less its lower-case "t" and "z"; the short forms +01 and +0100 of ISO 8601 pass too.
 TIMESTAMP = r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)\z"
 BLANK = r"\A\p{IsWhite_Space}*\z"
+# SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
+# out first, an escaped backslash and a whole pair.
+LONE_SURROGATE = (r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
+                  r"RLIKE r'\\u[dD][89a-fA-F]'")
 
 
 def _is_missing(field: str, string: str) -> str:
@@ -56,7 +60,8 @@ RULES = {
     "empty_record": f"raw IS NULL OR text RLIKE r'{BLANK}'",
     "invalid_encoding": "NOT is_valid_utf8(text)",
     "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> checksum, true) "
-                      "OR fields IS NULL OR size(array_distinct(map_keys(fields))) < size(fields)",
+                      "OR fields IS NULL OR size(array_distinct(map_keys(fields))) < size(fields) "
+                      f"OR {LONE_SURROGATE}",
     "missing_device_id": _is_missing("device_id", "reading.device_id"),
     "missing_building": _is_missing("building", "reading.building"),
     "missing_type": _is_missing("type", "reading.type"),
@@ -106,7 +111,7 @@ def _parse(records: DataFrame) -> DataFrame:
     - `fields`, the record as a map of variants, has every name as often as it stands there, and each value with its JSON
       type. `json_type` names those: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, VOID for null;
       it is null for an absent field.
-    - What a variant can't hold makes all null: a lone surrogate, which is no Unicode, or a name twice further in.
+    - What a variant can't hold makes all null, such as a name twice further in.
     """
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     framed = F.concat(F.lit("["), "text", F.lit(',{"end":"'), "checksum", F.lit('"}]'))

@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable
 
 from py4j.protocol import Py4JJavaError
+from pyspark import StorageLevel
 from pyspark.errors import PySparkException, StreamingQueryException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.streaming import StreamingQuery
 from pyspark.sql.types import StructType
 
-from common.checkpoints import Checkpoint, exclusive
+from common.checkpoints import check_restart, exclusive
 from common.console import PipelineError, first_line, location, root_cause, say
 from common.readings import with_reject_reason
-from common.tables import TOPIC_ID, WRITER, create_table, properties_of, quarantine_of
+from common.tables import TOPIC_ID, WRITER, create_table, quarantine_of
 from common.topics import Topic
 
 MOST_FAILURES = 3  # in a row, each after a wait for Kafka, without a batch between them
@@ -77,27 +78,20 @@ class TableWriter:
             try:
                 if self.stopping.is_set():
                     raise Stopped  # before anything of this batch was written; the next start repeats it
-                self._write(batch, batch_id)
+                self.write(batch, batch_id)
             except Exception as error:
                 self.error = error
                 raise
 
-    def _write(self, batch: DataFrame, batch_id: int) -> None:
+    def write(self, batch: DataFrame, batch_id: int) -> None:
+        """Writes one batch; called with the lock held."""
         if batch_id == 0:
             owner = {WRITER: self.checkpoint_id} | ({TOPIC_ID: self.topic_id} if self.topic_id else {})
             # The table last: as long as it is not this stream's, nothing was written.
             for table, columns in ((self.quarantine, self.quarantine_columns), (self.table, self.columns)):
                 create_table(batch.sparkSession, table, columns, owner, self.adopts)
-        records = with_reject_reason(self.read_records(batch, False) if self.read_records else batch).persist()
+        records, counts = self._read(batch)
         try:
-            try:
-                counts = _count(records)
-            except (PySparkException, Py4JJavaError):
-                if not self.read_records:
-                    raise
-                records.unpersist()
-                records = with_reject_reason(self.read_records(batch, True)).persist()
-                counts = _count(records)
             # An id never comes back: if it is the same now, all of these records are of the same topic.
             if self.topic and self.topic.id() != self.topic_id:
                 raise PipelineError(f"{self.topic} was deleted while it was read.")
@@ -110,6 +104,19 @@ class TableWriter:
             records.unpersist()
         self.counts[batch_id] = counts
         self.batches += 1
+
+    def _read(self, batch: DataFrame) -> tuple[DataFrame, dict[str | None, int]]:
+        """The batch's records with their reject_reason, kept on disk, and their number by it."""
+        for careful in (False, True) if self.read_records else (True,):
+            records = None
+            try:
+                records = with_reject_reason(self.read_records(batch, careful) if self.read_records else batch)
+                return records.persist(StorageLevel.DISK_ONLY), _count(records)
+            except (PySparkException, Py4JJavaError):
+                if records:
+                    records.unpersist()
+                if careful:
+                    raise
 
     def _append(self, records: DataFrame, table: str, columns: str, batch_id: int) -> None:
         """Appends to `table`, unless its log says that this stream's batch is there: a batch repeated after a crash."""
@@ -131,7 +138,7 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
         signal.signal(stop_signal, lambda *_: writer.stopping.set())
     try:
         with exclusive(options.checkpoint):
-            _check_restart(spark, writer, options)
+            check_restart(spark, writer, options)
             say(f"Writing to {writer.table}, rejected records to {writer.quarantine}."
                 + ("" if options.once else " Ctrl+C stops."))
             while error := run_query(stream, writer, options):
@@ -143,7 +150,7 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
                 topic.wait_out(error, writer.stopping)
                 if writer.stopping.is_set():
                     break
-                _check_restart(spark, writer, options)
+                check_restart(spark, writer, options)
                 say("Going on from the last committed offsets.")
     finally:
         spark.stop()
@@ -224,44 +231,3 @@ def _report_batches(query: StreamingQuery, writer: TableWriter) -> None:
 
 def _total_offset(offsets: str) -> int:
     return sum(offset for partitions in json.loads(offsets).values() for offset in partitions.values())
-
-
-def _check_restart(spark: SparkSession, writer: TableWriter, options: argparse.Namespace) -> None:
-    """Raises PipelineError where the checkpoint, the tables and the topic do not belong together.
-
-    Going on would then lose records (a checkpoint that has read them, tables that don't have them) or write them twice.
-    """
-    checkpoint = Checkpoint(spark, options.checkpoint)
-    tables = {table: properties_of(spark, table) for table in (writer.table, writer.quarantine)}
-    if writer.topic:
-        writer.topic_id = writer.topic.id()
-        if _is_of_another_topic(tables[writer.table], writer.topic_id):
-            problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had "
-                       f"from {checkpoint.offsets() or 'its beginning'} on is gone.").replace("the", "The", 1)
-            _accept_loss(problem, "the new topic is read from its beginning", options)
-            say(f"The old checkpoint is now {checkpoint.set_aside()}.")
-            writer.adopts = True
-            return
-    for table, properties in tables.items():
-        if properties is None and checkpoint.last_batch() is not None:
-            raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
-                                f"such table. Put the table back, or read all again: delete the checkpoint and {writer.table}*.")
-        if properties is not None and properties.get(WRITER) != checkpoint.id():
-            raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
-                                f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
-                                f"again: delete the checkpoint and {writer.table}*.")
-    if writer.topic and (offsets := checkpoint.offsets()):
-        unread = {int(partition): offset for partition, offset in json.loads(offsets)[writer.topic.name].items()}
-        if lost := writer.topic.lost(unread):
-            _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
-                         f"removed them, or something else did.", "it goes on with what there is", options)
-
-
-def _is_of_another_topic(properties: dict[str, str] | None, topic_id: str) -> bool:
-    return bool(properties and topic_id and properties.get(TOPIC_ID, topic_id) != topic_id)
-
-
-def _accept_loss(problem: str, what_follows: str, options: argparse.Namespace) -> None:
-    if not options.accept_data_loss:
-        raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")
-    say(f"{problem} --accept-data-loss: {what_follows}.")

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import re
-import ssl
 import threading
 import time
 from functools import cached_property
@@ -40,8 +39,8 @@ class _Refusals(logging.Handler):
         self.found: list[Exception] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.found += [value for value in record.args or ()
-                       if isinstance(value, (SaslAuthenticationFailedError, AuthorizationError, ssl.SSLError))]
+        self.found += [value for value in record.args or () if "[SSL:" in str(value)
+                       or isinstance(value, (SaslAuthenticationFailedError, AuthorizationError))]
 
     def __enter__(self) -> None:
         logging.getLogger("kafka.net").addHandler(self)

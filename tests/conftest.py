@@ -61,11 +61,12 @@ class Script:
 def run_script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
     """Runs a script to its end; its exit code, stdout and stderr."""
     return subprocess.run([sys.executable, str(REPOSITORY / name), *map(str, arguments)], capture_output=True, text=True,
-                          cwd="/", timeout=PATIENCE, stdin=subprocess.DEVNULL, **options)
+                          **{"cwd": "/", "timeout": PATIENCE, "stdin": subprocess.DEVNULL} | options)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often each stream is killed in tests/faults")
+    parser.addoption("--kills", type=int, default=2, help="how often each stream is killed in tests/faults")
+    parser.addoption("--megabytes", type=int, default=30, help="how large the large files in tests/faults are")
 
 
 ACCOUNT = pytest.StashKey[list]()

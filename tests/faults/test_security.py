@@ -12,11 +12,10 @@ import psutil
 import pytest
 import yaml
 from conftest import REPOSITORY, origins, run_script
-from kafka import KafkaAdminClient, KafkaConsumer
+from kafka import KafkaAdminClient
 from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
 
 from common.java import SCALA, resolve_jars
-from common.topics import Topic
 from local_kafka import LOGGING, Server, free_ports, is_free, kafka_properties, kafka_version, zookeeper_properties
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"

@@ -1,0 +1,102 @@
+"""Files that are half written, grow, are renamed, replaced, very large or can't be read, on their way to Bronze.
+
+`--megabytes 1000` makes the large ones so large.
+"""
+
+import gzip
+import os
+import threading
+from collections import Counter
+
+from conftest import run_script
+from test_files_to_bronze import put
+from test_rules import reading
+
+from common.tables import quarantine_of
+
+BRONZE = "streaming_files_to_delta_bronze.py"
+RECORD = reading(device_id="sensor-001")
+
+
+def tables(spark, table) -> tuple[Counter, list]:
+    """Rows of the table by file; (reason, file) of those in the quarantine."""
+    accepted, rejected = (spark.read.format("delta").load(path) for path in (str(table), quarantine_of(str(table))))
+    return (Counter({os.path.basename(row.source_file): row["count"]
+                     for row in accepted.groupBy("source_file").count().collect()}),
+            sorted((row.reject_reason, os.path.basename(row.source_file)) for row in rejected.collect()))
+
+
+def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(spark, tmp_path, start, account):
+    folder, options = tmp_path / "input", ["--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint"]
+    folder.mkdir()
+    grown = threading.Event()
+
+    def grow():
+        with (folder / "growing.json").open("ab", buffering=0) as file:
+            while not grown.wait(0.2):
+                file.write(RECORD + b"\n")
+
+    (folder / "growing.json").write_bytes(RECORD + b"\n" + RECORD[:40])
+    writer = threading.Thread(target=grow)
+    stream = start(BRONZE, "--input", folder, *options, "--trigger", "0 seconds")
+    put(folder, "Grüße aus der Küche 1.json", RECORD)
+    put(folder, "replaced.json", RECORD)
+    writer.start()
+    try:
+        stream.wait_for("growing.json has changed since it was taken")
+        stream.wait_for("batch")
+    finally:
+        grown.set()
+        writer.join()
+    put(folder, "replaced.json", RECORD, RECORD)
+    put(folder, "whole.json", RECORD, RECORD, RECORD)
+    os.rename(folder / "whole.json", folder / "renamed.json")
+    batches = stream.output.count("batch")
+    stream.wait_for("batch", times=batches + 1)
+    assert stream.stop() == 0 and "Traceback" not in stream.output
+
+    accepted, rejected = tables(spark, tmp_path / "bronze")
+    assert accepted["growing.json"] >= 1 and ("malformed_json", "growing.json") in rejected  # as it was when it was taken
+    whole = {"Grüße aus der Küche 1.json": 1, "replaced.json": 1, "renamed.json": 3}
+    assert {file: accepted[file] for file in whole} == whole
+    account("files that grow, are renamed or replaced", [(file, line) for file in whole for line in range(whole[file])],
+            [(file, line) for file in whole for line in range(accepted[file])], [])
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pytestconfig, account):
+    folder, size = tmp_path / "input", pytestconfig.getoption("megabytes") * 1_000_000
+    folder.mkdir()
+    lines = size // (len(RECORD) + 1)
+    with (folder / "large.json").open("wb") as file:
+        for _ in range(lines // 1000):
+            file.write((RECORD + b"\n") * 1000)
+    with (folder / "one_line.json").open("wb") as file:
+        for _ in range(size // 1_000_000):
+            file.write(b"a" * 1_000_000)
+    with gzip.open(folder / "bomb.json.gz", "wb") as file:
+        for _ in range(size // 1_000_000):
+            file.write(b"a" * 1_000_000)
+    put(folder, "broken.json.gz", *[reading(value=n) for n in range(40)])
+    (folder / "broken.json.gz").write_bytes((folder / "broken.json.gz").read_bytes()[:200])
+    put(folder, "forbidden.json", RECORD)
+    os.chmod(folder / "forbidden.json", 0)
+    is_closed = not os.access(folder / "forbidden.json", os.R_OK)  # not to root
+    os.symlink(folder / "nowhere", folder / "dangling.json")
+    put(folder, "bell \x1b[31m.json.gz", RECORD)
+    (folder / "bell \x1b[31m.json.gz").write_bytes(b"no gzip")
+    put(folder, "small.json", RECORD, RECORD[:20])
+
+    run = run_script(BRONZE, "--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint",
+                     "--once", timeout=3600)
+
+    assert run.returncode == 0 and "Traceback" not in run.stderr and "\x1b" not in run.stderr, run.stderr
+    unreadable = ["bell \x1b[31m.json.gz", "bomb.json.gz", "broken.json.gz", *["forbidden.json"] * is_closed, "one_line.json"]
+    for file in unreadable:
+        assert f"{folder}/{file} can't be read: ".replace("\x1b", "\ufffd") in run.stderr
+    accepted, rejected = tables(spark, tmp_path / "bronze")
+    assert accepted == Counter({"large.json": lines // 1000 * 1000, "small.json": 1, "forbidden.json": 1 - is_closed})
+    assert rejected == [("malformed_json", "small.json"), *(("unreadable_file", file) for file in unreadable)]
+    account(f"a file of {size:,} bytes, a line of as many, and what can't be read", range(lines // 1000 * 1000 + 7),
+            range(sum(accepted.values())), range(sum(accepted.values()), sum(accepted.values()) + len(rejected)))
+    shown = run_script("read_bronze.py", "--table", tmp_path / "bronze", "--rejected")
+    assert shown.returncode == 0 and "\x1b" not in shown.stdout and "\ufffd[31m" in shown.stdout

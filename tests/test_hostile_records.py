@@ -1,0 +1,173 @@
+"""At least 100,000 mutated records by both roads, against the oracle: none lost, none accepted with another value."""
+
+import json
+import os
+import random
+import struct
+from collections import Counter
+
+import oracle
+import pytest
+from conftest import origins, run_script, tables
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from kafka import KafkaConsumer, KafkaProducer
+from pyspark.sql import functions as F
+from test_rules import ARRIVAL, CASES, VALID, judge, reading
+
+from common.tables import quarantine_of
+
+ARRIVAL_MICROS = oracle.micros_of(ARRIVAL)
+CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
+COLUMNS = ("device_id", "building", "floor", "type", "value", "unit")
+
+FRAGMENTS = [fragment.encode("utf-8", "surrogatepass") for fragment in (
+    "{", "}", "[", "]", ",", ":", '"', "\\", "null", "true", "NaN", "Infinity", "-Infinity", "-", "+", ".", "e", "E", "0", "00",
+    "1e999", "-1e-999", "9" * 400, "0." + "1" * 400, "1E+2", "2147483648", "-2147483649", "9007199254740993", "4.9e-324",
+    "1.7976931348623157e308", "0x10", "1_000", "1763632800", "1763632800000", '"value":1', ',"value":2', ',"device_id":"x"',
+    '"end":"', ',{"end":"x"}]', "/* c */", "//", "#", "'", "\x00", "\x01", "\x1b[2J", "\x7f", "\x85", "\u2028", "\ufeff", "\u202e",
+    "\\u0000", "\\u0041", "\\ud800", "\\ude00", "\\ud83d\\ude00", "\\uD83D\\u0041", "\\x41", "\\/", "\\", "\\u12", "\ud800", "é", "°",
+    "🌡", "\u00a0", "\u3000", "2016-12-31T23:59:60Z", "2026-02-29T10:00:00Z", "2024-02-29T10:00:00Z", "2026-13-01T10:00:00Z",
+    "2026-11-20T24:00:00Z", "0000-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-11-20T10:00:00.9999999Z", "1582-10-10T00:00:00Z",
+    "2026-11-20T10:00:00+18:00", "2026-11-20T10:00:00-18:01", "2026-11-20T10:00:00+05:60", "2026-11-20t10:00:00z",
+    "２０２６-11-20T10:00:00Z", "[" * 50, "]" * 50, '{"a":' * 50, "}" * 50, "[" * 1100, "temperature", "°C", "%", "ppm", " ", "\t", "\n")]
+FRAGMENTS += [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\xef\xbb\xbf", b"\xfe\xff"]
+
+
+def mutate(record: bytes, rng: random.Random) -> bytes:
+    """The record with one to three changes of its bytes, its fields or its fields' values."""
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        place, kind = rng.randrange(len(record) + 1), rng.randrange(8)
+        fragment = rng.choice(FRAGMENTS)
+        if kind == 0:
+            record = record[:place] + fragment + record[place:]
+        elif kind == 1:
+            record = record[:place] + fragment + record[place + len(fragment):]
+        elif kind == 2:
+            record = record[:place] + record[place + rng.randrange(1, 6):]
+        elif kind == 3:
+            record = record[:place] + bytes([rng.randrange(256)]) + record[place + 1:]
+        elif kind == 4:
+            record = record[:place] + record[rng.randrange(len(record) + 1):]
+        elif kind == 5:  # another value of a field
+            field = rng.choice(list(VALID)).encode()
+            head, name, tail = record.partition(b'"' + field + b'": ')
+            value, separator, rest = tail.partition(b", ")
+            quoted = rng.choice((fragment, b'"' + fragment + b'"'))
+            record = head + name + (quoted if name else b"") + separator + rest
+        elif kind == 6:  # a number with all its digits
+            number = struct.unpack("d", rng.randbytes(8))[0]
+            record = record.replace(b'"value": 2', b'"value": ' + repr(rng.choice((number, rng.uniform(-41, 121)))).encode(), 1)
+        else:
+            record = record[:-1] + b', "' + rng.choice((b"value", b"note", b"", fragment)) + b'": ' + fragment + record[-1:]
+    return record
+
+
+def corpus(size: int, seed: int) -> list[bytes]:
+    rng = random.Random(seed)
+    seeds = [record for record, _ in CASES if record]
+    seeds += [reading(value=2.5, note="x"), reading(type="humidity", unit="%"), reading(type="co2", unit="ppm")] * 500
+    return seeds + [mutate(rng.choice(seeds), rng) for _ in range(size - len(seeds))]
+
+
+def check_rows(spark, records: list[bytes | None]) -> Counter:
+    """Judges the records with the rules and the oracle; how many are valid and how many are not."""
+    verdicts = Counter()
+    for record, row in zip(records, judge(spark, records), strict=True):
+        right = oracle.judge(record, ARRIVAL_MICROS)
+        ours = None if row.reject_reason else (*(row[column] for column in COLUMNS), row.event_micros)
+        assert ours == right, (record, row.reject_reason, ours, right)
+        verdicts[right is not None] += 1
+    return verdicts
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.sampled_from(
+        ["temperature", "humidity", "co2", "°C", "%", "ppm", "2026-11-20T10:00:00Z", "A", 21.5, 50, "50"]),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3), max_leaves=5)
+READINGS = st.dictionaries(st.sampled_from(list(VALID)), JSON, max_size=4).map(lambda changes: VALID | changes)
+RECORDS = st.one_of(
+    READINGS.flatmap(lambda fields: st.booleans().map(lambda ascii: json.dumps(fields, ensure_ascii=ascii).encode(
+        "utf-8", "surrogatepass"))),
+    st.datetimes(timezones=st.timezones() | st.none()).map(lambda moment: reading(timestamp=moment.isoformat())),
+    st.from_regex(r"\A\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\d(\.\d{1,9})?(Z|[+-][01]\d:?[0-6]\d)\Z").map(
+        lambda text: reading(timestamp=text)),
+    st.floats(-50, 130).map(lambda value: reading(value=value)),
+    st.binary(max_size=200))
+
+
+def test_the_rules_and_the_oracle_agree_on_what_hypothesis_makes(spark):
+    records = []
+
+    @settings(max_examples=5000, database=None, derandomize=True, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(RECORDS)
+    def collect(record):
+        records.append(record)
+
+    collect()
+    verdicts = check_rows(spark, records)  # all at once: a job of Spark's for each would take hours
+    assert min(verdicts.values()) > 500, verdicts
+
+
+def test_the_rules_and_the_oracle_agree_on_a_corpus_of_mutated_records(spark):
+    verdicts = check_rows(spark, corpus(30_000, seed=1))
+    assert min(verdicts.values()) > 2000, verdicts
+
+
+@pytest.fixture(scope="module")
+def hostile() -> list[bytes]:
+    return corpus(110_000, seed=2)
+
+
+def test_hostile_records_go_through_kafka(spark, broker, silver, hostile, account):
+    topic, options = silver
+    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    with KafkaProducer(bootstrap_servers=broker, linger_ms=50) as producer:
+        for number, record in enumerate([*hostile, None, b""]):
+            producer.send(topic[3], key=b"device", value=record, partition=number % 3)
+    with KafkaConsumer(topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
+        sent = {(message.topic, message.partition, message.offset): message.value for message in consumer}
+
+    run = run_script(CONSUMER, *options, "--once")
+
+    assert (run.returncode, run.stderr) == (0, "")
+    account("hostile records by Kafka", *origins(spark, broker, options))
+    accepted, rejected = tables(spark, options)
+    origin = ("topic", "partition", "offset")
+    arrival = rejected.select(F.unix_micros("ingest_time")).first()[0]
+    for row in rejected.collect():
+        raw = sent.pop(tuple(row[column] for column in origin))
+        assert (row.raw if row.raw is None else bytes(row.raw)) == raw
+        assert oracle.judge(raw, arrival) is None, raw
+    for row in accepted.withColumn("event_micros", F.unix_micros("event_time")).drop("event_time").collect():
+        raw = sent.pop(tuple(row[column] for column in origin))
+        assert row.raw_json.encode() == raw
+        assert (*(row[column] for column in COLUMNS), row.event_micros) == oracle.judge(raw, arrival), raw
+    assert not sent
+
+
+def test_hostile_records_go_through_files(spark, tmp_path, hostile, account):
+    folder, table = tmp_path / "input", str(tmp_path / "bronze")
+    folder.mkdir()
+    # One record is one line; a file that begins with a byte order mark is read without it.
+    lines = [record for record in hostile if b"\n" not in record]
+    for number in range(0, len(lines), 20_000):
+        content = b"\n".join([b"{}", *lines[number:number + 20_000]])
+        (folder / f"_{number}").write_bytes(content)
+        os.rename(folder / f"_{number}", folder / f"{number}.json")
+
+    run = run_script(BRONZE, "--input", folder, "--table", table, "--checkpoint", tmp_path / "checkpoint", "--once")
+
+    assert (run.returncode, run.stderr) == (0, "")
+    accepted, rejected = (spark.read.format("delta").load(path) for path in (table, quarantine_of(table)))
+    arrival = rejected.select(F.unix_micros("ingest_time")).first()[0]
+    verdicts = [oracle.judge(line, arrival) for line in lines]
+    right = Counter(verdict for verdict in verdicts if verdict)
+    wrong = Counter(line for line, verdict in zip(lines, verdicts) if not verdict)
+    wrong[b"{}"] += len(range(0, len(lines), 20_000))
+    rows = accepted.withColumn("event_micros", F.unix_micros("event_time")).drop("event_time").collect()
+    assert Counter((*(row[column] for column in COLUMNS), row.event_micros) for row in rows) == right
+    assert Counter(bytes(row.raw) for row in rejected.collect()) == wrong
+    account("hostile records by files", range(wrong.total() + right.total()), range(len(rows)),
+            range(len(rows), len(rows) + rejected.count()))

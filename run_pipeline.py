@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 
+from common.class_archive import class_archive
 from common.console import REPOSITORY, PipelineError, argument_parser, at_least, fraction, port_number, run, say
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from common.topics import Topic
@@ -30,7 +31,7 @@ STOP_SECONDS = 120  # what a stream may need to finish its batch
 def main() -> None:
     options = parse_options()
     find_java()
-    spark_jars(DELTA, KAFKA_SOURCE)  # once, before both streams need them at the same time
+    class_archive(spark_jars(DELTA, KAFKA_SOURCE))  # once, before both streams need them at the same time
     stopping = threading.Event()
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, lambda *_: stopping.set())

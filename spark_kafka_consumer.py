@@ -13,6 +13,7 @@ no longer has records that were not read, it stops and says which.
     python3 spark_kafka_consumer.py
     python3 spark_kafka_consumer.py --once
     python3 spark_kafka_consumer.py --bootstrap-servers broker1:9092,broker2:9092 --trigger "30 seconds"
+    python3 spark_kafka_consumer.py --kafka-config kafka.properties
 """
 
 import argparse

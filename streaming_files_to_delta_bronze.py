@@ -6,8 +6,8 @@
 A file holds one JSON object per line; with --multiline it holds one JSON value, an object or an array of objects,
 pretty-printed or not. Each record is checked against the rules of common/readings.py: a valid reading is appended to the
 table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two,
-exactly once, whatever is killed. A file that can't be read to its end is in the quarantine as a whole
-(unreadable_file), and the others go on.
+exactly once, whatever is killed. A file that can't be read to its end, or has a line (with --multiline: or is itself) of
+more than 8 MB, is named and in the quarantine as a whole (unreadable_file), and the others go on.
 
 Files are taken once, by name: what a file gains after it was read is not seen. So write a file elsewhere, or under a
 name that begins with "." or "_", and rename it when it is complete.
@@ -32,7 +32,7 @@ from common.session import build_spark
 from common.streams import TableWriter, add_stream_options, run_until_stopped
 from common.tables import BRONZE, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
 
-# Bytes of a line, or with --multiline of a file: far more than a reading has, and little enough for the memory.
+# Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
 LONGEST_RECORD = 8_000_000
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; put it right and give it a new name."
 LINE_LIMIT = {"mapreduce.input.linerecordreader.line.maxlength": LONGEST_RECORD}
@@ -123,8 +123,9 @@ def read_values(batch: DataFrame, careful: bool) -> DataFrame:
 def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     """Reads the files whose names are in `batch`.
 
-    Out: `raw` (binary: a line or a whole file), `source_file`, `ingest_time`, and `reject_reason`: null, or where
-    `careful`, "unreadable_file" with a null `raw` for each file that can't be read to its end.
+    Out: `raw` (binary: a line or a whole file), `source_file`, `ingest_time`, and `reject_reason`: null, or
+    "unreadable_file" with a null `raw` for each file that has too much in one piece or, where `careful`, can't be read to
+    its end.
     """
     spark = batch.sparkSession
     # Microseconds, because a datetime of Python would go through the zone of this machine.
@@ -149,20 +150,21 @@ def source_file() -> Column:
 
 
 def find_oversized(spark: SparkSession, files: list[Row], text_options: dict) -> list[str]:
-    """Paths of those of `files` that hold a record of more than LONGEST_RECORD bytes, each named on stderr.
+    """Paths of those of `files` with more in one piece than the memory could hold, each named on stderr.
 
     LINE_LIMIT leaves out a line that long without a word: what is read is then shorter than the file.
     """
+    is_multiline = "wholetext" in text_options
     sizes = {file.path: size for file in files if (size := unpacked_size(spark, file)) > LONGEST_RECORD}
     oversized = list(sizes)
-    if sizes and "wholetext" not in text_options:
+    if sizes and not is_multiline:
         lines = spark.read.options(**LINE_LIMIT).text(list(map(escape_glob, sizes)), **text_options)
         read = lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
         # A byte order mark is left out too; it has 3 bytes.
-        oversized = sizes.keys() - {file.path for file in read if file.size + 3 >= sizes[file.path]}
+        oversized = list(sizes.keys() - {file.path for file in read if file.size + 3 >= sizes[file.path]})
     for path in oversized:
-        warn(f"{path} can't be read: it has a record of more than {LONGEST_RECORD:,} bytes. {IN_QUARANTINE}")
-    return list(oversized)
+        warn(f"{path} can't be read: it has {'' if is_multiline else 'a line of '}more than {LONGEST_RECORD:,} bytes. {IN_QUARANTINE}")
+    return oversized
 
 
 def unpacked_size(spark: SparkSession, file: Row) -> int:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def exclusive(path: str) -> Iterator[None]:
     """Keeps the checkpoint at `path` from other processes of this machine. PipelineError where one of them has it.
 
-    On another file system (`s3a://…`) there is no such lock: there the second stream fails at its first batch, in the
-    checkpoint's log or by Delta's transaction identifiers, with nothing written twice.
+    Where it is a URI (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
+    the other fails.
     """
     if "://" in path:
         yield
@@ -39,9 +39,13 @@ def exclusive(path: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PipelineError(f"Another process works with the checkpoint {path}. Stop that one, or give this one a --table "
-                                f"and a --checkpoint of its own.") from None
+            raise PipelineError(taken(path)) from None
         yield
+
+
+def taken(path: str) -> str:
+    return (f"Another stream works with the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
+            f"of its own.")
 
 
 class Checkpoint:

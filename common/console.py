@@ -1,6 +1,7 @@
 """What every script of the pipeline says and how it ends: its manual, its errors, its exit code."""
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -8,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from py4j.protocol import Py4JNetworkError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -93,6 +96,8 @@ def run(main: Callable[[], None]) -> None:
     `--verbose` on the command line adds the traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "--verbose" not in sys.argv:
+        logging.basicConfig(handlers=[logging.NullHandler()])  # py4j logs tracebacks of what reaches us as an exception
     try:
         main()
     except KeyboardInterrupt:
@@ -103,7 +108,10 @@ def run(main: Callable[[], None]) -> None:
         if "--verbose" in sys.argv:
             traceback.print_exc()
         message = str(error)
-        if not isinstance(error, PipelineError):
+        if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
+            message = ("Spark's JVM has died; perhaps the system killed it, or its memory did not suffice. Nothing is lost: start "
+                       "again. --verbose shows what it said last.")
+        elif not isinstance(error, PipelineError):
             message = f"{first_line(root_cause(error))} (--verbose shows all of it)"
         warn(f"error: {message}")
         sys.exit(1)

@@ -1,6 +1,7 @@
 """The SparkSession with the Delta extensions that each script builds for itself."""
 
 import os
+import signal
 import sys
 import tempfile
 
@@ -63,6 +64,8 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
 
 def _start_jvm(launch: SparkConf, verbose: bool):
     """Starts Spark's JVM. It warns at its start before any log setting can act, hence the catch at its stderr."""
+    # A signal to the whole group, as of a service manager, is the script's to handle; the JVM ends with it.
+    handlers = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGTERM, signal.SIGHUP)}
     with tempfile.TemporaryFile() as stderr:
         try:
             return launch_gateway(launch, {} if verbose else {"stderr": stderr})
@@ -70,3 +73,6 @@ def _start_jvm(launch: SparkConf, verbose: bool):
             lines = os.pread(stderr.fileno(), 100_000, 0).decode(errors="replace").strip().splitlines()
             reason = next((line for line in lines if "rror" in line or "xception" in line), "no reason given")
             raise PipelineError(f"Spark's JVM did not start: {reason.strip()}. --verbose shows all it says.") from error
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)

@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.streaming import StreamingQuery
 from pyspark.sql.types import StructType
 
-from common.checkpoints import check_restart, exclusive
+from common.checkpoints import check_restart, exclusive, taken
 from common.console import PipelineError, first_line, location, root_cause, say
 from common.readings import with_reject_reason
 from common.tables import TOPIC_ID, WRITER, create_table, quarantine_of
@@ -143,7 +143,7 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
                 + ("" if options.once else " Ctrl+C stops."))
             while error := run_query(stream, writer, options):
                 failures = 1 if writer.batches else failures + 1
-                if problem := _storage_problem(error, writer, options):
+                if problem := _problem(error, writer, options):
                     raise PipelineError(problem) from error
                 if topic is None or failures > MOST_FAILURES:
                     raise error
@@ -181,9 +181,11 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
     return None
 
 
-def _storage_problem(error: Exception, writer: TableWriter, options: argparse.Namespace) -> str | None:
-    """What to do about an error of the file system; None for another error."""
+def _problem(error: Exception, writer: TableWriter, options: argparse.Namespace) -> str | None:
+    """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
+    if re.search(r"/(offsets|commits)/\d+ already exists|[Cc]oncurrent", message):
+        return taken(options.checkpoint)
     places = [place for place in (writer.table, options.checkpoint, tempfile.gettempdir()) if "://" not in place]
     next_start = "Nothing is lost: the next start goes on from the last committed offsets."
     if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):

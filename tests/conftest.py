@@ -58,15 +58,20 @@ class Script:
         return code
 
 
-def run_script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
-    """Runs a script to its end; its exit code, stdout and stderr."""
-    return subprocess.run([sys.executable, str(REPOSITORY / name), *map(str, arguments)], capture_output=True, text=True,
+def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subprocess.CompletedProcess:
+    """Runs a script, by the command `prefix` if told, to its end; its exit code, stdout and stderr."""
+    return subprocess.run([*prefix, sys.executable, str(REPOSITORY / name), *map(str, arguments)], capture_output=True, text=True,
                           **{"cwd": "/", "timeout": PATIENCE, "stdin": subprocess.DEVNULL} | options)
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="how often each stream is killed in tests/faults")
     parser.addoption("--megabytes", type=int, default=30, help="how large the large files in tests/faults are")
+
+
+def pytest_collection_modifyitems(items):
+    """The fast tests of the rules and the files first, what breaks things last."""
+    items.sort(key=lambda item: (item.path.parent.name == "faults", item.path.name not in ("test_rules.py", "test_project.py")))
 
 
 ACCOUNT = pytest.StashKey[list]()

@@ -9,8 +9,10 @@ from conftest import REPOSITORY, run_script
 from local_kafka import free_ports
 
 OPTIONS = {
-    "kafka_producer.py": "--bootstrap-servers --topic --rate --count --devices --seed --invalid-fraction --create-topic",
-    "spark_kafka_consumer.py": "--bootstrap-servers --topic --table --checkpoint --trigger --once --max-offsets-per-trigger",
+    "kafka_producer.py": "--bootstrap-servers --topic --kafka-config --wait --rate --count --devices --seed --invalid-fraction "
+                         "--create-topic",
+    "spark_kafka_consumer.py": "--bootstrap-servers --topic --kafka-config --wait --table --checkpoint --trigger --once "
+                               "--max-offsets-per-trigger --accept-data-loss",
     "streaming_files_to_delta_bronze.py":
         "--input --table --checkpoint --trigger --once --max-files-per-trigger --multiline",
     "read_bronze.py": "--table --limit --rejected",

@@ -2,9 +2,10 @@
 
 import os
 import shutil
+import time
 
 import pytest
-from conftest import run_script, tables
+from conftest import origins, run_script, tables
 from test_files_to_bronze import put
 from test_rules import reading
 
@@ -64,6 +65,24 @@ def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, silver, start)
     first = start(CONSUMER, *options, "--trigger", "0 seconds")
     producer = start(PRODUCER, *topic, "--create-topic", "--rate", 50)
     first.wait_for("batch")
-    assert f"Another process works with the checkpoint {options[-1]}" in refused(CONSUMER, *options, "--once")
+    assert f"Another stream works with the checkpoint {options[-1]}" in refused(CONSUMER, *options, "--once")
     first.wait_for("batch", times=3)
     assert first.stop() == 0 and producer.stop() == 0
+
+
+def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, silver, start, account):
+    topic, options = silver
+    # As on an object store: a URI is not locked.
+    options = [*options[:-1], f"file://{options[-1]}", "--trigger", "0 seconds"]
+    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 100, "--invalid-fraction", 0.1)
+    producer.wait_for("acknowledged")
+    two = [start(CONSUMER, *options), start(CONSUMER, *options)]
+    while all(stream.process.poll() is None for stream in two):
+        time.sleep(0.2)
+    first, second = sorted(two, key=lambda stream: stream.process.poll() is not None)
+    assert second.wait() == 1 and "error: Another stream works with the checkpoint file://" in second.output
+    first.wait_for("batch", times=first.output.count("batch") + 1)
+    assert first.stop() == 0 and producer.stop() == 0
+    assert "Traceback" not in first.output + second.output
+    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    account("two streams with one checkpoint, without a lock", *origins(spark, broker, options))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from kafka.errors import KafkaError
 from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
 from pyspark.errors import PySparkException, StreamingQueryException
@@ -142,9 +143,9 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
             say(f"Writing to {writer.table}, rejected records to {writer.quarantine}."
                 + ("" if options.once else " Ctrl+C stops."))
             while error := run_query(stream, writer, options):
-                failures = 1 if writer.batches else failures + 1
                 if problem := _problem(error, writer, options):
                     raise PipelineError(problem) from error
+                failures = 1 if writer.batches else failures + 1
                 if topic is None or failures > MOST_FAILURES:
                     raise error
                 topic.wait_out(error, writer.stopping)
@@ -152,6 +153,9 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
                     break
                 check_restart(spark, writer, options)
                 say("Going on from the last committed offsets.")
+    except KafkaError as error:
+        raise PipelineError(f"Kafka on {topic.servers} does not answer any more ({first_line(str(error))}). Start it, then this "
+                            f"script: it goes on from the last committed offsets.") from error
     finally:
         spark.stop()
     if not options.once:
@@ -209,13 +213,16 @@ def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float
     """Gives the query time to note in the checkpoint that `batch_id`, which is in the tables, is done."""
     deadline = time.monotonic() + seconds
     while (batch_id is not None and query.isActive and time.monotonic() < deadline
-           and (query.lastProgress is None or query.lastProgress["batchId"] < batch_id)):
+           and not any(progress["batchId"] == batch_id and "addBatch" in progress["durationMs"]
+                       for progress in query.recentProgress)):
         time.sleep(0.05)
 
 
 def _report_batches(query: StreamingQuery, writer: TableWriter) -> None:
     """Prints a line for each batch that took in records and has not been reported."""
     for progress in query.recentProgress:
+        if "addBatch" not in progress["durationMs"]:  # a look that found nothing, under the number of the next batch
+            continue
         counts = writer.counts.pop(progress["batchId"], None)
         if not counts:
             continue

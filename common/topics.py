@@ -163,3 +163,5 @@ class Topic:
         else:
             say(f"Kafka on {self.servers} does not answer any more.")
             self.wait(OUTAGE, stopping=stopping)
+        self._admin.close()  # it does not recover from a long outage
+        del self._admin

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import run_script
 
-from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, create_table
+from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, WRITER, create_table
 from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
 
 
@@ -16,8 +16,8 @@ def lake(spark, tmp_path_factory):
     for layer, columns, quarantine_columns in (("bronze", BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS),
                                                ("silver", SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)):
         table = str(folder / layer / "sensor_data")
-        create_table(spark, table, columns, writer="test")
-        create_table(spark, table + "_quarantine", quarantine_columns, writer="test")
+        create_table(spark, table, columns, {WRITER: "test"}, adopt=False)
+        create_table(spark, table + "_quarantine", quarantine_columns, {WRITER: "test"}, adopt=False)
         for batch in (1, 0, 2):  # versions 1, 2, 3
             readings = spark.range(10).selectExpr(
                 f"concat('d', {batch} * 10 + id) AS device_id", "'A\x1b[31m' AS building", "double(id) AS value",

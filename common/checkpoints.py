@@ -79,8 +79,9 @@ class Checkpoint:
     def set_aside(self) -> str:
         """Renames the checkpoint, so that the stream starts anew; returns its new path."""
         aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
-        if self._files.exists(self._folder):
-            self._files.rename(self._folder, self._java.org.apache.hadoop.fs.Path(aside))
+        if self._files.exists(self._folder) and not self._files.rename(
+                self._folder, self._java.org.apache.hadoop.fs.Path(aside)):
+            raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do it, then start again.")
         return aside
 
     def _child(self, *names: str):
@@ -104,11 +105,15 @@ def check_restart(spark: SparkSession, writer: "TableWriter", options: argparse.
     """
     checkpoint = Checkpoint(spark, options.checkpoint)
     tables = {table: properties_of(spark, table) for table in (writer.table, writer.quarantine)}
+    unread = json.loads(checkpoint.offsets() or "{}") if writer.topic else {}  # {topic: {partition: offset}}
     if writer.topic:
         writer.topic_id = writer.topic.id()
-        if _is_of_another_topic(tables[writer.table], writer.topic_id):
-            problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had "
-                       f"from {checkpoint.offsets() or 'its beginning'} on is gone.").replace("the", "The", 1)
+        written_from = (tables[writer.table] or {}).get(TOPIC_ID, writer.topic_id)
+        # Brokers before 2.8 have no ids.
+        if writer.topic_id not in ("", written_from) and (not unread or writer.topic.name in unread):
+            problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had from "
+                       f"{unread.get(writer.topic.name) or 'its beginning'} on (partition: offset) is gone.")
+            problem = problem[0].upper() + problem[1:]
             _accept_loss(problem, "the new topic is read from its beginning", options)
             say(f"The old checkpoint is now {checkpoint.set_aside()}.")
             writer.adopts = True
@@ -121,15 +126,14 @@ def check_restart(spark: SparkSession, writer: "TableWriter", options: argparse.
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
                                 f"again: delete the checkpoint and {writer.table}*.")
-    if writer.topic and (offsets := checkpoint.offsets()):
-        unread = {int(partition): offset for partition, offset in json.loads(offsets)[writer.topic.name].items()}
-        if lost := writer.topic.lost(unread):
+    if unread and writer.topic.name not in unread:
+        raise PipelineError(f"The checkpoint {checkpoint.path} is that of the topic {', '.join(unread)}. Give the topic "
+                            f"{writer.topic.name} a --table and a --checkpoint of its own.")
+    if unread:
+        next_offsets = {int(partition): offset for partition, offset in unread[writer.topic.name].items()}
+        if lost := writer.topic.lost(next_offsets):
             _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
                          f"removed them, or something else did.", "it goes on with what there is", options)
-
-
-def _is_of_another_topic(properties: dict[str, str] | None, topic_id: str) -> bool:
-    return bool(properties and topic_id and properties.get(TOPIC_ID, topic_id) != topic_id)
 
 
 def _accept_loss(problem: str, what_follows: str, options: argparse.Namespace) -> None:

@@ -28,9 +28,11 @@ def class_archive(jars: list[str]) -> Path:
     if not archive.exists():
         print("First start: preparing Java's class archive, so that each later start takes half the time …", file=sys.stderr)
         draft = archive.with_suffix(f".{os.getpid()}")
-        subprocess.run([sys.executable, "-m", __name__, draft], cwd=REPOSITORY, capture_output=True)
-        draft.touch()  # where this Java can't make one, Java finds it empty and starts without
-        os.replace(draft, archive)  # whole or not at all, also when two scripts start at once
+        run = subprocess.run([sys.executable, "-m", __name__, draft], cwd=REPOSITORY, capture_output=True)
+        with suppress(OSError):  # a home that may not be written to: Java starts without an archive that is not there
+            if run.returncode or not draft.exists():  # this Java can't make one: it starts without an empty one, too
+                draft.write_bytes(b"")
+            os.replace(draft, archive)  # whole or not at all, also when two scripts start at once
     return archive
 
 
@@ -56,7 +58,7 @@ def main(archive: str) -> None:
     jvm = SparkContext._gateway.proc
     spark.stop()
     jvm.stdin.close()
-    jvm.wait()
+    sys.exit(jvm.wait())
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(spark, 
         assert "there is no such table" in refused(*kafka)
         os.rename(tmp_path / "away", table)
 
+    other = ["other" if argument == kafka[4] else argument for argument in kafka]  # another topic
+    assert run_script(PRODUCER, *other[1:5], "--create-topic", "--count", 0).returncode == 0
+    assert f"is that of the topic {kafka[4]}. Give the topic other a --table" in refused(*other)
+
     for command in (kafka, files):  # all in its place again
         assert run_script(*command).returncode == 0
     assert [table.count() for table in tables(spark, kafka)] == rows

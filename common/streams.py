@@ -166,10 +166,13 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
     """Runs the query until it is done or `writer.stopping` is set; returns the error that ended it before."""
     trigger = {"availableNow": True} if options.once else {"processingTime": options.trigger}
     writer.error, writer.batches = None, 0
-    with writer.lock:
-        query = (stream.writeStream.foreachBatch(writer).option("checkpointLocation", options.checkpoint)
-                 .trigger(**trigger).start())
-        writer.checkpoint_id = query.id
+    try:
+        with writer.lock:
+            query = (stream.writeStream.foreachBatch(writer).option("checkpointLocation", options.checkpoint)
+                     .trigger(**trigger).start())
+            writer.checkpoint_id = query.id
+    except (PySparkException, Py4JJavaError) as error:
+        return error
     try:
         while not writer.stopping.is_set() and not query.awaitTermination(0.5):
             _report_batches(query, writer)
@@ -188,7 +191,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
 def _problem(error: Exception, writer: TableWriter, options: argparse.Namespace) -> str | None:
     """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
-    if re.search(r"/(offsets|commits)/\d+ already exists|[Cc]oncurrent", message):
+    if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
         return taken(options.checkpoint)
     places = [place for place in (writer.table, options.checkpoint, tempfile.gettempdir()) if "://" not in place]
     next_start = "Nothing is lost: the next start goes on from the last committed offsets."

@@ -80,7 +80,9 @@ def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, s
     options = [*options[:-1], f"file://{options[-1]}", "--trigger", "0 seconds"]
     producer = start(PRODUCER, *topic, "--create-topic", "--rate", 100, "--invalid-fraction", 0.1)
     producer.wait_for("acknowledged")
-    two = [start(CONSUMER, *options), start(CONSUMER, *options)]
+    two = [start(CONSUMER, *options)]
+    two[0].wait_for("batch")
+    two.append(start(CONSUMER, *options))
     while all(stream.process.poll() is None for stream in two):
         time.sleep(0.2)
     first, second = sorted(two, key=lambda stream: stream.process.poll() is not None)

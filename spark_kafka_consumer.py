@@ -24,7 +24,8 @@ from pyspark.sql import functions as F
 from common.console import REPOSITORY, argument_parser, at_least, run
 from common.kafka_config import spark_options
 from common.session import build_spark
-from common.streams import TableWriter, add_stream_options, run_until_stopped
+from common.streams import add_stream_options, run_until_stopped
+from common.table_writer import TableWriter
 from common.tables import SILVER, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
 from common.topics import Topic, add_topic_options
 

@@ -29,7 +29,8 @@ from pyspark.sql import functions as F
 from common.console import REPOSITORY, PipelineError, argument_parser, at_least, first_line, location, root_cause, run, warn
 from common.readings import LONE_SURROGATE
 from common.session import build_spark
-from common.streams import TableWriter, add_stream_options, run_until_stopped
+from common.streams import add_stream_options, run_until_stopped
+from common.table_writer import TableWriter
 from common.tables import BRONZE, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
 
 # Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.

@@ -15,7 +15,7 @@ from common.console import PipelineError, say
 from common.tables import TOPIC_ID, WRITER, properties_of
 
 if TYPE_CHECKING:
-    from common.streams import TableWriter
+    from common.table_writer import TableWriter
 
 
 @contextmanager

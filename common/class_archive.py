@@ -39,7 +39,8 @@ def class_archive(jars: list[str]) -> Path:
 def main(archive: str) -> None:
     """Takes records through a stream into tables and shows them, so that all that this needs is in the archive."""
     from common.session import STREAM_JVM, build_spark
-    from common.streams import TableWriter, run_query
+    from common.streams import run_query
+    from common.table_writer import TableWriter
     from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
     from common.viewer import read_table, show
 

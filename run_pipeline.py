@@ -3,10 +3,10 @@
     input/sensor_data/*.json ──> streaming_files_to_delta_bronze.py ──> lake/bronze/sensor_data
     kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ──────────> lake/silver/sensor_data
 
-It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic if it is
-missing, starts the producer and both streams, and marks each line they print with the script's name. Ctrl+C, or the end
-of --duration, stops what it started, in order, and shows the newest rows of both tables. When a part dies, it says
-which, stops the others and ends with exit code 1.
+It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic
+if it is missing, starts the producer and both streams, and marks each line they print with the script's name. Ctrl+C,
+or the end of --duration, stops what it started, in order, and shows the newest rows of both tables. When a part dies,
+it says which, stops the others and ends with exit code 1.
 
     python3 run_pipeline.py
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1

@@ -164,7 +164,8 @@ def find_oversized(spark: SparkSession, files: list[Row], text_options: dict) ->
         # A byte order mark is left out too; it has 3 bytes.
         oversized = list(sizes.keys() - {file.path for file in read if file.size + 3 >= sizes[file.path]})
     for path in oversized:
-        warn(f"{path} can't be read: it has {'' if is_multiline else 'a line of '}more than {LONGEST_RECORD:,} bytes. {IN_QUARANTINE}")
+        what = "" if is_multiline else "a line of "
+        warn(f"{path} can't be read: it has {what}more than {LONGEST_RECORD:,} bytes. {IN_QUARANTINE}")
     return oversized
 
 
@@ -187,7 +188,8 @@ def unpacked_size(spark: SparkSession, file: Row) -> int:
 def find_unreadable(spark: SparkSession, paths: list[str]) -> list[str]:
     """Those of `paths` that can't be read to their end (no permission, a broken .gz, gone), each named on stderr."""
     try:
-        spark.read.options(**LINE_LIMIT).text([escape_glob(path) for path in paths]).write.format("noop").mode("overwrite").save()
+        files = spark.read.options(**LINE_LIMIT).text([escape_glob(path) for path in paths])
+        files.write.format("noop").mode("overwrite").save()
         return []
     except (PySparkException, Py4JJavaError) as error:
         if len(paths) == 1:

@@ -33,8 +33,8 @@ def exclusive(path: str) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     except OSError as error:
-        raise PipelineError(f"The checkpoint {path} can't be made: {error.strerror}. Make room for it, give this user the right, "
-                            f"or name another place with --checkpoint.") from error
+        raise PipelineError(f"The checkpoint {path} can't be made: {error.strerror}. Make room for it, give this user the "
+                            f"right, or name another place with --checkpoint.") from error
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,18 +106,27 @@ def check_restart(spark: SparkSession, writer: "TableWriter", options: argparse.
     checkpoint = Checkpoint(spark, options.checkpoint)
     tables = {table: properties_of(spark, table) for table in (writer.table, writer.quarantine)}
     unread = json.loads(checkpoint.offsets() or "{}") if writer.topic else {}  # {topic: {partition: offset}}
-    if writer.topic:
-        writer.topic_id = writer.topic.id()
-        written_from = (tables[writer.table] or {}).get(TOPIC_ID, writer.topic_id)
-        # Brokers before 2.8 have no ids.
-        if writer.topic_id not in ("", written_from) and (not unread or writer.topic.name in unread):
-            problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had from "
-                       f"{unread.get(writer.topic.name) or 'its beginning'} on (partition: offset) is gone.")
-            problem = problem[0].upper() + problem[1:]
-            _accept_loss(problem, "the new topic is read from its beginning", options)
-            say(f"The old checkpoint is now {checkpoint.set_aside()}.")
-            writer.adopts = True
-            return
+    if writer.topic and _is_made_again(writer, tables, unread):
+        problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had from "
+                   f"{unread.get(writer.topic.name) or 'its beginning'} on (partition: offset) is gone.")
+        _accept_loss(problem[0].upper() + problem[1:], "the new topic is read from its beginning", options)
+        say(f"The old checkpoint is now {checkpoint.set_aside()}.")
+        writer.adopts = True
+        return
+    _check_tables(checkpoint, tables, writer)
+    if unread:
+        _check_offsets(checkpoint, unread, writer, options)
+
+
+def _is_made_again(writer: "TableWriter", tables: dict[str, dict[str, str] | None], unread: dict[str, dict]) -> bool:
+    """Whether the topic is another one, by Kafka's id, than the table was written from. Sets the writer's `topic_id`."""
+    writer.topic_id = writer.topic.id()
+    written_from = (tables[writer.table] or {}).get(TOPIC_ID, writer.topic_id)
+    # Brokers before 2.8 have no ids.
+    return writer.topic_id not in ("", written_from) and (not unread or writer.topic.name in unread)
+
+
+def _check_tables(checkpoint: Checkpoint, tables: dict[str, dict[str, str] | None], writer: "TableWriter") -> None:
     for table, properties in tables.items():
         if properties is None and checkpoint.last_batch() is not None:
             raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
@@ -126,14 +135,17 @@ def check_restart(spark: SparkSession, writer: "TableWriter", options: argparse.
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
                                 f"again: delete the checkpoint and {writer.table}*.")
-    if unread and writer.topic.name not in unread:
+
+
+def _check_offsets(checkpoint: Checkpoint, unread: dict[str, dict], writer: "TableWriter", options: argparse.Namespace) -> None:
+    """Whether the topic still has the offsets from `unread` on ({topic: {partition: offset}})."""
+    if writer.topic.name not in unread:
         raise PipelineError(f"The checkpoint {checkpoint.path} is that of the topic {', '.join(unread)}. Give the topic "
                             f"{writer.topic.name} a --table and a --checkpoint of its own.")
-    if unread:
-        next_offsets = {int(partition): offset for partition, offset in unread[writer.topic.name].items()}
-        if lost := writer.topic.lost(next_offsets):
-            _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
-                         f"removed them, or something else did.", "it goes on with what there is", options)
+    next_offsets = {int(partition): offset for partition, offset in unread[writer.topic.name].items()}
+    if lost := writer.topic.lost(next_offsets):
+        _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
+                     f"removed them, or something else did.", "it goes on with what there is", options)
 
 
 def _accept_loss(problem: str, what_follows: str, options: argparse.Namespace) -> None:

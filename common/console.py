@@ -109,8 +109,8 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
         message = str(error)
         if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
-            message = ("Spark's JVM has died; perhaps the system killed it, or its memory did not suffice. Nothing is lost: start "
-                       "again. --verbose shows what it said last.")
+            message = ("Spark's JVM has died; perhaps the system killed it, or its memory did not suffice. Nothing is lost: "
+                       "start again. --verbose shows what it said last.")
         elif not isinstance(error, PipelineError):
             message = f"{first_line(root_cause(error))} (--verbose shows all of it)"
         warn(f"error: {message}")

@@ -12,9 +12,10 @@ name twice) with these fields and breaks none of `RULES`; other fields than thes
     floor       integer  written without fraction or exponent, 32 bits; may be missing or null
 """
 
+from functools import reduce
 from typing import NamedTuple
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 
@@ -36,12 +37,21 @@ READING_COLUMNS = ("device_id STRING, building STRING, floor INT, type STRING, v
                    "event_time TIMESTAMP, ingest_time TIMESTAMP")
 
 # RFC 3339, less its lower-case "t" and "z"; the short forms +01 and +0100 of ISO 8601 pass too.
-TIMESTAMP = r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)\z"
+TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d(?::?\d\d)?)"
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
 # out first, an escaped backslash and a whole pair.
 LONE_SURROGATE = (r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
                   r"RLIKE r'\\u[dD][89a-fA-F]'")
+
+# A field of a plain record, as `_is_plain` says. A string does not begin with white space, so it is not blank, and ends
+# below U+FFFD, as which Java sees what is not UTF-8. No quantifier gives back what it has taken: it would do so in vain.
+_SPACE = r"[ \t\r\n]*+"
+_FIELD = _SPACE + "(?:" + "|".join(f'"{name}"{_SPACE}:{_SPACE}{value}' for name, value in {
+    "(?:device_id|building|type|unit)": r'"(?!\p{IsWhite_Space})[ !#-\[\]-\x{fffc}]++"',
+    "timestamp": f'"{TIMESTAMP}"',
+    "value": r"-?\d{1,15}+(?:\.\d{1,15}+)?+",
+    "floor": r"-?\d{1,9}+"}.items()) + ")" + _SPACE
 
 
 def _is_missing(field: str, string: str) -> str:
@@ -55,8 +65,9 @@ def _for_its_type(condition: str) -> str:
                        for name, sensor_type in SENSOR_TYPES.items())
 
 
-# Why a record is rejected, and when, as SQL over the columns of `_parse`; the first that holds is the reason.
-RULES = {
+# Why a record is rejected, and when, as SQL over the columns of `_parse`; the first that holds is the reason. A plain
+# record breaks none of FORM.
+FORM = {
     "empty_record": f"raw IS NULL OR text RLIKE r'{BLANK}'",
     "invalid_encoding": "NOT is_valid_utf8(text)",
     "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> checksum, true) "
@@ -74,6 +85,8 @@ RULES = {
     "invalid_unit": "json_type.unit <> 'STRING'",
     "invalid_value": "reading.value IS NULL OR isnan(reading.value) OR abs(reading.value) = double('Infinity')",
     "invalid_floor": "json_type.floor <> 'VOID' AND reading.floor IS NULL",
+}
+CONTENT = {
     # A day ahead is allowed to devices whose clock has the wrong zone.
     "invalid_timestamp": "json_type.timestamp <> 'STRING' OR event_time IS NULL "
                          "OR event_time > ingest_time + INTERVAL 1 DAY",
@@ -81,6 +94,7 @@ RULES = {
     "wrong_unit": _for_its_type("reading.unit <> '{unit}'"),
     "out_of_range": _for_its_type("reading.value NOT BETWEEN {low} AND {high}"),
 }
+RULES = FORM | CONTENT
 
 
 def with_reject_reason(records: DataFrame) -> DataFrame:
@@ -93,19 +107,20 @@ def with_reject_reason(records: DataFrame) -> DataFrame:
     """
     origin = [column for column in records.columns if column != "reject_reason"]
     given = [F.col("reject_reason")] if "reject_reason" in records.columns else []
-    broken = [F.when(F.expr(is_broken), F.lit(reason)) for reason, is_broken in RULES.items()]
+    form, content = (F.coalesce(*[F.when(F.expr(is_broken), F.lit(reason)) for reason, is_broken in rules.items()])
+                     for rules in (FORM, CONTENT))
     return _parse(records).select(
         *origin,
         *[f"reading.{field}" for field in ("device_id", "building", "floor", "type", "value", "unit")],
         "event_time",
-        F.coalesce(*given, *broken).alias("reject_reason"))
+        F.coalesce(*given, F.when(~F.col("is_plain"), form), content).alias("reject_reason"))
 
 
 def _parse(records: DataFrame) -> DataFrame:
-    """Adds `text`, `checksum`, `json`, `fields`, `json_type`, `reading` and `event_time`.
+    """Adds `text`, `reading`, `is_plain`, `checksum`, `json`, `fields`, `json_type` and `event_time`.
 
     `from_json` reads the first JSON value and ignores what follows, makes strings of numbers and objects, and takes the
-    last of equal names. So the record is read a second time, as `json`, which sees all of that:
+    last of equal names. So a record that is not plain is read a second time, as `json`, which sees all of that:
     - It is the array [RECORD, {"end": CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its
       number of elements, and no record can hold its own SHA-256 to forge the end.
     - `fields`, the record as a map of variants, has every name as often as it stands there, and each value with its JSON
@@ -114,15 +129,31 @@ def _parse(records: DataFrame) -> DataFrame:
     - What a variant can't hold makes all null, such as a name twice further in.
     """
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
+    checksum = F.when(~F.col("is_plain"), F.sha2("raw", 256))
     framed = F.concat(F.lit("["), "text", F.lit(',{"end":"'), "checksum", F.lit('"}]'))
     json_types = [F.schema_of_variant(F.col("fields")[field]).alias(field)
                   for field in ("device_id", "building", "floor", "type", "value", "unit", "timestamp")]
-    iso_timestamp = F.when(F.col("reading.timestamp").rlike(TIMESTAMP), F.col("reading.timestamp"))
+    timestamp = F.col("reading.timestamp")
+    iso_timestamp = F.when(F.col("is_plain") | timestamp.rlike(rf"\A{TIMESTAMP}\z"), timestamp)
     return (records
-            .select("*", F.col("raw").cast("string").alias("text"), F.sha2("raw", 256).alias("checksum"))
-            .select("*",
-                    F.from_json(framed, "ARRAY<MAP<STRING, VARIANT>>", strict).alias("json"),
-                    F.from_json("text", "device_id STRING, building STRING, floor INT, type STRING, value DOUBLE, "
-                                "unit STRING, timestamp STRING", strict).alias("reading"))
+            .select("*", F.col("raw").cast("string").alias("text"))
+            .select("*", F.from_json("text", "device_id STRING, building STRING, floor INT, type STRING, value DOUBLE, "
+                                     "unit STRING, timestamp STRING", strict).alias("reading"))
+            .select("*", _is_plain().alias("is_plain"))
+            .select("*", checksum.alias("checksum"))
+            .select("*", F.from_json(framed, "ARRAY<MAP<STRING, VARIANT>>", strict).alias("json"))
             .select("*", F.get("json", F.lit(0)).alias("fields"))
             .select("*", F.struct(*json_types).alias("json_type"), iso_timestamp.try_cast("timestamp").alias("event_time")))
+
+
+def _is_plain() -> Column:
+    """Whether `text` is an object of the fields of a reading and no others, each there once, with a value of its JSON type
+    and without an escape, and nothing around it: what nearly all records are, and quick to see.
+
+    The pattern counts the fields; as each that is needed is there, none is there twice.
+    """
+    needed = [F.col(f"reading.{field}").isNotNull()
+              for field in ("device_id", "building", "type", "value", "unit", "timestamp")]
+    six, seven = (F.col("text").rlike(rf"\A{_SPACE}\{{{_FIELD}(?:,{_FIELD}){{{others}}}\}}{_SPACE}\z") for others in (5, 6))
+    is_plain = reduce(Column.__and__, needed) & F.when(F.col("reading.floor").isNull(), six).otherwise(seven)
+    return F.coalesce(is_plain, F.lit(False))

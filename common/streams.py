@@ -54,8 +54,8 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
             say(f"Writing to {writer.table}, rejected records to {writer.quarantine}."
                 + ("" if options.once else " Ctrl+C stops."))
             while error := run_query(stream, writer, options):
-                if problem := _problem(error, writer, options):
-                    raise PipelineError(problem) from error
+                if explanation := _explain(error, writer, options):
+                    raise PipelineError(explanation) from error
                 failures = 1 if writer.batches else failures + 1
                 if topic is None or failures > MOST_FAILURES:
                     raise error
@@ -99,7 +99,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
     return None
 
 
-def _problem(error: Exception, writer: TableWriter, options: argparse.Namespace) -> str | None:
+def _explain(error: Exception, writer: TableWriter, options: argparse.Namespace) -> str | None:
     """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
     if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
@@ -110,7 +110,8 @@ def _problem(error: Exception, writer: TableWriter, options: argparse.Namespace)
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
         fullest = min(free, key=free.get, default=writer.table)
         return f"There is no space left for {fullest} ({message}). Make some and start again. {next_start}"
-    if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH", message):
+    if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
+                 message):
         closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), writer.table)
         return f"This user may not write to {closed} ({message}). Give it the right and start again. {next_start}"
     return None

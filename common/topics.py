@@ -78,7 +78,7 @@ class Topic:
         """
         deadline = time.monotonic() + seconds
         said = None
-        while problem := self._problem(create):
+        while problem := self._what_is_missing(create):
             if time.monotonic() >= deadline:
                 raise PipelineError(problem)
             if problem != said:
@@ -90,7 +90,8 @@ class Topic:
             else:
                 time.sleep(0.5)
 
-    def _problem(self, create: bool) -> str | None:
+    def _what_is_missing(self, create: bool) -> str | None:
+        """A sentence on the broker or the topic that is not there; None where both are. `create` makes the topic."""
         refusals = _Refusals()
         try:
             with refusals, self.client(KafkaAdminClient, bootstrap_timeout_ms=3000) as admin:

@@ -125,6 +125,21 @@ def start():
             script.wait()
 
 
+@pytest.fixture
+def produce(start):
+    """Starts a producer of 200 messages a second, 5 % of them invalid, into the topic that its options name."""
+    return lambda topic: start("kafka_producer.py", *topic, "--create-topic", "--rate", 200, "--invalid-fraction", 0.05)
+
+
+def acknowledged(*producers: Script) -> int:
+    """Stops the producers; how many messages they report as acknowledged, which has to be all that they have sent."""
+    for producer in producers:
+        assert producer.stop() == 0, producer.output
+    counts = [producer.counts() for producer in producers]
+    assert all(sent == acknowledged for sent, acknowledged in counts)
+    return sum(sent for sent, _ in counts)
+
+
 @pytest.fixture(scope="session")
 def spark():
     session = build_spark("tests")

@@ -6,12 +6,12 @@ from collections import defaultdict
 
 import psutil
 import pytest
-from conftest import origins, run_script
+from conftest import acknowledged, origins, run_script
 from kafka import KafkaConsumer
 
 from local_kafka import free_ports
 
-CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
+CONSUMER = "spark_kafka_consumer.py"
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def messages(broker: str, topic: str) -> list:
         return list(consumer)
 
 
-def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(spark, own_broker, tmp_path, start, account):
+def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(spark, own_broker, tmp_path, start, produce, account):
     start_broker, broker = own_broker
     kafka = start_broker()
     # These make an outage of seconds what one of minutes is with Kafka's defaults.
@@ -54,7 +54,7 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     impatient.write_text("default.api.timeout.ms=4000\nrequest.timeout.ms=3000\n")
     topic = ["--bootstrap-servers", broker, "--topic", "readings"]
     options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint", "--trigger", "1 second"]
-    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 200, "--invalid-fraction", 0.05)
+    producer = produce(topic)
     consumer = start(CONSUMER, *options, "--kafka-config", impatient)
     consumer.wait_for("batch", times=2)
 
@@ -73,13 +73,12 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     consumer.wait_for("Going on from the last committed offsets")
     consumer.wait_for("batch", times=consumer.output.count("batch") + 2)
 
-    assert producer.stop(signal.SIGINT) == 0, producer.output
+    delivered = acknowledged(producer)
     assert consumer.stop(signal.SIGINT) == 0, consumer.output
     assert run_script(CONSUMER, *options, "--once").returncode == 0
-    sent, acknowledged = producer.counts()
     in_topic, *arrived = origins(spark, broker, options)
     account("kill -9 of Kafka, of ZooKeeper, of both", in_topic, *arrived)
-    assert sent == acknowledged == len(in_topic)
+    assert delivered == len(in_topic)
     times = defaultdict(list)
     for message in messages(broker, "readings"):
         if sent_at := re.search(rb'"timestamp": "([^"]{23}Z)"', message.value or b""):  # some are broken on purpose

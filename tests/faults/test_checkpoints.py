@@ -1,11 +1,12 @@
 """Checkpoints and tables that don't belong together, and two streams with one checkpoint."""
 
 import os
+import re
 import shutil
 import time
 
 import pytest
-from conftest import origins, run_script, tables
+from conftest import acknowledged, origins, run_script, tables
 from test_files_to_bronze import put
 from test_rules import reading
 
@@ -21,24 +22,28 @@ def refused(*command) -> str:
 
 
 @pytest.fixture
-def filled(silver, tmp_path):
-    """Both streams with their tables: the commands that go on with them, and the places of their checkpoints."""
+def filled(silver, tmp_path, produce):
+    """Both streams with their tables: the commands that go on with them, the places of their checkpoints, and a producer
+    that runs."""
     topic, options = silver
     folder = tmp_path / "input"
     folder.mkdir()
     put(folder, "1.json", reading(), b"{")
     files = ["--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"]
-    sent = run_script(PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 40, "--invalid-fraction", 0.5)
-    assert sent.returncode == 0
+    producer = produce(topic)
+    while not re.search(r"\d{3} acknowledged", producer.output):  # among which each kind of table has its share
+        time.sleep(0.1)
     commands = [CONSUMER, *options, "--once"], [BRONZE, *files, "--once"]
     for command in commands:
         assert run_script(*command).returncode == 0
-    return *commands, tmp_path / "checkpoint", tmp_path / "bronze_checkpoint"
+    return *commands, tmp_path / "checkpoint", tmp_path / "bronze_checkpoint", producer
 
 
-def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(spark, filled, tmp_path, account):
-    kafka, files, silver_checkpoint, bronze_checkpoint = filled
-    rows = [table.count() for table in tables(spark, kafka)]
+def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(spark, broker, filled, tmp_path, account):
+    kafka, files, silver_checkpoint, bronze_checkpoint, producer = filled
+    put(tmp_path / "input", "2.json", reading(), b"[")
+    rows = [[table.count() for table in tables(spark, command)] for command in (kafka, files)]
+    assert all(min(counts) > 0 for counts in rows)
 
     os.rename(silver_checkpoint, tmp_path / "away")  # the checkpoint deleted but not the table
     assert "was not written with the checkpoint" in refused(*kafka)
@@ -59,26 +64,35 @@ def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(spark, 
     assert run_script(PRODUCER, *other[1:5], "--create-topic", "--count", 0).returncode == 0
     assert f"is that of the topic {kafka[4]}. Give the topic other a --table" in refused(*other)
 
+    assert [[table.count() for table in tables(spark, command)] for command in (kafka, files)] == rows
+    delivered = acknowledged(producer)
     for command in (kafka, files):  # all in its place again
         assert run_script(*command).returncode == 0
-    assert [table.count() for table in tables(spark, kafka)] == rows
+    in_topic, *arrived = origins(spark, broker, kafka)
+    account("checkpoints and tables deleted and swapped, refused each time; then put back", in_topic, *arrived)
+    assert delivered == len(in_topic) and [table.count() for table in tables(spark, files)] == [2, 2]
 
 
-def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, silver, start):
+def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, broker, silver, start, produce, account):
     topic, options = silver
     first = start(CONSUMER, *options, "--trigger", "0 seconds")
-    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 50)
+    producer = produce(topic)
     first.wait_for("batch")
     assert f"Another stream works with the checkpoint {options[-1]}" in refused(CONSUMER, *options, "--once")
     first.wait_for("batch", times=3)
-    assert first.stop() == 0 and producer.stop() == 0
+    delivered = acknowledged(producer)
+    assert first.stop() == 0
+    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    in_topic, *arrived = origins(spark, broker, options)
+    account("a second consumer on the same checkpoint", in_topic, *arrived)
+    assert delivered == len(in_topic)
 
 
-def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, silver, start, account):
+def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, silver, start, produce, account):
     topic, options = silver
     # As on an object store: a URI is not locked.
     options = [*options[:-1], f"file://{options[-1]}", "--trigger", "0 seconds"]
-    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 100, "--invalid-fraction", 0.1)
+    producer = produce(topic)
     producer.wait_for("acknowledged")
     two = [start(CONSUMER, *options)]
     two[0].wait_for("batch")
@@ -88,7 +102,10 @@ def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, s
     first, second = sorted(two, key=lambda stream: stream.process.poll() is not None)
     assert second.wait() == 1 and "error: Another stream works with the checkpoint file://" in second.output
     first.wait_for("batch", times=first.output.count("batch") + 1)
-    assert first.stop() == 0 and producer.stop() == 0
+    delivered = acknowledged(producer)
+    assert first.stop() == 0
     assert "Traceback" not in first.output + second.output
     assert run_script(CONSUMER, *options, "--once").returncode == 0
-    account("two streams with one checkpoint, without a lock", *origins(spark, broker, options))
+    in_topic, *arrived = origins(spark, broker, options)
+    account("two streams with one checkpoint, without a lock", in_topic, *arrived)
+    assert delivered == len(in_topic)

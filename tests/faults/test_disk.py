@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import origins, run_script
+from conftest import acknowledged, origins, run_script
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 
@@ -31,13 +31,13 @@ def stopped(command: list) -> str:
 
 
 def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_afterwards(
-        spark, broker, silver, disk, account):
-    (_, _, _, topic), _ = silver
+        spark, broker, silver, disk, produce, account):
     folder, remount = disk
     options = [*silver[0], "--table", folder / "silver", "--checkpoint", folder / "checkpoint"]
     command = [CONSUMER, *options, "--once", "--max-offsets-per-trigger", 20_000]
     send = [PRODUCER, *silver[0], "--create-topic", "--rate", 0, "--invalid-fraction", 0.05, "--count"]
     run_script(*send, 20_000)
+    producer = produce(silver[0])
 
     folder.chmod(0o555)
     assert f"The checkpoint {folder}/checkpoint can't be made: Permission denied" in stopped(command)
@@ -55,6 +55,9 @@ def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_a
         assert f"There is no space left for {folder}/" in complaint and "Nothing is lost" in complaint
     filler.unlink()
     remount("size=100m")
+    delivered = acknowledged(producer)
     run = run_script(*command)
     assert (run.returncode, run.stderr) == (0, "")
-    account("a disk that is full, twice", *origins(spark, broker, options))
+    in_topic, *arrived = origins(spark, broker, options)
+    account("a disk that is full, twice", in_topic, *arrived)
+    assert len(in_topic) == 80_000 + delivered

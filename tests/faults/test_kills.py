@@ -11,13 +11,13 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import PATIENCE, origins, run_script
+from conftest import PATIENCE, acknowledged, origins, run_script
 from test_files_to_bronze import put
 from test_rules import reading
 
 from common.tables import quarantine_of
 
-CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
+CONSUMER, BRONZE = "spark_kafka_consumer.py", "streaming_files_to_delta_bronze.py"
 
 
 def last_batch(table: str) -> int:
@@ -57,20 +57,21 @@ def kill_again_and_again(start, command: list, table: str, kills: int) -> int:
     return between
 
 
-def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, start, account, pytestconfig):
+def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, start, produce, account, pytestconfig):
     topic, options = silver
     kills = pytestconfig.getoption("kills")
-    producer = start(PRODUCER, *topic, "--create-topic", "--rate", 200, "--invalid-fraction", 0.05, "--seed", 5)
+    producer = produce(topic)
     producer.wait_for("acknowledged")
     table = str(options[options.index("--table") + 1])
 
     between = kill_again_and_again(start, [CONSUMER, *options, "--trigger", "0 seconds"], table, kills)
 
-    assert producer.stop(signal.SIGINT) == 0
+    delivered = acknowledged(producer)
     last = run_script(CONSUMER, *options, "--once")
     assert (last.returncode, last.stderr) == (0, "")
-    account(f"{kills} kills of the consumer, {between} of them between its two writes", *origins(spark, broker, options))
-    assert between
+    in_topic, *arrived = origins(spark, broker, options)
+    account(f"{kills} kills of the consumer, {between} of them between its two writes", in_topic, *arrived)
+    assert between and delivered == len(in_topic)
 
 
 def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, account, pytestconfig):

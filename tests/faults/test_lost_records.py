@@ -1,14 +1,14 @@
 """Records that Kafka loses before they are read, a topic that is made again, and partitions that are added."""
 
 import time
+from collections import Counter
 
 import pytest
-from conftest import origins, run_script, tables
-from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from conftest import PATIENCE, acknowledged, origins, run_script, topic_offsets
+from kafka import KafkaAdminClient, TopicPartition
 from kafka.errors import TopicAlreadyExistsError
-from test_rules import reading
 
-CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
+CONSUMER = "spark_kafka_consumer.py"
 
 
 @pytest.fixture
@@ -25,12 +25,6 @@ def make_topic(admin, topic: str, partitions: int = 1) -> None:
             time.sleep(0.2)
 
 
-def send(broker: str, topic: str, values: range, partition: int = 0) -> None:
-    with KafkaProducer(bootstrap_servers=broker) as producer:
-        for value in values:
-            producer.send(topic, value=reading(value=value), partition=partition)
-
-
 def read_all(options: list, *more: str) -> str:
     run = run_script(CONSUMER, *options, "--once", *more)
     assert (run.returncode, run.stderr) == (0, "")
@@ -44,60 +38,80 @@ def refusal(options: list) -> str:
     return run.stderr
 
 
-def values_of(spark, options: list) -> list[float]:
-    return sorted(row.value for row in tables(spark, options)[0].select("value").collect())
+def wait_for_more(broker: str, topic: str, beyond: dict[int, int], records: int) -> None:
+    """Returns once each partition has so many records from its offset in `beyond` on."""
+    deadline = time.monotonic() + PATIENCE
+    while any(end < beyond[partition] + records for partition, end in topic_offsets(broker, topic).items()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def next_offsets(arrived: list) -> dict[int, int]:
+    """Where the next batch begins in each partition, by what is in the tables."""
+    return {partition: max(offset for _, where, offset in arrived if where == partition) + 1
+            for partition in {partition for _, partition, _ in arrived}}
 
 
 def test_records_that_retention_removed_stop_the_job_which_names_them_and_can_be_told_to_go_on(
-        spark, broker, silver, admin, account):
+        spark, broker, silver, admin, produce, account):
     (_, _, _, topic), options = silver
     make_topic(admin, topic, partitions=2)
-    for partition in (0, 1):
-        send(broker, topic, range(0, 10), partition)
+    producer = produce(silver[0])
+    wait_for_more(broker, topic, {0: 0, 1: 0}, 100)
     read_all(options)
-    for partition in (0, 1):
-        send(broker, topic, range(10, 30), partition)
-    admin.delete_records({TopicPartition(topic, 0): 15, TopicPartition(topic, 1): 20})
+    _, accepted, rejected = origins(spark, broker, options)
+    read = next_offsets(accepted + rejected)
+    wait_for_more(broker, topic, read, 50)
+    admin.delete_records({TopicPartition(topic, 0): read[0] + 15, TopicPartition(topic, 1): read[1] + 20})
+    removed = (f"partition 0 offsets {read[0]} to {read[0] + 14}, partition 1 offsets {read[1]} to {read[1] + 19}")
 
-    assert "partition 0 offsets 10 to 14, partition 1 offsets 10 to 19" in refusal(options)
-    assert values_of(spark, options) == sorted([*range(10)] * 2)  # nothing was skipped
+    assert removed in refusal(options)
+    assert origins(spark, broker, options)[1:] == (accepted, rejected)  # nothing was skipped
 
-    said = read_all(options, "--accept-data-loss")
-    assert "partition 0 offsets 10 to 14, partition 1 offsets 10 to 19" in said
-    assert values_of(spark, options) == sorted([*range(10), *range(15, 30), *range(10), *range(20, 30)])
+    assert removed in read_all(options, "--accept-data-loss")
+    delivered = acknowledged(producer)
+    read_all(options)
     in_topic, *arrived = origins(spark, broker, options)
-    account("15 records removed by retention, --accept-data-loss",
-            in_topic + [(topic, partition, offset) for partition, end in ((0, 15), (1, 20)) for offset in range(10)],
-            *arrived)
+    account("35 records removed by retention, --accept-data-loss", accepted + rejected + in_topic, *arrived)
+    assert delivered == len(accepted + rejected) + 35 + len(in_topic)
 
 
 def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_records_than_the_old_one(
-        spark, broker, silver, admin, account):
+        spark, broker, silver, admin, produce, account):
     (_, _, _, topic), options = silver
     make_topic(admin, topic)
-    send(broker, topic, range(0, 5))
+    producer = produce(silver[0])
+    wait_for_more(broker, topic, {0: 0}, 100)
     read_all(options)
+    _, accepted, rejected = origins(spark, broker, options)
+    read = next_offsets(accepted + rejected)
     admin.delete_topics([topic])
     while topic in admin.list_topics():
         time.sleep(0.2)
     make_topic(admin, topic)
-    send(broker, topic, range(20, 50))
+    wait_for_more(broker, topic, read, 1)
 
-    assert f'"{topic}" on {broker} was deleted and made again' in refusal(options)
-    assert "from {'0': 5} on (partition: offset) is gone" in refusal(options)
-    assert values_of(spark, options) == [*range(5)]
+    complaint = refusal(options)
+    assert f'"{topic}" on {broker} was deleted and made again' in complaint
+    assert f"from {{'0': {read[0]}}} on (partition: offset) is gone" in complaint
+    assert origins(spark, broker, options)[1:] == (accepted, rejected)
 
     assert "the new topic is read from its beginning" in read_all(options, "--accept-data-loss")
-    send(broker, topic, range(50, 60))
+    delivered = acknowledged(producer)
     read_all(options)
-    assert values_of(spark, options) == [*range(5), *range(20, 60)]
-    account("the topic deleted and made again, --accept-data-loss", [*range(5), *range(20, 60)], values_of(spark, options), [])
+    in_topic, *arrived = origins(spark, broker, options)
+    # Both topics have an offset 0, so what was there before goes by another name.
+    old = [("the old topic", *origin[1:]) for origin in accepted + rejected]
+    new = [list((Counter(now) - Counter(before)).elements()) for now, before in zip(arrived, (accepted, rejected))]
+    account("the topic deleted and made again, --accept-data-loss", old + in_topic, old[:len(accepted)] + new[0],
+            old[len(accepted):] + new[1])
+    assert delivered >= len(old + in_topic)  # the rest was in the old topic and not read yet
 
 
 def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, broker, start):
     (_, _, _, topic), options = silver
     make_topic(admin, topic)
-    send(broker, topic, range(0, 5))
+    assert run_script("kafka_producer.py", *silver[0], "--rate", 0, "--count", 5).returncode == 0
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
     consumer.wait_for("batch 0: 5 rows in")
     admin.delete_topics([topic])
@@ -105,17 +119,20 @@ def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, br
     assert f'error: The topic "{topic}" on {broker} is gone' in consumer.output and "Traceback" not in consumer.output
 
 
-def test_partitions_that_are_added_are_read_from_their_beginning(spark, broker, silver, admin, start, account):
+def test_partitions_that_are_added_are_read_from_their_beginning(
+        spark, broker, silver, admin, start, produce, account):
     (_, _, _, topic), options = silver
     make_topic(admin, topic)
-    send(broker, topic, range(0, 10))
+    producers = [produce(silver[0])]
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
-    consumer.wait_for("batch 0: 10 rows in")
+    consumer.wait_for("batch")
     admin.create_partitions({topic: 3})
-    send(broker, topic, range(10, 20), partition=2)
-    send(broker, topic, range(20, 30), partition=1)
-    consumer.wait_for("batch", times=2)
+    producers.append(produce(silver[0]))  # the first one would see the new partitions within five minutes
+    wait_for_more(broker, topic, dict.fromkeys(range(3), 0), 100)
+    consumer.wait_for("batch", times=consumer.output.count("batch") + 2)
+    delivered = acknowledged(*producers)
     assert consumer.stop() == 0
     read_all(options)
-    account("two partitions added while the stream runs", *origins(spark, broker, options))
-    assert values_of(spark, options) == [*range(30)]
+    in_topic, *arrived = origins(spark, broker, options)
+    account("two partitions added while the stream runs", in_topic, *arrived)
+    assert delivered == len(in_topic) and {partition for _, partition, _ in in_topic} == {0, 1, 2}

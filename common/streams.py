@@ -145,7 +145,7 @@ def _report_batches(query: StreamingQuery, writer: TableWriter) -> None:
         reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in sorted(rejected.items()))
         line = (f"batch {progress['batchId']}: {sum(counts.values()):,} rows in, {counts.get(None, 0):,} accepted, "
                 f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, "
-                f"{progress['durationMs']['triggerExecution'] / 1000:.1f} s")
+                f"{progress['batchDuration'] / 1000:.1f} s")
         latest = progress["sources"][0]["latestOffset"]
         if latest and "{" in latest:  # Kafka's offsets: {"topic": {"partition": offset}}
             behind = _total_offset(latest) - _total_offset(progress["sources"][0]["endOffset"])

@@ -152,7 +152,8 @@ class Topic:
             raise PipelineError(self._refused(first_line(message))) from error
         if "may have been lost" in message:  # what is lost is looked at next
             return
-        has_no_topic = re.search(r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)
+        has_no_topic = re.search(
+            r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)
         if not (has_no_topic or isinstance(error, KafkaError) or re.search(r"[Tt]imed out|[Tt]imeout|[Dd]isconnect", message)):
             raise error
         if has_no_topic:  # which a broker also says for a moment after its start

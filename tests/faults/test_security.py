@@ -115,7 +115,7 @@ def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(spark, secu
     ui = f"--conf spark.ui.enabled=true --conf spark.ui.port={port} pyspark-shell"
     producer = start(PRODUCER, *topic, "--create-topic", "--rate", 50, "--verbose")
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds", "--verbose", env=os.environ | {"PYSPARK_SUBMIT_ARGS": ui})
-    consumer.wait_for("batch", times=2)
+    consumer.wait_for("rows in", times=2)
 
     everyone = [process.info for process in psutil.process_iter(["cmdline", "environ"])]
     shown = pages(f"http://localhost:{port}")

@@ -12,10 +12,9 @@ name twice) with these fields and breaks none of `RULES`; other fields than thes
     floor       integer  written without fraction or exponent, 32 bits; may be missing or null
 """
 
-from functools import reduce
 from typing import NamedTuple
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 
@@ -44,14 +43,24 @@ BLANK = r"\A\p{IsWhite_Space}*\z"
 LONE_SURROGATE = (r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
                   r"RLIKE r'\\u[dD][89a-fA-F]'")
 
-# A field of a plain record, as `_is_plain` says. A string does not begin with white space, so it is not blank, and ends
-# below U+FFFD, as which Java sees what is not UTF-8. No quantifier gives back what it has taken: it would do so in vain.
+# A plain record, what nearly all are: an object of the fields of a reading and no others, each with a value of its JSON type
+# and without an escape. A string does not begin with white space, so it is not blank, and ends below U+FFFD, as which Java
+# sees what is not UTF-8. One pass of PLAIN takes out the values: the groups of FIELDS twice, the second time for a seventh
+# field, which is a group too. No quantifier gives back what it has taken: it would do so in vain.
 _SPACE = r"[ \t\r\n]*+"
-_FIELD = _SPACE + "(?:" + "|".join(f'"{name}"{_SPACE}:{_SPACE}{value}' for name, value in {
-    "(?:device_id|building|type|unit)": r'"(?!\p{IsWhite_Space})[ !#-\[\]-\x{fffc}]++"',
-    "timestamp": f'"{TIMESTAMP}"',
-    "value": r"-?\d{1,15}+(?:\.\d{1,15}+)?+",
-    "floor": r"-?\d{1,9}+"}.items()) + ")" + _SPACE
+_STRING = r'"((?!\p{IsWhite_Space})[ !#-\[\]-\x{fffc}]++)"'
+FIELDS = {
+    "timestamp": f'"({TIMESTAMP})"',
+    "device_id": _STRING,
+    "building": _STRING,
+    "floor": r"(-?(?:0|[1-9]\d{0,8}+))",
+    "type": _STRING,
+    "value": r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)",
+    "unit": _STRING,
+}
+_FIELD = _SPACE + '"(?:' + "|".join(f'{name}"{_SPACE}:{_SPACE}{value}' for name, value in FIELDS.items()) + ")" + _SPACE
+PLAIN = rf"\A\{{(?:(?:(?<=\A\{{)|(?<!\A\{{),){_FIELD}){{6}}(,{_FIELD})?+\}}{_SPACE}\z"
+_SEPARATOR = "\x01"  # which no JSON has outside an escape
 
 
 def _is_missing(field: str, string: str) -> str:
@@ -61,12 +70,12 @@ def _is_missing(field: str, string: str) -> str:
 
 def _for_its_type(condition: str) -> str:
     """SQL that holds where `condition`, filled with the SensorType of the reading's own type, holds."""
-    return " OR ".join(f"reading.type = '{name}' AND {condition.format(**sensor_type._asdict())}"
+    return " OR ".join(f"type = '{name}' AND {condition.format(**sensor_type._asdict())}"
                        for name, sensor_type in SENSOR_TYPES.items())
 
 
-# Why a record is rejected, and when, as SQL over the columns of `_parse`; the first that holds is the reason. A plain
-# record breaks none of FORM.
+# Why a record is rejected, and when, as SQL over `raw`, `text`, `ingest_time` and the values of `_STRICT_READING`; the first
+# that holds is the reason. A plain record breaks none of FORM.
 FORM = {
     "empty_record": f"raw IS NULL OR text RLIKE r'{BLANK}'",
     "invalid_encoding": "NOT is_valid_utf8(text)",
@@ -85,16 +94,36 @@ FORM = {
     "invalid_unit": "json_type.unit <> 'STRING'",
     "invalid_value": "reading.value IS NULL OR isnan(reading.value) OR abs(reading.value) = double('Infinity')",
     "invalid_floor": "json_type.floor <> 'VOID' AND reading.floor IS NULL",
+    "invalid_timestamp": "json_type.timestamp <> 'STRING'",
 }
 CONTENT = {
     # A day ahead is allowed to devices whose clock has the wrong zone.
-    "invalid_timestamp": "json_type.timestamp <> 'STRING' OR event_time IS NULL "
-                         "OR event_time > ingest_time + INTERVAL 1 DAY",
-    "unknown_type": f"reading.type NOT IN {tuple(SENSOR_TYPES)}",
-    "wrong_unit": _for_its_type("reading.unit <> '{unit}'"),
-    "out_of_range": _for_its_type("reading.value NOT BETWEEN {low} AND {high}"),
+    "invalid_timestamp": "event_time IS NULL OR event_time > ingest_time + INTERVAL 1 DAY",
+    "unknown_type": f"type NOT IN {tuple(SENSOR_TYPES)}",
+    "wrong_unit": _for_its_type("unit <> '{unit}'"),
+    "out_of_range": _for_its_type("value NOT BETWEEN {low} AND {high}"),
 }
 RULES = FORM | CONTENT
+
+# How a record that is not plain is read, each value by those before it. `from_json` reads the first JSON value and ignores
+# what follows, makes strings of numbers and objects, and takes the last of equal names. So it reads such a record twice, the
+# second time as `json`, which sees all of that:
+# - It is the array [RECORD, {"end": CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its
+#   number of elements, and no record can hold its own SHA-256 to forge the end.
+# - `fields`, the record as a map of variants, has every name as often as it stands there, and each value with its JSON
+#   type. `json_type` names those: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, VOID for null;
+#   it is null for an absent field.
+# - What a variant can't hold makes all null, such as a name twice further in.
+_STRICT = "map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')"
+_STRICT_READING = {
+    "text": "raw::STRING",
+    "reading": "from_json(text, 'device_id STRING, building STRING, floor INT, type STRING, value DOUBLE, unit STRING, "
+               f"timestamp STRING', {_STRICT})",
+    "checksum": "sha2(raw, 256)",
+    "json": f"""from_json(concat('[', text, ',{{"end":"', checksum, '"}}]'), 'ARRAY<MAP<STRING, VARIANT>>', {_STRICT})""",
+    "fields": "get(json, 0)",
+    "json_type": "struct(" + ", ".join(f"schema_of_variant(fields['{name}']) AS {name}" for name in FIELDS) + ")",
+}
 
 
 def with_reject_reason(records: DataFrame) -> DataFrame:
@@ -106,54 +135,53 @@ def with_reject_reason(records: DataFrame) -> DataFrame:
     `reject_reason` (string).
     """
     origin = [column for column in records.columns if column != "reject_reason"]
-    given = [F.col("reject_reason")] if "reject_reason" in records.columns else []
-    form, content = (F.coalesce(*[F.when(F.expr(is_broken), F.lit(reason)) for reason, is_broken in rules.items()])
-                     for rules in (FORM, CONTENT))
-    return _parse(records).select(
-        *origin,
-        *[f"reading.{field}" for field in ("device_id", "building", "floor", "type", "value", "unit")],
-        "event_time",
-        F.coalesce(*given, F.when(~F.col("is_plain"), form), content).alias("reject_reason"))
-
-
-def _parse(records: DataFrame) -> DataFrame:
-    """Adds `text`, `reading`, `is_plain`, `checksum`, `json`, `fields`, `json_type` and `event_time`.
-
-    `from_json` reads the first JSON value and ignores what follows, makes strings of numbers and objects, and takes the
-    last of equal names. So a record that is not plain is read a second time, as `json`, which sees all of that:
-    - It is the array [RECORD, {"end": CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its
-      number of elements, and no record can hold its own SHA-256 to forge the end.
-    - `fields`, the record as a map of variants, has every name as often as it stands there, and each value with its JSON
-      type. `json_type` names those: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, VOID for null;
-      it is null for an absent field.
-    - What a variant can't hold makes all null, such as a name twice further in.
-    """
-    strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
-    checksum = F.when(~F.col("is_plain"), F.sha2("raw", 256))
-    framed = F.concat(F.lit("["), "text", F.lit(',{"end":"'), "checksum", F.lit('"}]'))
-    json_types = [F.schema_of_variant(F.col("fields")[field]).alias(field)
-                  for field in ("device_id", "building", "floor", "type", "value", "unit", "timestamp")]
-    timestamp = F.col("reading.timestamp")
-    iso_timestamp = F.when(F.col("is_plain") | timestamp.rlike(rf"\A{TIMESTAMP}\z"), timestamp)
+    given = "reject_reason, " if "reject_reason" in records.columns else ""
+    parts = F.split(F.regexp_replace(F.col("raw").cast("string"), PLAIN, _replacement()), _SEPARATOR)
+    plain_reading = _reading({name: f"parts[{number}]" for number, name in enumerate(FIELDS, 1)}, "NULL::STRING")
+    strict_reading = _let(_STRICT_READING, _reading({name: f"reading.{name}" for name in FIELDS} | {
+        "timestamp": rf"CASE WHEN reading.timestamp RLIKE r'\A{TIMESTAMP}\z' THEN reading.timestamp END"}, _first(FORM)))
     return (records
-            .select("*", F.col("raw").cast("string").alias("text"))
-            .select("*", F.from_json("text", "device_id STRING, building STRING, floor INT, type STRING, value DOUBLE, "
-                                     "unit STRING, timestamp STRING", strict).alias("reading"))
-            .select("*", _is_plain().alias("is_plain"))
-            .select("*", checksum.alias("checksum"))
-            .select("*", F.from_json(framed, "ARRAY<MAP<STRING, VARIANT>>", strict).alias("json"))
-            .select("*", F.get("json", F.lit(0)).alias("fields"))
-            .select("*", F.struct(*json_types).alias("json_type"), iso_timestamp.try_cast("timestamp").alias("event_time")))
+            .withColumn("parts", parts)
+            .withColumn("parts", F.expr(f"CASE WHEN {_is_plain()} THEN parts END"))
+            .withColumn("reading", F.expr(f"CASE WHEN parts IS NOT NULL THEN {plain_reading} ELSE {strict_reading} END"))
+            .select(*records.columns, "reading.*")
+            .select(*origin, "device_id", "building", "floor", "type", "value", "unit", "event_time",
+                    F.expr(f"coalesce({given}broken, {_first(CONTENT)})").alias("reject_reason")))
 
 
-def _is_plain() -> Column:
-    """Whether `text` is an object of the fields of a reading and no others, each there once, with a value of its JSON type
-    and without an escape, and nothing around it: what nearly all records are, and quick to see.
+def _replacement() -> str:
+    """What PLAIN makes of a plain record: nothing, the values of FIELDS, and the seventh field, with _SEPARATOR between."""
+    groups = [f"${number}${number + len(FIELDS) + 1}" for number in range(1, len(FIELDS) + 1)]
+    return _SEPARATOR.join(["", *groups, f"${len(FIELDS) + 1}"])
 
-    The pattern counts the fields; as each that is needed is there, none is there twice.
-    """
-    needed = [F.col(f"reading.{field}").isNotNull()
-              for field in ("device_id", "building", "type", "value", "unit", "timestamp")]
-    six, seven = (F.col("text").rlike(rf"\A{_SPACE}\{{{_FIELD}(?:,{_FIELD}){{{others}}}\}}{_SPACE}\z") for others in (5, 6))
-    is_plain = reduce(Column.__and__, needed) & F.when(F.col("reading.floor").isNull(), six).otherwise(seven)
-    return F.coalesce(is_plain, F.lit(False))
+
+def _is_plain() -> str:
+    """SQL: whether `parts` are those of a plain record."""
+    numbers = {name: number for number, name in enumerate(FIELDS, 1)}
+    # What PLAIN does not match stays as it is. It may have separators, but can't begin with "{" and with one of them.
+    return " AND ".join([
+        f"size(parts) = {len(FIELDS) + 2} AND parts[0] = '' AND startswith(raw::STRING, '{{')",
+        *(f"parts[{number}] <> ''" for name, number in numbers.items() if name != "floor"),
+        # As many fields as values: none is there twice.
+        f"(parts[{numbers['floor']}] = '') = (parts[{len(FIELDS) + 1}] = '')"])
+
+
+def _reading(values: dict[str, str], broken: str) -> str:
+    """SQL for a reading of the columns' types from SQL for its `values`; `broken` is that for its reason in FORM."""
+    return (f"struct({values['device_id']} AS device_id, {values['building']} AS building, "
+            f"try_cast({values['floor']} AS INT) AS floor, {values['type']} AS type, "
+            f"try_cast({values['value']} AS DOUBLE) AS value, {values['unit']} AS unit, "
+            f"try_cast({values['timestamp']} AS TIMESTAMP) AS event_time, "
+            f"{broken} AS broken)")
+
+
+def _first(rules: dict[str, str]) -> str:
+    """SQL for the name of the first of the rules that holds, or null."""
+    return "CASE " + " ".join(f"WHEN {is_broken} THEN '{reason}'" for reason, is_broken in rules.items()) + " END"
+
+
+def _let(values: dict[str, str], body: str) -> str:
+    """SQL of `body` with names for `values`, each of which is evaluated once: SQL has no other way to say that."""
+    for name, value in reversed(values.items()):
+        body = f"transform(array({value}), {name} -> {body})[0]"
+    return body

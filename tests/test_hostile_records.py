@@ -99,7 +99,7 @@ RECORDS = st.one_of(
 def test_the_rules_and_the_oracle_agree_on_what_hypothesis_makes(spark):
     records = []
 
-    @settings(max_examples=5000, database=None, derandomize=True, phases=[Phase.generate],
+    @settings(max_examples=8000, database=None, derandomize=True, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))
     @given(RECORDS)
     def collect(record):

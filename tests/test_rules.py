@@ -57,6 +57,17 @@ CASES = [
     (reading(timestamp="2026-11-20T11:00:00+01"), None),
     (reading(timestamp="2026-11-21T12:00:00Z"), None),  # a day ahead, not more
     (reading(timestamp="0001-01-01T00:00:00Z"), None),
+    (json.dumps(dict(reversed(VALID.items())), ensure_ascii=False, separators=(",", ":")).encode(), None),
+    (reading(building="Ä", device_id="\u00a0 a"), None),
+    # what could pass for plain
+    (V[:-1] + b",}", "malformed_json"),
+    (b"{," + V[1:], "malformed_json"),
+    (V.replace(b", ", b" ", 1), "malformed_json"),
+    (b"\x01" + b"\x01".join([b"2026-11-20T10:00:00Z", b"a", b"A", b"2", b"co2", b"1", b"ppm", b"x"]), "malformed_json"),
+    (reading(floor=...)[:-1] + b', "type": "temperature"}', "malformed_json"),
+    (reading(unit=...)[:-1] + b', "type": "temperature"}', "malformed_json"),
+    (literally("value", "021.5"), "malformed_json"),
+    (literally("floor", "02"), "malformed_json"),
     # no record, no text, no JSON object
     (None, "empty_record"),
     (b"", "empty_record"),

@@ -42,9 +42,10 @@ def main(archive: str) -> None:
     from common.streams import run_query
     from common.table_writer import TableWriter
     from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
-    from common.viewer import read_table, show
+    from common.viewer import newest_since, read_table, show
 
-    spark = build_spark("class-archive", STREAM_JVM | {"spark.driver.extraJavaOptions": f"-XX:ArchiveClassesAtExit={archive}"})
+    spark = build_spark("class-archive", STREAM_JVM | {
+        "spark.driver.extraJavaOptions": f"{STREAM_JVM['spark.driver.extraJavaOptions']} -XX:ArchiveClassesAtExit={archive}"})
     with tempfile.TemporaryDirectory() as folder:
         records = spark.readStream.format("text").load(f"{REPOSITORY}/input/sensor_data").select(
             F.col("value").cast("binary").alias("raw"), F.lit("").alias("source_file"),
@@ -52,6 +53,7 @@ def main(archive: str) -> None:
         writer = TableWriter(f"{folder}/table", BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS)
         run_query(records, writer, argparse.Namespace(checkpoint=f"{folder}/checkpoint", once=True))
         for table in (writer.table, writer.quarantine):
+            newest_since(spark, table, 5)
             show(read_table(spark, table, "").orderBy(F.desc("ingest_time")), 5)
         kafka = spark.read.format("kafka").option("kafka.bootstrap.servers", "127.0.0.1:1").option("subscribe", "none")
         with suppress(Exception):  # there is no such broker, but what would talk to it has been loaded

@@ -1,5 +1,6 @@
 """Writing a micro-batch of a stream: each record into a table or its quarantine, exactly once."""
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -12,8 +13,12 @@ from pyspark.sql.types import StructType
 
 from common.console import PipelineError
 from common.readings import with_reject_reason
-from common.tables import TOPIC_ID, WRITER, create_table, quarantine_of
+from common.tables import TOPIC_ID, WRITER, clean_up, create_table, quarantine_of
 from common.topics import Topic
+
+
+ROWS_PER_FILE = 500_000  # some 2 MB (Bronze) or 7 MB (Silver), which auto compaction leaves alone
+CLEAN_UP_AFTER = 1000  # batches, which are half an hour of the default trigger
 
 
 class Stopped(Exception):
@@ -65,13 +70,16 @@ class TableWriter:
             # An id never comes back: if it is the same now, all of these records are of the same topic.
             if self.topic and self.topic.id() != self.topic_id:
                 raise PipelineError(f"{self.topic} was deleted while it was read.")
-            if counts.keys() - {None}:
-                self._append(records.where("reject_reason IS NOT NULL"), self.quarantine, self.quarantine_columns, batch_id)
-            if None in counts:
-                accepted = records.where("reject_reason IS NULL").withColumn("raw_json", F.col("raw").cast("string"))
-                self._append(accepted, self.table, self.columns, batch_id)
+            rejected = records.where("reject_reason IS NOT NULL")
+            accepted = records.where("reject_reason IS NULL").withColumn("raw_json", F.col("raw").cast("string"))
+            rows = counts.get(None, 0)
+            self._append(rejected, sum(counts.values()) - rows, self.quarantine, self.quarantine_columns, batch_id)
+            self._append(accepted, rows, self.table, self.columns, batch_id)
         finally:
             records.unpersist()
+        if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
+            for table in (self.quarantine, self.table):
+                clean_up(batch.sparkSession, table)
         self.counts[batch_id] = counts
         self.batches += 1
 
@@ -88,10 +96,12 @@ class TableWriter:
                 if careful:
                     raise
 
-    def _append(self, records: DataFrame, table: str, columns: str, batch_id: int) -> None:
-        """Appends to `table`, unless its log says that this stream's batch is there: a batch repeated after a crash."""
-        (records.select(*StructType.fromDDL(columns).names).write.format("delta").mode("append")
-         .options(txnAppId=self.checkpoint_id, txnVersion=batch_id).save(table))
+    def _append(self, records: DataFrame, rows: int, table: str, columns: str, batch_id: int) -> None:
+        """Appends `records`, so many rows, to `table`, unless its log says that this stream's batch is there: a batch
+        repeated after a crash."""
+        if rows:
+            (records.select(*StructType.fromDDL(columns).names).coalesce(math.ceil(rows / ROWS_PER_FILE))
+             .write.format("delta").mode("append").options(txnAppId=self.checkpoint_id, txnVersion=batch_id).save(table))
 
 
 def _count(records: DataFrame) -> dict[str | None, int]:

@@ -5,10 +5,10 @@
     python3 read_delta.py lake/silver/sensor_data --version 0
     python3 read_delta.py lake/silver/sensor_data --timestamp "2026-11-20 08:00:00"
     python3 read_delta.py lake/silver/sensor_data --history
+    python3 read_delta.py lake/silver/sensor_data --optimize --vacuum
 """
 
 import argparse
-import os
 from functools import reduce
 
 from delta.tables import DeltaTable
@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from common.console import PipelineError, argument_parser, at_least, location, run, say
 from common.session import READER_JVM, build_spark
-from common.tables import LAKE
+from common.tables import LAKE, clean_up, time_travel
 from common.viewer import read_table, show
 
 STREAMS = "python3 spark_kafka_consumer.py or python3 streaming_files_to_delta_bronze.py"
@@ -28,6 +28,8 @@ def main() -> None:
     spark = build_spark("read-delta", READER_JVM, options.verbose)
     if options.table is None:
         show_overview(spark, options.lake)
+    elif options.optimize or options.vacuum:
+        tidy(spark, options)
     elif options.history:
         show_history(spark, options)
     else:
@@ -40,32 +42,64 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
     parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
     parser.add_argument("--history", action="store_true", help="the table's commits, newest first")
+    parser.add_argument("--optimize", action="store_true", help="merge the table's small files now")
+    parser.add_argument("--vacuum", action="store_true",
+                        help="remove files and log entries that are older than the table's time travel now")
     moment = parser.add_mutually_exclusive_group()
     moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
     moment.add_argument("--timestamp", metavar="T", help='the table as of this time, UTC: "2026-11-20 08:00:00"')
     parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, without TABLE")
     parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
     options = parser.parse_args()
-    if options.table is None and (options.history or options.sort_by or options.timestamp or options.version is not None):
-        parser.error("--history, --sort-by, --version and --timestamp need a TABLE")
+    if options.table is None and (options.history or options.optimize or options.vacuum or options.sort_by
+                                  or options.timestamp or options.version is not None):
+        parser.error("--history, --optimize, --vacuum, --sort-by, --version and --timestamp need a TABLE")
     return options
 
 
 def show_overview(spark: SparkSession, lake: str) -> None:
     """Prints a line for each table under the folder `lake`: rows, live files, size, last commit."""
-    tables = sorted(folder for folder, subfolders, _ in os.walk(lake) if "_delta_log" in subfolders)
+    tables = find_tables(spark, lake)
     if not tables:
         raise PipelineError(f"No Delta table under {lake} yet. Tables appear with the first records; start {STREAMS}.")
     overview = []
-    for path in tables:
+    for name, path in sorted(tables.items()):
         table = DeltaTable.forPath(spark, path)
         detail = table.detail().first()
         commit = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).first()
-        line = {"table": os.path.relpath(path, lake), "rows": table.toDF().count(), "live_files": detail["numFiles"],
+        line = {"table": name, "rows": table.toDF().count(), "live_files": detail["numFiles"],
                 "size_mb": round(detail["sizeInBytes"] / 1e6, 2), "version": commit["version"],
                 "last_commit": commit["operation"], "last_commit_time": commit["timestamp"]}
         overview.append(spark.range(1).select(*[F.lit(value).alias(name) for name, value in line.items()]))
     show(reduce(DataFrame.union, overview), len(overview), whole=True)
+
+
+def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
+    """Merges small files and removes old ones, as asked for; a stream may write to the table at the same time."""
+    read_table(spark, options.table, STREAMS)
+    if options.optimize:
+        metrics = DeltaTable.forPath(spark, options.table).optimize().executeCompaction().first()["metrics"]
+        say(f"Merged {metrics['numFilesRemoved']:,} files into {metrics['numFilesAdded']:,}.")
+    if options.vacuum:
+        clean_up(spark, options.table)
+        say(f"Removed the files and log entries that no version of the last {time_travel(spark, options.table)} needs.")
+
+
+def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
+    """The Delta tables under the folder `lake`, on any file system that Spark reaches: their paths by those below `lake`."""
+    # The slash is for a whole bucket: s3a://bucket alone would be the user's home in it.
+    top = spark._jvm.org.apache.hadoop.fs.Path(f"{lake}/")
+    files = top.getFileSystem(spark._jsc.hadoopConfiguration())
+    top = files.makeQualified(top)
+
+    def tables_under(folder) -> list:
+        subfolders = [status.getPath() for status in files.listStatus(folder) if status.isDirectory()]
+        if any(subfolder.getName() == "_delta_log" for subfolder in subfolders):
+            return [folder]
+        return [table for subfolder in subfolders for table in tables_under(subfolder)]
+
+    tables = tables_under(top) if files.exists(top) else []
+    return {top.toUri().relativize(table.toUri()).getPath() or ".": table.toString() for table in tables}
 
 
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:

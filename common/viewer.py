@@ -1,6 +1,5 @@
 """Printing Delta tables for people."""
 
-
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -29,6 +28,8 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     accepted = read_table(spark, options.table, written_by)
     rejected = read_table(spark, quarantine_of(options.table), written_by)
     rows = rejected if options.rejected else accepted
+    if (since := newest_since(spark, quarantine_of(options.table) if options.rejected else options.table, options.limit)):
+        rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
     newest_first = [F.desc(column) for column in ("ingest_time", "event_time") if column in rows.columns]
     if not options.raw:
         rows = rows.drop("raw_json")
@@ -45,6 +46,24 @@ def read_table(spark: SparkSession, path: str, written_by: str, **time_travel) -
     if not DeltaTable.isDeltaTable(spark, path):
         raise PipelineError(f"No Delta table at {path} yet. It appears with the first records; start {written_by}.")
     return spark.read.format("delta").options(**time_travel).load(path)
+
+
+def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
+    """A time (microseconds since 1970) such that at least `limit` rows of the table have an ingest_time from it on.
+
+    It comes from the statistics of the files in the table's log. So the newest rows are found without a look at all of
+    them: Delta skips each file whose rows are all older. None where no file may be skipped.
+    """
+    snapshot = spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path).unsafeVolatileSnapshot()
+    statistics = F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>")
+    files = (DataFrame(snapshot.allFiles().toDF(), spark).select(statistics.alias("file"))
+             .select("file.numRecords", F.unix_micros("file.minValues.ingest_time").alias("since")))
+    rows = 0
+    for file in files.orderBy(F.desc("since")).limit(limit).collect():  # enough: a file has at least one row
+        rows += file.numRecords or 0
+        if rows >= limit:
+            return file.since
+    return None
 
 
 def show(rows: DataFrame, limit: int, whole: bool = False) -> None:

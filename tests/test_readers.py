@@ -1,10 +1,16 @@
 """The reader scripts on real tables."""
 
+import os
 import re
+import time
+from pathlib import Path
 
 import pytest
 from conftest import run_script
+from pyspark.sql import functions as F
+from test_rules import reading
 
+from common.table_writer import TableWriter
 from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, WRITER, create_table
 from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
 
@@ -26,8 +32,8 @@ def lake(spark, tmp_path_factory):
                 f"timestamp_micros(1763700000000000 + {batch}) AS ingest_time", "'{\"whole\": \"record\"}' AS raw_json")
             if layer == "bronze":
                 readings = readings.drop("raw_json")
-            readings.repartition(3).write.format("delta").mode("append").save(table)
-        spark.range(3).selectExpr("'malformed_json' AS reject_reason", "CAST('{\x07' AS BINARY) AS raw",
+            readings.coalesce(1).write.format("delta").mode("append").save(table)
+        spark.range(3, numPartitions=1).selectExpr("'malformed_json' AS reject_reason", "CAST('{\x07' AS BINARY) AS raw",
                                   "now() AS ingest_time").write.format("delta").mode("append").save(f"{table}_quarantine")
     return folder
 
@@ -86,3 +92,46 @@ def test_read_delta_sorts_and_travels_in_time(lake):
 def test_read_delta_says_what_is_wrong(lake, options, complaint):
     run = run_script("read_delta.py", lake / "silver" / "sensor_data", *options)
     assert run.returncode == 1 and re.search(complaint, run.stderr) and "Traceback" not in run.stderr
+
+
+def written(spark, table, batches: int) -> TableWriter:
+    """A Bronze table and its quarantine of so many batches of two records, one of them broken, made two days ago."""
+    writer = TableWriter(str(table), BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS)
+    writer.checkpoint_id = "test"
+    for batch in range(batches):
+        writer.write(records(spark), batch)
+    for path in (writer.table, writer.quarantine):
+        spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval 1 hour', "
+                  f"'delta.deletedFileRetentionDuration' = 'interval 0 hours')")
+        for seconds, file in enumerate(sorted(Path(path).rglob("*"))):
+            os.utime(file, times=(time.time() - 172_800 + seconds,) * 2)
+    return writer
+
+
+def records(spark):
+    raw = [F.lit(record).cast("binary") for record in (reading().decode(), "{")]
+    return spark.range(1).select(F.explode(F.array(*raw)).alias("raw"), F.lit("f").alias("source_file"),
+                                 F.current_timestamp().alias("ingest_time"))
+
+
+def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, tmp_path):
+    table = tmp_path / "bronze"
+    written(spark, table, batches=12)
+    (table / "left-by-a-crash.parquet").touch()
+    os.utime(table / "left-by-a-crash.parquet", times=(0, 0))
+    run = run_script("read_delta.py", table, "--optimize", "--vacuum")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == "Merged 12 files into 1.\nRemoved the files and log entries that no version of the last 0 hours needs.\n"
+    assert len(list(table.glob("*.parquet"))) == 1
+    assert not (table / "_delta_log" / f"{0:020}.json").exists()
+    assert run_script("read_delta.py", table).stdout.endswith(f"12 rows in {table}\n")
+
+
+def test_a_stream_removes_what_no_version_needs_each_thousand_batches(spark, tmp_path):
+    writer = written(spark, tmp_path / "bronze", batches=12)
+    writer.write(records(spark), 998)
+    assert all(Path(path, "_delta_log", f"{0:020}.json").exists() for path in (writer.table, writer.quarantine))
+    writer.write(records(spark), 999)
+    for path in (writer.table, writer.quarantine):
+        assert not Path(path, "_delta_log", f"{0:020}.json").exists()
+        assert spark.read.format("delta").load(path).count() == 14

@@ -18,7 +18,6 @@ name that begins with "." or "_", and rename it when it is complete.
 """
 
 import argparse
-import os
 import re
 
 from py4j.protocol import Py4JJavaError
@@ -65,7 +64,9 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
 
     Not what is in them, so that a file that can't be read stops no batch: `read_files` reads them.
     """
-    if "://" not in options.input and not os.path.isdir(options.input):
+    folder = spark._jvm.org.apache.hadoop.fs.Path(options.input)
+    files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
+    if not files.exists(folder) or not files.getFileStatus(folder).isDirectory():
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
     return (
         spark.readStream.format("binaryFile")

@@ -23,7 +23,7 @@ def exclusive(path: str) -> Iterator[None]:
     """Keeps the checkpoint at `path` from other processes of this machine. PipelineError where one of them has it.
 
     Where it is a URI (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
-    the other fails.
+    the other fails. A store that can't rename in one step lets both, should they do so in the same moment.
     """
     if "://" in path:
         yield

@@ -24,8 +24,9 @@ PATIENCE = 240  # seconds; a limit for what hangs, far above what any step takes
 class Script:
     """A script of the project as a process of its own, whose output can be waited for."""
 
-    def __init__(self, name: str, *arguments, folder: Path = REPOSITORY, env: dict | None = None):
-        self.process = subprocess.Popen([sys.executable, "-u", str(folder / name), *map(str, arguments)], env=env,
+    def __init__(self, name: str, *arguments, folder: Path = REPOSITORY, env: dict | None = None,
+                 interpreter: Iterable = (sys.executable, "-u")):
+        self.process = subprocess.Popen([*map(str, interpreter), str(folder / name), *map(str, arguments)], env=env,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
                                         start_new_session=True)
         self.lines = []

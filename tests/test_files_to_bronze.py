@@ -4,10 +4,13 @@ import gzip
 import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 from test_rules import VALID, reading
 
+from common.java import DELTA, KAFKA_SOURCE, spark_jars
 from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, quarantine_of
 from conftest import run_script
 
@@ -121,6 +124,19 @@ def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bron
     again = run_script(SCRIPT, *options, "--once", "--max-files-per-trigger", 1)
     assert again.returncode == 0, again.stderr
     assert rows_of(spark, tmp_path / "bronze", ["value"]) == [(1.0,), (2.0,), (3.0,)]
+
+
+def test_ctrl_c_under_spark_submit_lets_the_batch_finish(bronze, start):
+    folder, options = bronze
+    put(folder, "1.json", reading())
+    jars = os.pathsep.join(spark_jars(DELTA, KAFKA_SOURCE))
+    submit = [Path(sys.executable).with_name("spark-submit"), "--master", "local[1]", "--driver-class-path", jars]
+    stream = start(SCRIPT, *options, "--trigger", "0 seconds", interpreter=submit,
+                   env=os.environ | {"PYSPARK_PYTHON": sys.executable})
+    stream.wait_for("1 accepted")
+    os.killpg(stream.process.pid, signal.SIGINT)  # as a terminal does: the JVM of spark-submit gets it, too
+    assert stream.wait() == 0
+    assert "Traceback" not in stream.output and "Stopped." in stream.output
 
 
 def test_a_checkpoint_without_its_table_and_a_table_without_its_checkpoint_are_refused(bronze, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, run_script
 
-from common.java import DELTA, KAFKA_SOURCE
+from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS
 from common.readings import RULES
 from common.tables import (BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)
 
@@ -26,7 +26,7 @@ def test_every_option_of_a_script_that_the_readme_names_exists(script):
 
 def test_the_options_that_the_readme_names_alone_exist():
     known = {option for script in SCRIPTS for option in re.findall(r"--[a-z-]+", run_script(script, "--help").stdout)}
-    assert set(re.findall(r"`(--[a-z-]+)`", README)) - {"--packages"} <= known
+    assert set(re.findall(r"`(--[a-z-]+)`", README)) <= known
 
 
 def test_the_layout_is_the_one_of_the_readme():
@@ -57,7 +57,9 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_the_readme_names_the_packages_that_the_scripts_use():
-    assert f"--packages {DELTA},{KAFKA_SOURCE} " in README
+    [hadoop] = [jar.name.split("-")[-1].removesuffix(".jar") for jar in SPARK_JARS.glob("hadoop-client-api-*.jar")]
+    packages = re.search(r"^spark\.jars\.packages +(.*)", README, re.MULTILINE)[1].split(",")
+    assert packages[:3] == [DELTA, KAFKA_SOURCE, f"org.apache.hadoop:hadoop-aws:{hadoop}"]
 
 
 def test_docker_compose_fits_the_schema_of_the_compose_specification():
@@ -66,10 +68,10 @@ def test_docker_compose_fits_the_schema_of_the_compose_specification():
     assert check.returncode == 0, check.stdout
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "tests/requirements.txt"])
+@pytest.mark.parametrize("file", ["requirements.txt", "tests/requirements.txt", "benchmarks/requirements.txt"])
 def test_requirements_are_pinned(file):
     lines = [line for line in (REPOSITORY / file).read_text().splitlines() if line and line[0] not in "#-"]
-    assert lines and all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    assert lines and all(re.fullmatch(r"[\w\[\]-]+==[\d.]+", line) for line in lines)
 
 
 @pytest.mark.parametrize("path, ignored", [

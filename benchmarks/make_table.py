@@ -1,0 +1,28 @@
+"""Makes a Silver table of so many rows and its quarantine, in batches of a million as the stream writes them.
+
+    PYTHONPATH=. python3 benchmarks/make_table.py TABLE ROWS
+"""
+
+import sys
+
+from pyspark.sql import functions as F
+
+from common.session import build_spark
+from common.table_writer import TableWriter
+from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+
+BATCH = 1_000_000
+
+table, rows = sys.argv[1], int(sys.argv[2])
+spark = build_spark("make-table")
+writer = TableWriter(table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)
+writer.checkpoint_id = "made"
+for number, begin in enumerate(range(0, rows, BATCH)):
+    records = spark.range(begin, min(begin + BATCH, rows), numPartitions=4).select(
+        F.format_string('{"timestamp": "2026-11-20T08:00:00.%03dZ", "device_id": "sensor-%03d", "building": "A", "floor": %d, '
+                        '"type": "co2", "value": %d.5, "unit": "ppm"}', F.col("id") % 1000, F.col("id") % 997,
+                        F.col("id") % 6, F.col("id") % 9000).cast("binary").alias("raw"),
+        F.lit("sensor_data").alias("topic"), (F.col("id") % 3).cast("int").alias("partition"), F.col("id").alias("offset"),
+        F.current_timestamp().alias("kafka_timestamp"), F.lit(b"sensor").alias("kafka_key"),
+        F.timestamp_micros(F.lit(1763700000000000 + number * 10_000_000)).alias("ingest_time"))
+    writer.write(records, number)

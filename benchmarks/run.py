@@ -3,7 +3,7 @@
     python3 -m benchmarks.run
     python3 -m benchmarks.run sustained cold
 
-Without a name it measures all, for some two hours on two cores; each prints its lines when it is done. Ratios can be
+Without a name it measures all, which takes hours; each prints its lines when it is done. Ratios can be
 compared between machines, times can't. What is measured, and against what, says each function here.
 """
 

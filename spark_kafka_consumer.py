@@ -43,7 +43,7 @@ def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_topic_options(parser)
     add_stream_options(parser, SILVER, str(REPOSITORY / "checkpoints" / "silver_sensor_data"), trigger="2 seconds")
-    parser.add_argument("--max-offsets-per-trigger", type=at_least(1), metavar="N", default=1_000_000,
+    parser.add_argument("--max-offsets-per-trigger", type=at_least(1), metavar="N", default=2_000_000,
                         help="the most records that one batch takes")
     parser.add_argument("--accept-data-loss", action="store_true",
                         help="go on where Kafka no longer has records that were not read, or has a new topic of this name")
@@ -62,7 +62,7 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
         .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
         .option("failOnDataLoss", not options.accept_data_loss)
         # A large batch is cut into more tasks than the topic has partitions, so that no core waits for another.
-        .option("maxRecordsPerPartition", 125_000)
+        .option("maxRecordsPerPartition", 20_000)
         # A broker that does not answer is waited for by `run_until_stopped`, which says so.
         .option("fetchOffset.numRetries", 1)
         .load()

@@ -148,7 +148,8 @@ def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
 
 def source_file() -> Column:
     """The path of the file that a row of text comes from. Spark has it as a URI, in which url_decode makes a blank of "+"."""
-    return F.url_decode(F.replace("_metadata.file_path", F.lit("+"), F.lit("%2B")))
+    uri = F.col("_metadata.file_path")
+    return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
 
 
 def find_oversized(spark: SparkSession, files: list[Row], text_options: dict) -> list[str]:

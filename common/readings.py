@@ -124,6 +124,17 @@ _STRICT_READING = {
     "fields": "get(json, 0)",
     "json_type": "struct(" + ", ".join(f"schema_of_variant(fields['{name}']) AS {name}" for name in FIELDS) + ")",
 }
+# The columns of a reading, from the `parts` of a plain record or from `strict`.
+_COLUMNS = {
+    "device_id": "coalesce(parts[2], strict.reading.device_id)",
+    "building": "coalesce(parts[3], strict.reading.building)",
+    "floor": "coalesce(try_cast(parts[4] AS INT), strict.reading.floor)",
+    "type": "coalesce(parts[5], strict.reading.type)",
+    "value": "coalesce(try_cast(parts[6] AS DOUBLE), strict.reading.value)",
+    "unit": "coalesce(parts[7], strict.reading.unit)",
+    "event_time": "try_cast(coalesce(parts[1], CASE WHEN strict.reading.timestamp "
+                  rf"RLIKE r'\A{TIMESTAMP}\z' THEN strict.reading.timestamp END) AS TIMESTAMP)",
+}
 
 
 def with_reject_reason(records: DataFrame) -> DataFrame:
@@ -137,16 +148,13 @@ def with_reject_reason(records: DataFrame) -> DataFrame:
     origin = [column for column in records.columns if column != "reject_reason"]
     given = "reject_reason, " if "reject_reason" in records.columns else ""
     parts = F.split(F.regexp_replace(F.col("raw").cast("string"), PLAIN, _replacement()), _SEPARATOR)
-    plain_reading = _reading({name: f"parts[{number}]" for number, name in enumerate(FIELDS, 1)}, "NULL::STRING")
-    strict_reading = _let(_STRICT_READING, _reading({name: f"reading.{name}" for name in FIELDS} | {
-        "timestamp": rf"CASE WHEN reading.timestamp RLIKE r'\A{TIMESTAMP}\z' THEN reading.timestamp END"}, _first(FORM)))
+    strict = _let(_STRICT_READING, f"struct(reading, {_first(FORM)} AS broken)")
     return (records
             .withColumn("parts", parts)
             .withColumn("parts", F.expr(f"CASE WHEN {_is_plain()} THEN parts END"))
-            .withColumn("reading", F.expr(f"CASE WHEN parts IS NOT NULL THEN {plain_reading} ELSE {strict_reading} END"))
-            .select(*records.columns, "reading.*")
-            .select(*origin, "device_id", "building", "floor", "type", "value", "unit", "event_time",
-                    F.expr(f"coalesce({given}broken, {_first(CONTENT)})").alias("reject_reason")))
+            .withColumn("strict", F.expr(f"CASE WHEN parts IS NULL THEN {strict} END"))
+            .select(*records.columns, "strict.broken", *(F.expr(sql).alias(name) for name, sql in _COLUMNS.items()))
+            .select(*origin, *_COLUMNS, F.expr(f"coalesce({given}broken, {_first(CONTENT)})").alias("reject_reason")))
 
 
 def _replacement() -> str:
@@ -164,15 +172,6 @@ def _is_plain() -> str:
         *(f"parts[{number}] <> ''" for name, number in numbers.items() if name != "floor"),
         # As many fields as values: none is there twice.
         f"(parts[{numbers['floor']}] = '') = (parts[{len(FIELDS) + 1}] = '')"])
-
-
-def _reading(values: dict[str, str], broken: str) -> str:
-    """SQL for a reading of the columns' types from SQL for its `values`; `broken` is that for its reason in FORM."""
-    return (f"struct({values['device_id']} AS device_id, {values['building']} AS building, "
-            f"try_cast({values['floor']} AS INT) AS floor, {values['type']} AS type, "
-            f"try_cast({values['value']} AS DOUBLE) AS value, {values['unit']} AS unit, "
-            f"try_cast({values['timestamp']} AS TIMESTAMP) AS event_time, "
-            f"{broken} AS broken)")
 
 
 def _first(rules: dict[str, str]) -> str:

@@ -5,19 +5,21 @@ import threading
 from collections.abc import Callable
 
 from py4j.protocol import Py4JJavaError
-from pyspark import StorageLevel
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Observation
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from common.console import PipelineError
 from common.readings import with_reject_reason
-from common.tables import TOPIC_ID, WRITER, clean_up, create_table, quarantine_of
+from common.tables import TOPIC_ID, WRITER, as_identifier, clean_up, create_table, quarantine_of, state_of
 from common.topics import Topic
 
-
-ROWS_PER_FILE = 500_000  # some 2 MB (Bronze) or 7 MB (Silver), which auto compaction leaves alone
+TASKS_PER_FILE = 10  # of those that Spark would read a batch with; a small batch is one file
+# Rejected records that are kept in memory while a batch is written, by all cores together: so many, of so many bytes at
+# most. Where there are more, the batch is read again for them.
+MOST_KEPT = 200_000
+LONGEST_KEPT = 500
 CLEAN_UP_AFTER = 1000  # batches, which are half an hour of the default trigger
 
 
@@ -60,49 +62,70 @@ class TableWriter:
 
     def write(self, batch: DataFrame, batch_id: int) -> None:
         """Writes one batch; called with the lock held."""
+        spark = batch.sparkSession
         if batch_id == 0:
             owner = {WRITER: self.checkpoint_id} | ({TOPIC_ID: self.topic_id} if self.topic_id else {})
             # The table last: as long as it is not this stream's, nothing was written.
             for table, columns in ((self.quarantine, self.quarantine_columns), (self.table, self.columns)):
-                create_table(batch.sparkSession, table, columns, owner, self.adopts)
-        records, counts = self._read(batch)
-        try:
-            # An id never comes back: if it is the same now, all of these records are of the same topic.
-            if self.topic and self.topic.id() != self.topic_id:
-                raise PipelineError(f"{self.topic} was deleted while it was read.")
-            rejected = records.where("reject_reason IS NOT NULL")
-            accepted = records.where("reject_reason IS NULL").withColumn("raw_json", F.col("raw").cast("string"))
-            rows = counts.get(None, 0)
-            self._append(rejected, sum(counts.values()) - rows, self.quarantine, self.quarantine_columns, batch_id)
-            self._append(accepted, rows, self.table, self.columns, batch_id)
-        finally:
-            records.unpersist()
+                create_table(spark, table, columns, owner, self.adopts)
+        for careful in (False, True) if self.read_records else (True,):
+            version, last_batch = state_of(spark, self.table, self.checkpoint_id)
+            try:
+                records = self.read_records(batch, careful) if self.read_records else batch
+                counts, rejected = self._write_accepted(records, batch_id, is_repeated=batch_id <= last_batch)
+                break
+            except (PySparkException, Py4JJavaError):
+                if careful:
+                    raise
+        # An id never comes back: if it is the same now, all of these records are of the same topic.
+        if self.topic and self.topic.id() != self.topic_id:
+            spark.sql(f"RESTORE TABLE {as_identifier(self.table)} TO VERSION AS OF {version}")
+            raise PipelineError(f"{self.topic} was deleted while it was read.")
+        if counts.keys() - {None}:
+            self._append(rejected, self.quarantine, self.quarantine_columns, batch_id)
         if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
             for table in (self.quarantine, self.table):
-                clean_up(batch.sparkSession, table)
+                clean_up(spark, table)
         self.counts[batch_id] = counts
         self.batches += 1
 
-    def _read(self, batch: DataFrame) -> tuple[DataFrame, dict[str | None, int]]:
-        """The batch's records with their reject_reason, kept on disk, and their number by it."""
-        for careful in (False, True) if self.read_records else (True,):
-            records = None
-            try:
-                records = with_reject_reason(self.read_records(batch, careful) if self.read_records else batch)
-                return records.persist(StorageLevel.DISK_ONLY), _count(records)
-            except (PySparkException, Py4JJavaError):
-                if records:
-                    records.unpersist()
-                if careful:
-                    raise
+    def _write_accepted(self, records: DataFrame, batch_id: int, is_repeated: bool) -> tuple[dict[str | None, int], DataFrame]:
+        """Appends the valid ones of `records` to the table, unless the batch is there already.
 
-    def _append(self, records: DataFrame, rows: int, table: str, columns: str, batch_id: int) -> None:
-        """Appends `records`, so many rows, to `table`, unless its log says that this stream's batch is there: a batch
-        repeated after a crash."""
-        if rows:
-            (records.select(*StructType.fromDDL(columns).names).coalesce(math.ceil(rows / ROWS_PER_FILE))
-             .write.format("delta").mode("append").options(txnAppId=self.checkpoint_id, txnVersion=batch_id).save(table))
+        Returns the number of records by their reject_reason (None: accepted), and the rejected ones as the quarantine takes
+        them. One pass over the records finds all three: what is rejected is little as a rule, and kept in memory.
+        """
+        spark = records.sparkSession
+        cores = spark.sparkContext.defaultParallelism
+        files = math.ceil(records._jdf.queryExecution().toRdd().getNumPartitions() / TASKS_PER_FILE)
+        if files > 1:  # as many for each core, so that none waits for the others at the end
+            files = math.ceil(files / cores) * cores
+        records = with_reject_reason(records.coalesce(files))
+        is_rejected = F.col("reject_reason").isNotNull()
+        rejected = records.where(is_rejected).select(*StructType.fromDDL(self.quarantine_columns).names)
+        is_short = F.coalesce(F.octet_length("raw"), F.lit(0)) <= LONGEST_KEPT
+        seen = Observation()
+        accepted = records.observe(
+            seen,
+            # Exact for so few reasons; it counts null too, and takes less time than a count for each.
+            F.expr("approx_top_k(reject_reason, 100, 1000)").alias("counts"),
+            F.max_by(F.struct(*rejected.columns), F.when(is_rejected & is_short, 1), min(100_000, MOST_KEPT // cores)).alias("kept"),
+        ).where(~is_rejected).withColumn("raw_json", F.col("raw").cast("string"))
+        if is_repeated:
+            accepted.write.format("noop").mode("overwrite").save()
+        else:
+            self._append(accepted, self.table, self.columns, batch_id)
+        # Where another stream with this checkpoint has just written the batch, Delta skips it, and nothing is seen.
+        java = spark._jvm.scala.concurrent
+        found = java.Await.result(seen._jo.future(), java.duration.Duration.create(60, "seconds"))
+        counts = {row.get(0): row.get(1) for row in found.getList(0)}
+        kept = found.getList(1)  # None for none
+        if kept and len(kept) == sum(rows for reason, rows in counts.items() if reason):
+            rejected = DataFrame(spark._jsparkSession.createDataFrame(kept, rejected._jdf.schema()), spark).coalesce(1)
+        return counts, rejected
 
-
-def _count(records: DataFrame) -> dict[str | None, int]:
-    return {row.reject_reason: row["count"] for row in records.groupBy("reject_reason").count().collect()}
+    def _append(self, records: DataFrame, table: str, columns: str, batch_id: int) -> None:
+        """Appends `records` to `table`, unless its log says that this stream's batch is there: a batch repeated after a
+        crash."""
+        (records.select(*StructType.fromDDL(columns).names).write.format("delta").mode("append")
+         .options(txnAppId=self.checkpoint_id, txnVersion=batch_id).save(table))

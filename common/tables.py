@@ -72,6 +72,16 @@ def clean_up(spark: SparkSession, path: str) -> None:
                            by_the_minute)
 
 
+def state_of(spark: SparkSession, path: str, stream: str) -> tuple[int, int]:
+    """The version of the table at `path`, and the number of the last batch that `stream` has written to it, or -1.
+
+    What this session knows of the table, as its only writer: its log is not listed again.
+    """
+    snapshot = spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path).unsafeVolatileSnapshot()
+    last_batch = snapshot.transactions().get(stream)
+    return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
+
+
 def time_travel(spark: SparkSession, path: str) -> str:
     """How far back the table at `path` can be read, such as "2 hours"."""
     return properties_of(spark, path).get("delta.deletedFileRetentionDuration", "interval 1 week").removeprefix("interval ")

@@ -30,18 +30,18 @@ def last_batch(table: str) -> int:
 
 
 def kill_between_the_writes(script, table: str) -> bool:
-    """Kills the script once a batch is in the quarantine and not yet in the table; whether that came true."""
-    log = Path(quarantine_of(table), "_delta_log")
-    before, deadline = last_batch(quarantine_of(table)), time.monotonic() + PATIENCE
+    """Kills the script once a batch is in the table and not yet in the quarantine; whether that came true."""
+    log = Path(table, "_delta_log")
+    before, deadline = last_batch(table), time.monotonic() + PATIENCE
     seen = set()
     while time.monotonic() < deadline and script.process.poll() is None:
         commits = {name for name in os.listdir(log) if name.endswith(".json")} if log.exists() else set()
-        if commits != seen and last_batch(quarantine_of(table)) > before:
+        if commits != seen and last_batch(table) > before:
             break
         seen = commits
         time.sleep(0.002)
     script.stop(signal.SIGKILL)
-    return last_batch(quarantine_of(table)) > last_batch(table)
+    return last_batch(table) > last_batch(quarantine_of(table))
 
 
 def kill_again_and_again(start, command: list, table: str, kills: int) -> int:

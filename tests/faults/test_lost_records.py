@@ -7,6 +7,13 @@ import pytest
 from conftest import PATIENCE, acknowledged, origins, run_script, topic_offsets
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.errors import TopicAlreadyExistsError
+from pyspark.sql import functions as F
+from test_rules import reading
+
+from common.console import PipelineError
+from common.table_writer import TableWriter
+from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from common.topics import Topic
 
 CONSUMER = "spark_kafka_consumer.py"
 
@@ -106,6 +113,30 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     account("the topic deleted and made again, --accept-data-loss", old + in_topic, old[:len(accepted)] + new[0],
             old[len(accepted):] + new[1])
     assert delivered >= len(old + in_topic)  # the rest was in the old topic and not read yet
+
+
+def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broker, silver, admin, tmp_path):
+    (_, _, _, name), _ = silver
+    make_topic(admin, name)
+    topic = Topic(broker, name)
+    makes_it_again = False
+
+    def read(batch, careful):
+        if makes_it_again:
+            admin.delete_topics([name])
+            make_topic(admin, name)
+        return batch
+
+    writer = TableWriter(str(tmp_path / "table"), SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, read, topic)
+    writer.checkpoint_id, writer.topic_id = "test", topic.id()
+    batch = spark.range(2).select(
+        F.lit(reading()).alias("raw"), F.lit(name).alias("topic"), F.lit(0).alias("partition"), F.col("id").alias("offset"),
+        F.current_timestamp().alias("kafka_timestamp"), F.lit(b"").alias("kafka_key"), F.current_timestamp().alias("ingest_time"))
+    writer.write(batch, 0)
+    makes_it_again = True
+    with pytest.raises(PipelineError, match="was deleted while it was read"):
+        writer.write(batch, 1)
+    assert spark.read.format("delta").load(writer.table).count() == 2
 
 
 def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, broker, start):

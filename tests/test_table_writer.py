@@ -1,0 +1,56 @@
+"""How a batch gets into a table and its quarantine: the ways that a whole stream takes only now and then."""
+
+import pytest
+from pyspark.sql import functions as F
+from test_rules import reading
+
+from common.table_writer import LONGEST_KEPT, TableWriter
+from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
+
+VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * LONGEST_KEPT)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    writer = TableWriter(str(tmp_path / "bronze"), BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS)
+    writer.checkpoint_id = "test"
+    return writer
+
+
+def batch_of(spark, *records: bytes):
+    return spark.createDataFrame([(record,) for record in records], "raw BINARY").select(
+        "raw", F.lit("file").alias("source_file"), F.lit("2026-11-20T08:00:00Z").cast("timestamp").alias("ingest_time"))
+
+
+def rows_of(spark, writer) -> tuple[int, list[bytes]]:
+    """The number of rows in the table, and the records in the quarantine."""
+    rejected = spark.read.format("delta").load(writer.quarantine).collect()
+    return spark.read.format("delta").load(writer.table).count(), sorted(bytes(row.raw) for row in rejected)
+
+
+@pytest.mark.parametrize("rejected", [[BROKEN], [BROKEN, LONG]], ids=["kept in memory", "too long to be kept"])
+def test_each_record_of_a_batch_is_in_one_of_the_tables(spark, writer, rejected):
+    writer.write(batch_of(spark, VALID, *rejected, VALID), 0)
+    assert rows_of(spark, writer) == (2, rejected)
+    assert writer.counts[0] == {None: 2, "malformed_json": 1} | ({"out_of_range": 1} if LONG in rejected else {})
+
+
+@pytest.mark.parametrize("crash", ["between the writes", "after them"])
+def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(spark, writer, monkeypatch, crash):
+    def append(records, table, *rest):
+        if table == writer.quarantine:
+            raise MemoryError
+        TableWriter._append(writer, records, table, *rest)
+
+    records = batch_of(spark, VALID, BROKEN)
+    if crash == "between the writes":
+        monkeypatch.setattr(writer, "_append", append)
+        with pytest.raises(MemoryError):
+            writer.write(records, 0)
+        assert rows_of(spark, writer) == (1, [])
+        monkeypatch.undo()
+    else:
+        writer.write(records, 0)
+    writer.write(records, 0)
+    assert rows_of(spark, writer) == (1, [BROKEN])
+    assert writer.counts == {0: {None: 1, "malformed_json": 1}}

@@ -2,7 +2,7 @@
 
     python3 benchmarks/plain_consumer.py localhost:9092 sensor_data TABLE COUNT
 
-It prints "N rows" after each batch of 100,000 records and ends after COUNT.
+It prints "N rows" after each batch, of 100,000 at most, and ends after COUNT.
 """
 
 import io
@@ -46,5 +46,5 @@ while rows < count:
         readings = readings.append_column(name, column)
     write_deltalake(table, readings.rename_columns({"timestamp": "event_time"}), mode="append")
     rows += len(messages)
-    print(f"{rows} rows", flush=True)
+    print(f"{len(messages)} rows", flush=True)
 consumer.close()

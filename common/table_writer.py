@@ -86,6 +86,9 @@ class TableWriter:
         if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
             for table in (self.quarantine, self.table):
                 clean_up(spark, table)
+        # Delta would work this out as the next batch begins; now the records of this one are already visible.
+        for table in (self.table, self.quarantine):
+            state_of(spark, table, self.checkpoint_id)
         self.counts[batch_id] = counts
         self.batches += 1
 
@@ -103,13 +106,14 @@ class TableWriter:
         records = with_reject_reason(records.coalesce(files))
         is_rejected = F.col("reject_reason").isNotNull()
         rejected = records.where(is_rejected).select(*StructType.fromDDL(self.quarantine_columns).names)
-        is_short = F.coalesce(F.octet_length("raw"), F.lit(0)) <= LONGEST_KEPT
+        is_kept = is_rejected & (F.coalesce(F.octet_length("raw"), F.lit(0)) <= LONGEST_KEPT)
+        most_kept = min(100_000, MOST_KEPT // cores)  # of each task, and Spark's limit
         seen = Observation()
         accepted = records.observe(
             seen,
             # Exact for so few reasons; it counts null too, and takes less time than a count for each.
             F.expr("approx_top_k(reject_reason, 100, 1000)").alias("counts"),
-            F.max_by(F.struct(*rejected.columns), F.when(is_rejected & is_short, 1), min(100_000, MOST_KEPT // cores)).alias("kept"),
+            F.max_by(F.struct(*rejected.columns), F.when(is_kept, 1), most_kept).alias("kept"),
         ).where(~is_rejected).withColumn("raw_json", F.col("raw").cast("string"))
         if is_repeated:
             accepted.write.format("noop").mode("overwrite").save()

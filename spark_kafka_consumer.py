@@ -61,7 +61,7 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
         .option("startingOffsets", "earliest")
         .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
         .option("failOnDataLoss", not options.accept_data_loss)
-        # A large batch is cut into more tasks than the topic has partitions, so that no core waits for another.
+        # A large batch is cut into many small parts, which TableWriter joins to files of one size for all cores.
         .option("maxRecordsPerPartition", 20_000)
         # A broker that does not answer is waited for by `run_until_stopped`, which says so.
         .option("fetchOffset.numRetries", 1)

@@ -65,9 +65,8 @@ def clean_up(spark: SparkSession, path: str) -> None:
     Delta itself removes log entries by the day, which at a batch every two seconds is too coarse: 43,200 commits.
     """
     spark.sql(f"VACUUM {as_identifier(path)}")
-    delta = spark._jvm.org.apache.spark.sql.delta
-    log = delta.DeltaLog.forTable(spark._jsparkSession, path)
-    by_the_minute = delta.TruncationGranularity.MINUTE()
+    log = _log_of(spark, path)
+    by_the_minute = spark._jvm.org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
     log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), spark._jvm.scala.Option.empty(), spark._jvm.scala.Option.empty(),
                            by_the_minute)
 
@@ -77,9 +76,14 @@ def state_of(spark: SparkSession, path: str, stream: str) -> tuple[int, int]:
 
     What this session knows of the table, as its only writer: its log is not listed again.
     """
-    snapshot = spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path).unsafeVolatileSnapshot()
+    snapshot = _log_of(spark, path).unsafeVolatileSnapshot()
     last_batch = snapshot.transactions().get(stream)
     return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
+
+
+def _log_of(spark: SparkSession, path: str):
+    """Delta's own view of the table at `path`, an object of Java."""
+    return spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
 
 
 def time_travel(spark: SparkSession, path: str) -> str:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -258,8 +258,13 @@ def soak(bench: Bench) -> Iterator[tuple]:
                    [marks[batches][2]], [marks[batches // 10][2]], "flat")
 
 
-def size_of(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def size_of(folder: Path) -> int:
+    """Bytes of the files under a folder."""
+    size = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # the stream removes files meanwhile
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def memory_of(pid: int) -> float:

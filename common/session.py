@@ -25,6 +25,9 @@ SETTINGS = {
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     # The first look at a table is split into this many tasks; 50, Delta's default, is made for clusters.
     "spark.databricks.delta.snapshotPartitions": "1",
+    # The log holds no list of all files for each commit, which nothing reads. Delta would also check it each time, where
+    # the zone of this machine is not UTC.
+    "spark.databricks.delta.allFilesInCrc.enabled": "false",
     # HotSpot never compiles a method of more bytecode than this, as the rules would make: Spark then splits it instead.
     "spark.sql.codegen.hugeMethodLimit": "8000",
     # Delta looks at its log by several small queries a batch, which planning again while they run only delays.

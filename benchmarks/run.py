@@ -262,19 +262,20 @@ def soak(bench: Bench) -> Iterator[tuple]:
                 seconds.append(float(found[1]))
                 if len(seconds) % 50 == 0:
                     samples.append([size_of(table / "_delta_log"), size_of(checkpoint), size_of(table),
-                                    len(DeltaTable(table).file_uris()), memory_of(process.pid)])
+                                    memory_of(process.pid), len(DeltaTable(table).file_uris())])
     # The first 10 warm up.
     first, last = [statistics.mean(part) for part in (seconds[10:110], seconds[-100:])]
     yield compared(f"seconds of the last 100 of {batches:,} batches | of the first 100", [last], [first], "at most 1.2")
-    *sizes, live, memory = zip(*samples)
-    third = len(samples) // 3
-    for name, size in zip(("_delta_log", "the checkpoint", "the table's folder"), sizes):
-        yield compared(f"most bytes in {name}, of the last third of {batches:,} batches | of the third before",
-                       [max(size[-third:])], [max(size[third:-third])], "bounded")
-    yield f"most live files in {batches:,} batches", f"{max(live)}", "", "", "under 100"
-    tenth = len(samples) // 10
-    yield compared(f"memory of the consumer's processes, MB, after {batches:,} batches | after {batches // 10:,}",
+    *growing, live = zip(*samples)
+    third, tenth = len(samples) // 3, len(samples) // 10
+    for name, values in zip(("bytes in _delta_log", "bytes in the checkpoint", "bytes in the table's folder",
+                             "MB of memory of the consumer's processes"), growing):
+        yield compared(f"most {name}, of the last third of {batches:,} batches | of the third before",
+                       [max(values[-third:])], [max(values[third:-third])], "bounded")
+    memory = growing[-1]
+    yield compared(f"MB of memory of the consumer's processes after {batches:,} batches | after {batches // 10:,}",
                    [memory[-1]], [memory[tenth - 1]], "flat")
+    yield f"most live files in {batches:,} batches", f"{max(live)}", "", "", "under 100"
 
 
 def size_of(folder: Path) -> int:
@@ -289,7 +290,11 @@ def size_of(folder: Path) -> int:
 def memory_of(pid: int) -> float:
     """MB of memory that a process and its children have to themselves."""
     process = psutil.Process(pid)
-    return sum(each.memory_full_info().uss for each in (process, *process.children(recursive=True))) / 1e6
+    size = 0
+    for each in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # Java runs small commands now and then
+            size += each.memory_full_info().uss
+    return size / 1e6
 
 
 def producer(bench: Bench) -> Iterator[tuple]:

@@ -54,3 +54,18 @@ def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(s
     writer.write(records, 0)
     assert rows_of(spark, writer) == (1, [BROKEN])
     assert writer.counts == {0: {None: 1, "malformed_json": 1}}
+
+
+def test_small_files_of_an_earlier_process_are_merged_once(spark, writer):
+    batches = [batch_of(spark, VALID, BROKEN) for _ in range(4)]
+    writer.write(batches[0], 0)
+    delta = spark._jvm.org.apache.spark.sql.delta
+    delta.stats.AutoCompactPartitionStats.instance(spark._jsparkSession).resetTestOnly()  # as in a new process
+    restarted = TableWriter(writer.table, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS)
+    restarted.checkpoint_id = writer.checkpoint_id
+    for number, batch in enumerate(batches[1:], 1):
+        restarted.write(batch, number)
+    for table in (writer.table, writer.quarantine):
+        history = spark.sql(f"DESCRIBE HISTORY delta.`{table}`").collect()
+        assert [row.operation for row in history].count("OPTIMIZE") == 1
+    assert rows_of(spark, writer) == (4, [BROKEN] * 4)

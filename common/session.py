@@ -41,8 +41,8 @@ SETTINGS = {
     # at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
     "spark.databricks.delta.autoCompact.minFileSize": str(3 * 512 * 1024),
     "spark.databricks.delta.autoCompact.maxFileSize": str(32 * 1024 * 1024),
-    # Without Hadoop's checksum files, of which it otherwise writes one for each file: Delta lists its log at every commit.
-    "spark.hadoop.fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
+    # Without Hadoop's checksum files for what is written here, the log: Delta lists it at every commit. Hadoop needs the same
+    # class of its other interface, fs.file.impl, as it is, to write to S3.
     "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",

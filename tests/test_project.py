@@ -62,6 +62,11 @@ def test_the_readme_names_the_packages_that_the_scripts_use():
     assert packages[:3] == [DELTA, KAFKA_SOURCE, f"org.apache.hadoop:hadoop-aws:{hadoop}"]
 
 
+def test_hadoop_has_the_local_file_system_in_which_it_keeps_what_it_sends_to_s3(spark):
+    # hadoop-aws, which is not among these tests, takes no other class of it.
+    assert spark._jvm.org.apache.hadoop.fs.FileSystem.getLocal(spark._jsc.hadoopConfiguration())
+
+
 def test_docker_compose_fits_the_schema_of_the_compose_specification():
     check = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
                             REPOSITORY / "docker-compose.yml"], capture_output=True, text=True)

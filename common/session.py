@@ -25,8 +25,8 @@ SETTINGS = {
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     # The first look at a table is split into this many tasks; 50, Delta's default, is made for clusters.
     "spark.databricks.delta.snapshotPartitions": "1",
-    # The log holds no list of all files for each commit, which nothing reads. Delta would also check it each time, where
-    # the zone of this machine is not UTC.
+    # A list of all files beside each commit, which nothing reads. Where the machine's zone is not UTC, Delta would also
+    # check it each time.
     "spark.databricks.delta.allFilesInCrc.enabled": "false",
     # HotSpot never compiles a method of more bytecode than this, as the rules would make: Spark then splits it instead.
     "spark.sql.codegen.hugeMethodLimit": "8000",
@@ -41,8 +41,8 @@ SETTINGS = {
     # at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
     "spark.databricks.delta.autoCompact.minFileSize": str(3 * 512 * 1024),
     "spark.databricks.delta.autoCompact.maxFileSize": str(32 * 1024 * 1024),
-    # Without Hadoop's checksum files for what is written here, the log: Delta lists it at every commit. Hadoop needs the same
-    # class of its other interface, fs.file.impl, as it is, to write to S3.
+    # Delta writes its log through this, without Hadoop's checksum files: it lists the log at every commit. fs.file.impl, for
+    # all other files, stays: hadoop-aws needs its class.
     "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",

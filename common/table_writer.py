@@ -42,7 +42,7 @@ class TableWriter:
         self.quarantine, self.quarantine_columns = quarantine_of(table), quarantine_columns
         self.read_records, self.topic = read_records, topic
         self.checkpoint_id: str | None = None  # known once the query has started
-        self.appended: set[str] = set()  # tables
+        self.appended_to: set[str] = set()  # those of the two tables that this process has written to
         self.topic_id = ""
         self.adopts = False  # whether the tables were another stream's before
         self.lock = threading.Lock()  # held while a batch is written
@@ -132,10 +132,10 @@ class TableWriter:
     def _append(self, records: DataFrame, table: str, columns: str, batch_id: int) -> None:
         """Appends `records` to `table`, unless its log says that this stream's batch is there: a batch repeated after a
         crash."""
-        # Delta counts the small files since its own start, and merges those before it at its first commit. But then, by
-        # default, at each one that follows, as its count has gone below zero, until they are a large file.
+        # Delta counts the small files that this process writes. Those of earlier ones it merges at the first commit, which
+        # takes the count below zero: by default it then merges at each commit, until the files are a large one.
         records.sparkSession.conf.set("spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled",
-                                      table not in self.appended)
-        self.appended.add(table)
+                                      table not in self.appended_to)
+        self.appended_to.add(table)
         (records.select(*StructType.fromDDL(columns).names).write.format("delta").mode("append")
          .options(txnAppId=self.checkpoint_id, txnVersion=batch_id).save(table))

@@ -116,10 +116,12 @@ class TableWriter:
             F.expr("approx_top_k(reject_reason, 100, 1000)").alias("counts"),
             F.max_by(F.struct(*rejected.columns), F.when(is_kept, 1), most_kept).alias("kept"),
         ).where(~is_rejected).withColumn("raw_json", F.col("raw").cast("string"))
+        spark.conf.set("spark.sql.codegen.factoryMode", "FALLBACK")  # Spark's default
         if is_repeated:
             accepted.write.format("noop").mode("overwrite").save()
         else:
             self._append(accepted, self.table, self.columns, batch_id)
+        spark.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
         # Where another stream with this checkpoint has just written the batch, Delta skips it, and nothing is seen.
         java = spark._jvm.scala.concurrent
         found = java.Await.result(seen._jo.future(), java.duration.Duration.create(60, "seconds"))

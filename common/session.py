@@ -76,8 +76,7 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
                               "spark.driver.extraJavaOptions": java_options}).items())
         # Nothing outside this machine has a reason to reach the driver of a local session.
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        # Java's compiler frees memory by the hundred MB, of which the C library keeps some for each of its arenas (16 on two
-        # cores): with two of them a stream's memory stays where it is.
+        # Of the memory that Java's compiler frees, the C library keeps some for each of its arenas, by default eight a core.
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
     gateway = _start_jvm(launch, verbose)

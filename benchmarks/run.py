@@ -266,7 +266,7 @@ def soak(bench: Bench) -> Iterator[tuple]:
     # The first 10 warm up.
     first, last = [statistics.mean(part) for part in (seconds[10:110], seconds[-100:])]
     yield compared(f"seconds of the last 100 of {batches:,} batches | of the first 100", [last], [first], "at most 1.2")
-    *sizes, live, memory = zip(*samples)
+    *sizes, live, memory = zip(*samples)  # sixty of each: twenty to a third, the sixth after a tenth of the batches
     for name, size in zip(("_delta_log", "the checkpoint", "the table's folder"), sizes):
         yield compared(f"most bytes in {name} in the last third of {batches:,} batches | in the third before",
                        [max(size[40:])], [max(size[20:40])], "bounded")

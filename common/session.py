@@ -30,8 +30,8 @@ SETTINGS = {
     "spark.databricks.delta.allFilesInCrc.enabled": "false",
     # Sizes of the table's files by classes, a fifth of what a small batch adds to the log, for nobody.
     "spark.databricks.delta.fileSizeHistogramMetrics.enabled": "false",
-    # Delta reads its log as rows of a hundred columns: few, for which Spark would write and compile thousands of lines of
-    # Java. TableWriter turns it on for the records; what whole stages run is compiled anyway.
+    # Delta's log is few rows of a hundred columns, for which Spark would write and compile thousands of lines of Java.
+    # TableWriter lifts this for the records. Whole stages are compiled anyway.
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     # HotSpot never compiles a method of more bytecode than this, as the rules would make: Spark then splits it instead.
     "spark.sql.codegen.hugeMethodLimit": "8000",

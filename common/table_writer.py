@@ -2,11 +2,12 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, Observation
+from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
@@ -116,12 +117,11 @@ class TableWriter:
             F.expr("approx_top_k(reject_reason, 100, 1000)").alias("counts"),
             F.max_by(F.struct(*rejected.columns), F.when(is_kept, 1), most_kept).alias("kept"),
         ).where(~is_rejected).withColumn("raw_json", F.col("raw").cast("string"))
-        spark.conf.set("spark.sql.codegen.factoryMode", "FALLBACK")  # Spark's default
-        if is_repeated:
-            accepted.write.format("noop").mode("overwrite").save()
-        else:
-            self._append(accepted, self.table, self.columns, batch_id)
-        spark.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
+        with _code_generation(spark):
+            if is_repeated:
+                accepted.write.format("noop").mode("overwrite").save()
+            else:
+                self._append(accepted, self.table, self.columns, batch_id)
         # Where another stream with this checkpoint has just written the batch, Delta skips it, and nothing is seen.
         java = spark._jvm.scala.concurrent
         found = java.Await.result(seen._jo.future(), java.duration.Duration.create(60, "seconds"))
@@ -141,3 +141,15 @@ class TableWriter:
         self.appended_to.add(table)
         (records.select(*StructType.fromDDL(columns).names).write.format("delta").mode("append")
          .options(txnAppId=self.checkpoint_id, txnVersion=batch_id).save(table))
+
+
+@contextmanager
+def _code_generation(spark: SparkSession) -> Iterator[None]:
+    """Generates code for all that is run meanwhile, as is Spark's default."""
+    setting = "spark.sql.codegen.factoryMode"
+    usual = spark.conf.get(setting)
+    spark.conf.set(setting, "FALLBACK")
+    try:
+        yield
+    finally:
+        spark.conf.set(setting, usual)

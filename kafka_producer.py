@@ -10,11 +10,12 @@ is an error.
     python3 kafka_producer.py --rate 0 --count 1000000 --seed 1
 """
 
+import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+
 import argparse
 import itertools
 import json
 import random
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from common.console import PipelineError, argument_parser, at_least, fraction, run, say
+from common.process import on_stop_signal
 from common.readings import SENSOR_TYPES
 from common.topics import Topic, add_topic_options
 
@@ -37,8 +39,7 @@ def main() -> None:
     topic = Topic.of(options)
     topic.wait(options.wait, create=options.create_topic)
     stopping = threading.Event()
-    for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop_signal, lambda *_: stopping.set())
+    on_stop_signal(stopping.set)
     send(simulate(options.devices, options.invalid_fraction, options.seed), topic, options, stopping)
 
 

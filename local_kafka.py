@@ -9,23 +9,26 @@ ready, and starts a server again that has died. Ctrl+C stops Kafka, then ZooKeep
     python3 local_kafka.py --port 9093 --data-dir /tmp/kafka
 """
 
+import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+
 import argparse
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import threading
 import time
 from pathlib import Path
 
+import javaproperties
 import yaml
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
-from common.console import REPOSITORY, PipelineError, argument_parser, location, port_number, run, say
+from common.console import PipelineError, argument_parser, location, port_number, run, say
 from common.java import SCALA, find_java, resolve_jars
+from common.process import REPOSITORY, on_stop_signal
 
 COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
 # Which Kafka is inside Confluent's images: https://docs.confluent.io/platform/current/installation/versions-interoperability.html
@@ -43,6 +46,9 @@ def main() -> None:
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use, perhaps by a Kafka that runs already. "
                             f"Stop that, or choose another with --port.")
+    if "," in options.data_dir:
+        raise PipelineError(f"Kafka takes a comma for the end of a folder's name: choose another --data-dir than "
+                            f"{options.data_dir}.")
     class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
     zookeeper_port, docker_port = free_ports(2)
     environment = services["zookeeper"]["environment"]
@@ -53,8 +59,7 @@ def main() -> None:
     kafka = Server("Kafka", "kafka.Kafka", class_path, environment, properties, options.data_dir)
 
     stopping = threading.Event()
-    for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop_signal, lambda *_: stopping.set())
+    on_stop_signal(stopping.set)
     try:
         zookeeper.start()
         while is_free(zookeeper_port) and not stopping.wait(0.2):
@@ -120,8 +125,8 @@ class Server:
         self.log = Path(data_dir, f"{name.lower()}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         settings = self.log.with_suffix(".properties")
-        settings.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-        self.command = [find_java(), *shlex.split(environment["KAFKA_HEAP_OPTS"]),
+        settings.write_text(javaproperties.dumps({key: str(value) for key, value in properties.items()}))
+        self.command = [find_java().path, *shlex.split(environment["KAFKA_HEAP_OPTS"]),
                         "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(class_path), main_class,
                         str(settings)]
         self.process: subprocess.Popen | None = None

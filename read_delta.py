@@ -8,6 +8,8 @@
     python3 read_delta.py lake/silver/sensor_data --optimize --vacuum
 """
 
+import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+
 import argparse
 from functools import reduce
 

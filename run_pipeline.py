@@ -12,6 +12,8 @@ it says which, stops the others and ends with exit code 1.
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1
 """
 
+import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+
 import argparse
 import signal
 import subprocess
@@ -19,9 +21,10 @@ import sys
 import threading
 import time
 
-from common.class_archive import class_archive
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, fraction, port_number, run, say
+from common.class_archive import use_archive
+from common.console import PipelineError, argument_parser, at_least, fraction, port_number, run, say
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
+from common.process import REPOSITORY, on_stop_signal
 from common.topics import Topic
 from local_kafka import answers
 
@@ -30,11 +33,9 @@ STOP_SECONDS = 120  # what a stream may need to finish its batch
 
 def main() -> None:
     options = parse_options()
-    find_java()
-    class_archive(spark_jars(DELTA, KAFKA_SOURCE))  # once, before both streams need them at the same time
+    use_archive(find_java(), spark_jars(DELTA, KAFKA_SOURCE))  # once, before both streams need them at the same time
     stopping = threading.Event()
-    for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop_signal, lambda *_: stopping.set())
+    on_stop_signal(stopping.set)
 
     parts = []
     try:

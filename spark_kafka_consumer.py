@@ -16,13 +16,16 @@ no longer has records that were not read, it stops and says which.
     python3 spark_kafka_consumer.py --kafka-config kafka.properties
 """
 
+import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+
 import argparse
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import REPOSITORY, argument_parser, at_least, run
+from common.console import argument_parser, at_least, run
 from common.kafka_config import spark_options
+from common.process import REPOSITORY
 from common.session import build_spark
 from common.streams import add_stream_options, run_until_stopped
 from common.table_writer import TableWriter

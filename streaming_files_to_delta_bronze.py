@@ -17,6 +17,8 @@ name that begins with "." or "_", and rename it when it is complete.
     python3 streaming_files_to_delta_bronze.py --input /data/readings --multiline
 """
 
+import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+
 import argparse
 import re
 
@@ -25,7 +27,8 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, first_line, location, root_cause, run, warn
+from common.console import PipelineError, argument_parser, at_least, first_line, location, root_cause, run, warn
+from common.process import REPOSITORY
 from common.readings import LONE_SURROGATE
 from common.session import build_spark
 from common.streams import add_stream_options, run_until_stopped

@@ -27,7 +27,8 @@ import boto3
 from deltalake import DeltaTable
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least, run, say
+from common.console import PipelineError, argument_parser, at_least, run, say
+from common.process import REPOSITORY
 from common.tables import quarantine_of
 from local_kafka import free_ports, is_free
 

@@ -28,8 +28,9 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from deltalake import DeltaTable
 
 import kafka_producer
-from common.console import REPOSITORY, PipelineError, argument_parser, at_least
+from common.console import PipelineError, argument_parser, at_least
 from common.console import run as run_main
+from common.process import REPOSITORY
 from common.tables import quarantine_of
 from local_kafka import free_ports
 

@@ -4,15 +4,13 @@ import argparse
 import logging
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from py4j.protocol import Py4JNetworkError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from common.process import Interrupt, ignore_stop_signals, on_stop_signal
 
 
 class PipelineError(Exception):
@@ -95,7 +93,7 @@ def run(main: Callable[[], None]) -> None:
 
     `--verbose` on the command line adds the traceback.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_stop_signal(Interrupt())
     if "--verbose" not in sys.argv:
         logging.basicConfig(handlers=[logging.NullHandler()])  # py4j logs tracebacks of what reaches us as an exception
     try:
@@ -115,3 +113,5 @@ def run(main: Callable[[], None]) -> None:
             message = f"{first_line(root_cause(error))} (--verbose shows all of it)"
         warn(f"error: {message}")
         sys.exit(1)
+    finally:
+        ignore_stop_signals()

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 from xml.sax.saxutils import quoteattr
 
 import pyspark
@@ -22,27 +23,56 @@ DELTA = f"io.delta:delta-spark_{pyspark.__version__[:3]}_{SCALA}:{version('delta
 KAFKA_SOURCE = f"org.apache.spark:spark-sql-kafka-0-10_{SCALA}:{pyspark.__version__}"
 
 # Releases with long-term support that Spark 4.2 runs on: https://spark.apache.org/docs/4.2.0/#downloading
-SUPPORTED_JAVA = ("17", "21")
+SUPPORTED_JAVA = (17, 21, 25)
+INSTALL_JAVA = ("Install OpenJDK 17, 21 or 25 (Debian, Ubuntu: apt install openjdk-17-jre-headless) or set JAVA_HOME to "
+                "one.")
 
 
-def find_java() -> str:
+class Java(NamedTuple):
+    path: str
+    release: int
+
+
+def find_java() -> Java:
     """The Java that Spark will use: `$JAVA_HOME/bin/java`, or else `java` on the PATH.
 
     Raises PipelineError where there is none, or one that Spark cannot run on.
     """
     home = os.environ.get("JAVA_HOME")
     java = os.path.join(home, "bin", "java") if home else shutil.which("java")
-    advice = "Install OpenJDK 17 (Debian, Ubuntu: apt install openjdk-17-jre-headless) or set JAVA_HOME to one."
     if not java or not shutil.which(java):
-        raise PipelineError(f"No Java found{' in JAVA_HOME=' + home if home else ''}. {advice}")
-    modules = subprocess.run([java, "--list-modules"], capture_output=True, text=True).stdout
-    release = re.search(r"^java\.base@(\d+)", modules, re.MULTILINE)
-    if not release or release[1] not in SUPPORTED_JAVA:
-        raise PipelineError(f"{java} is {'Java ' + release[1] if release else 'older than Java 9'}, "
-                            f"and Spark needs Java {' or '.join(SUPPORTED_JAVA)}. {advice}")
+        raise PipelineError(f"No Java found{' in JAVA_HOME=' + home if home else ''}. {INSTALL_JAVA}")
+    modules = subprocess.run([java, "--list-modules"], capture_output=True, text=True, errors="replace").stdout
+    version = re.search(r"^java\.base@(\d+)(?:\.(\d+)\.(\d+))?", modules, re.MULTILINE)
+    if not version or int(version[1]) not in SUPPORTED_JAVA:
+        raise PipelineError(f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, and Spark needs Java "
+                            f"17, 21 or 25. {INSTALL_JAVA}")
+    # With its collector G1, which a cluster's executors use: https://issues.apache.org/jira/browse/SPARK-55852
+    if version[1] == "25" and (int(version[2] or 0), int(version[3] or 0)) < (0, 3):
+        raise PipelineError(f"{java} is Java {version[0].removeprefix('java.base@')}, which can corrupt data. Take 25.0.3 or "
+                            f"later, or OpenJDK 17 or 21.")
     if "jdk.incubator.vector@" not in modules:
-        raise PipelineError(f"{java} lacks the module jdk.incubator.vector, which Spark loads at its start. {advice}")
-    return java
+        raise PipelineError(f"{java} lacks the module jdk.incubator.vector, which Spark loads at its start. {INSTALL_JAVA}")
+    return Java(java, int(version[1]))
+
+
+def cache_folder() -> Path:
+    """Where jars and Java's class archive are kept: `$PIPELINE_CACHE`, by default Ivy's own place, `~/.ivy2`.
+
+    Raises PipelineError where it can be no such place.
+    """
+    elsewhere = "Name another folder for the jars: export PIPELINE_CACHE=/path/to/folder."
+    try:
+        folder = Path(os.environ.get("PIPELINE_CACHE") or Path.home() / ".ivy2").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    except RuntimeError:
+        raise PipelineError(f"This user has no home folder to keep Spark's jars in. {elsewhere}") from None
+    except OSError as error:
+        raise PipelineError(f"The folder {folder} for Spark's jars can't be made: {error.strerror}. {elsewhere}") from None
+    if os.pathsep in str(folder):
+        raise PipelineError(f'The folder {folder} has a "{os.pathsep}" in its path, at which Java splits its class path. '
+                            f"{elsewhere}")
+    return folder
 
 
 def spark_jars(*coordinates: str) -> list[str]:
@@ -54,16 +84,19 @@ def spark_jars(*coordinates: str) -> list[str]:
 def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> list[str]:
     """Paths of the jars of Maven `coordinates` and of all they depend on, less the artifacts named `without`.
 
-    The first call downloads them with the Ivy that comes with pyspark, into Ivy's cache (`~/.ivy2`), and says so; from
-    then on a list beside the cache answers. Raises PipelineError where a jar can't be downloaded.
+    The first call downloads them with the Ivy that comes with pyspark into `cache_folder()`, and says so; from then on a
+    list beside them answers. Raises PipelineError where a jar can't be downloaded.
     """
     coordinates = sorted(coordinates)
-    cache = Path.home() / ".ivy2"
+    cache = cache_folder()
     known = cache / ("_".join(coordinates).replace(":", "-") + ".classpath")
     if known.exists():
-        jars = known.read_text().strip().split(os.pathsep)
+        jars = known.read_text(encoding="utf-8").strip().split(os.pathsep)
         if all(map(os.path.exists, jars)):
             return jars
+    if not os.access(cache, os.W_OK):
+        raise PipelineError(f"This user may not write Spark's jars to {cache}. Give it the right, or name another folder: "
+                            f"export PIPELINE_CACHE=/path/to/folder.")
     print(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …", file=sys.stderr)
     dependencies = "".join(
         '<dependency org={} name={} rev={} conf="default"/>'.format(*map(quoteattr, coordinate.split(":")))
@@ -74,9 +107,9 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
         module.write_text('<ivy-module version="2.0"><info organisation="pipeline" module="jars"/>'
                           f"<dependencies>{dependencies}{exclusions}</dependencies></ivy-module>")
         ivy = subprocess.run(
-            [find_java(), "-jar", *map(str, SPARK_JARS.glob("ivy-*.jar")), "-ivy", str(module), "-cache", str(cache),
+            [find_java().path, "-jar", *map(str, SPARK_JARS.glob("ivy-*.jar")), "-ivy", str(module), "-cache", str(cache),
              "-confs", "default", "-types", "jar", "bundle", "-cachepath", str(classpath)],
-            capture_output=True, text=True)
+            capture_output=True, text=True, errors="replace")
         if ivy.returncode != 0 or not classpath.exists():
             problems = [line.strip(" \t:") for line in (ivy.stdout + ivy.stderr).splitlines()
                         if re.search(r"not found|failed|exception|unresolved", line, re.IGNORECASE)]
@@ -86,4 +119,4 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
         draft = known.with_suffix(f".{os.getpid()}")
         shutil.copy(classpath, draft)
         os.replace(draft, known)  # whole or not at all, also when two scripts start at once
-    return known.read_text().strip().split(os.pathsep)
+    return known.read_text(encoding="utf-8").strip().split(os.pathsep)

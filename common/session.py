@@ -1,7 +1,8 @@
 """The SparkSession with the Delta extensions that each script builds for itself."""
 
+import atexit
 import os
-import signal
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,9 +12,10 @@ from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
-from common.class_archive import class_archive
+from common.class_archive import use_archive
 from common.console import PipelineError
-from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
+from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS, find_java, spark_jars
+from common.process import held_back
 
 SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
@@ -59,7 +61,8 @@ STREAM_JVM = {"spark.driver.memory": "1g", "spark.driver.extraJavaOptions": "-XX
 READER_JVM = {"spark.driver.memory": "1g", "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1"}
 
 
-def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool = False) -> SparkSession:
+def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool = False,
+                make_archive: str | None = None) -> SparkSession:
     """A SparkSession with Delta and the Kafka source, in UTC, on `local[*]` or on the master that spark-submit was given.
 
     `jvm`: settings of the driver's JVM, `STREAM_JVM` or `READER_JVM`. `verbose`: lets Spark's own log through.
@@ -67,27 +70,25 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
     """
     launch = SparkConf(loadDefaults=False)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # which spark-submit sets when it runs the script
-        find_java()
+        java = find_java()
         jars = spark_jars(DELTA, KAFKA_SOURCE)
-        java_options = jvm.get("spark.driver.extraJavaOptions", "")
-        if "ArchiveClasses" not in java_options:
-            java_options += f" -XX:SharedArchiveFile={class_archive(jars)} -Xlog:disable"
+        java_options = [jvm["spark.driver.extraJavaOptions"], f"-Djava.io.tmpdir={tempfile.gettempdir()}", "-Xlog:disable",
+                        make_archive or use_archive(java, jars)]
         launch.setAll((jvm | {"spark.driver.extraClassPath": os.pathsep.join(jars),
-                              "spark.driver.extraJavaOptions": java_options}).items())
+                              "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items())
+        # Not that of another Spark, which the user may have, too.
+        os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
         # Nothing outside this machine has a reason to reach the driver of a local session.
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         # Of the memory that Java's compiler frees, the C library keeps some for each of its arenas, by default eight a core.
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
-    gateway = _start_jvm(launch, verbose)
-    if "PYSPARK_GATEWAY_PORT" in os.environ:
-        # spark-submit's JVM gets the terminal's Ctrl+C too. It is this script's to handle; the JVM ends with it.
-        java = gateway.jvm.sun.misc
-        java.Signal.handle(java.Signal("INT"), java.SignalHandler.SIG_IGN)
-    conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
-    for key, value in SETTINGS.items():
-        conf.setIfMissing(key, value)
-    context = SparkContext(conf=conf, gateway=gateway)
+    with held_back():  # for the seconds in which Spark's JVM could neither be used nor ended
+        gateway = _start_jvm(launch, verbose)
+        conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
+        for key, value in SETTINGS.items():
+            conf.setIfMissing(key, value)
+        context = SparkContext(conf=conf, gateway=gateway)
     if not verbose:
         context.setLogLevel("ERROR")
         # What ends a stream reaches the script as an exception.
@@ -96,18 +97,34 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
     return SparkSession(context)
 
 
+def quoted(option: str) -> str:
+    """An option of Java as spark.driver.extraJavaOptions takes it, which is split at blanks."""
+    return re.sub(r"""(["'\\\s])""", r"\\\1", option)
+
+
 def _start_jvm(launch: SparkConf, verbose: bool):
-    """Starts Spark's JVM. It warns at its start before any log setting can act, hence the catch at its stderr."""
-    # A signal to the whole group, as of a service manager, is the script's to handle; the JVM ends with it.
-    handlers = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGTERM, signal.SIGHUP)}
-    with tempfile.TemporaryFile() as stderr:
+    """Starts Spark's JVM, which ends with the script, or connects to that of spark-submit."""
+    with tempfile.TemporaryFile() as stderr:  # it warns at its start before any log setting can act
         try:
             # Its stdout has nothing but Delta's remarks on a VACUUM.
-            return launch_gateway(launch, {} if verbose else {"stderr": stderr, "stdout": subprocess.DEVNULL})
+            gateway = launch_gateway(launch, {} if verbose else {"stderr": stderr, "stdout": subprocess.DEVNULL})
         except PySparkRuntimeError as error:
             lines = os.pread(stderr.fileno(), 100_000, 0).decode(errors="replace").strip().splitlines()
             reason = next((line for line in lines if "rror" in line or "xception" in line), "no reason given")
             raise PipelineError(f"Spark's JVM did not start: {reason.strip()}. --verbose shows all it says.") from error
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
+    # A terminal or a service manager signals the JVM, too. What is to be done is the script's business, but to end
+    # spark-submit itself.
+    java = gateway.jvm.sun.misc
+    for name in ("INT", "TERM", "HUP") if gateway.proc else ("INT",):
+        java.Signal.handle(java.Signal(name), java.SignalHandler.SIG_IGN)
+    if gateway.proc:
+        atexit.register(_end_jvm, gateway.proc)
+    return gateway
+
+
+def _end_jvm(jvm: subprocess.Popen) -> None:
+    jvm.stdin.close()  # at which it ends
+    try:
+        jvm.wait(10)
+    except subprocess.TimeoutExpired:
+        jvm.kill()

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import tempfile
 import time
 
@@ -17,6 +16,7 @@ from pyspark.sql.streaming import StreamingQuery
 
 from common.checkpoints import check_restart, exclusive, taken
 from common.console import PipelineError, first_line, location, root_cause, say
+from common.process import on_stop_signal
 from common.table_writer import Stopped, TableWriter
 
 MOST_FAILURES = 3  # in a row, each after a wait for Kafka, without a batch between them
@@ -46,8 +46,7 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
     Where Kafka stops answering, it waits for it and goes on. Raises PipelineError where it can't start or can't go on.
     """
     spark, topic, failures = stream.sparkSession, writer.topic, 0
-    for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop_signal, lambda *_: writer.stopping.set())
+    on_stop_signal(writer.stopping.set)
     try:
         with exclusive(options.checkpoint):
             check_restart(spark, writer, options)

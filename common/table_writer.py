@@ -102,7 +102,8 @@ class TableWriter:
         """
         spark = records.sparkSession
         cores = spark.sparkContext.defaultParallelism
-        files = math.ceil(records._jdf.queryExecution().toRdd().getNumPartitions() / TASKS_PER_FILE)
+        # A batch without a record, of an empty topic or file, has no part at all.
+        files = max(1, math.ceil(records._jdf.queryExecution().toRdd().getNumPartitions() / TASKS_PER_FILE))
         if files > 1:  # as many for each core, so that none waits for the others at the end
             files = math.ceil(files / cores) * cores
         records = with_reject_reason(records.coalesce(files))
@@ -125,6 +126,8 @@ class TableWriter:
         # Where another stream with this checkpoint has just written the batch, Delta skips it, and nothing is seen.
         java = spark._jvm.scala.concurrent
         found = java.Await.result(seen._jo.future(), java.duration.Duration.create(60, "seconds"))
+        if found.length() == 0:  # Spark has seen in its plan that there is no record, and run nothing
+            return {}, rejected
         counts = {row.get(0): row.get(1) for row in found.getList(0)}
         kept = found.getList(1)  # None for none
         if kept and len(kept) == sum(rows for reason, rows in counts.items() if reason):

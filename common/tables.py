@@ -4,7 +4,8 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
-from common.console import REPOSITORY, PipelineError
+from common.console import PipelineError
+from common.process import REPOSITORY
 from common.readings import READING_COLUMNS
 
 KAFKA_ORIGIN = "topic STRING, partition INT, offset BIGINT, kafka_timestamp TIMESTAMP, kafka_key BINARY"

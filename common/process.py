@@ -1,0 +1,75 @@
+"""A script as a process: Ctrl+C and SIGTERM at any moment, and no dependence on the locale.
+
+Each script imports this before all else, because the other imports take a second. What a signal does then changes with
+what there is to clean up: it ends the process at once while modules are imported, raises KeyboardInterrupt under
+`common.console.run`, waits in `held_back`, and sets an event where a loop looks at one (`on_stop_signal(event.set)`).
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_PRESS = 2  # seconds within which a second signal means no more than the first
+
+
+def on_stop_signal(action: Callable[[], object]) -> None:
+    """Makes Ctrl+C and SIGTERM call `action` from now on."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, lambda *_: action())
+
+
+def ignore_stop_signals() -> None:
+    """For the end of a script, which takes a moment that a second key press must not break off."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
+
+
+class Interrupt:
+    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would break off the cleaning
+    up after the first. After a while it raises again, for the first may have been lost in a callback of a library."""
+
+    def __init__(self):
+        self.raised_at = float("-inf")
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.raised_at > SAME_PRESS:
+            self.raised_at = time.monotonic()
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Holds the signals back while it lasts, then raises KeyboardInterrupt if there was one."""
+    seen = []
+    before = {stop_signal: signal.getsignal(stop_signal) for stop_signal in STOP_SIGNALS}
+    on_stop_signal(lambda: seen.append(True))
+    try:
+        yield
+    except Exception:
+        if not seen:  # else it is what the signal, which a service manager sends to the JVM too, has brought about
+            raise
+    finally:
+        for stop_signal, handler in before.items():
+            signal.signal(stop_signal, handler)
+    if seen:
+        raise KeyboardInterrupt
+
+
+def _speak_utf8() -> None:
+    """File names, arguments and output are UTF-8 for Python and for the JVMs it starts, whatever the locale says."""
+    if sys.getfilesystemencoding() != "utf-8":  # Python itself takes UTF-8 for the locales C and POSIX only
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    os.environ["LC_ALL"] = "C.UTF-8"  # Java can neither list nor open a file whose name the locale's encoding lacks
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:  # not in a test that imports a script
+    on_stop_signal(lambda: os._exit(0))
+    _speak_utf8()

@@ -51,6 +51,8 @@ SETTINGS = {
     # Delta writes its log through this, without Hadoop's checksum files: it lists the log at every commit. fs.file.impl, for
     # all other files, stays: hadoop-aws needs its class.
     "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
+    # Spark keeps a consumer for each partition from batch to batch, by default for 64 partitions at most.
+    "spark.kafka.consumer.cache.capacity": "1000",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }

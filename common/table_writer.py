@@ -1,6 +1,5 @@
 """Writing a micro-batch of a stream: each record into a table or its quarantine, exactly once."""
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from common.readings import with_reject_reason
 from common.tables import TOPIC_ID, WRITER, as_identifier, clean_up, create_table, quarantine_of, state_of
 from common.topics import Topic
 
-TASKS_PER_FILE = 10  # of those that Spark would read a batch with; a small batch is one file
+SMALL_BATCH = 10  # tasks that Spark would read it with; such a batch is one file, another one a file for each core
 # Rejected records that are kept in memory while a batch is written, by all cores together: so many, of so many bytes at
 # most. Where there are more, the batch is read again for them.
 MOST_KEPT = 200_000
@@ -102,11 +101,8 @@ class TableWriter:
         """
         spark = records.sparkSession
         cores = spark.sparkContext.defaultParallelism
-        # A batch without a record, of an empty topic or file, has no part at all.
-        files = max(1, math.ceil(records._jdf.queryExecution().toRdd().getNumPartitions() / TASKS_PER_FILE))
-        if files > 1:  # as many for each core, so that none waits for the others at the end
-            files = math.ceil(files / cores) * cores
-        records = with_reject_reason(records.coalesce(files))
+        is_small = records._jdf.queryExecution().toRdd().getNumPartitions() <= SMALL_BATCH
+        records = with_reject_reason(records.coalesce(1 if is_small else cores))
         is_rejected = F.col("reject_reason").isNotNull()
         rejected = records.where(is_rejected).select(*StructType.fromDDL(self.quarantine_columns).names)
         is_kept = is_rejected & (F.coalesce(F.octet_length("raw"), F.lit(0)) <= LONGEST_KEPT)

@@ -17,7 +17,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError, argument_parser, at_least, location, run, say
+from common.console import PipelineError, argument_parser, at_least, location, run, say, table_location
 from common.session import READER_JVM, build_spark
 from common.tables import LAKE, clean_up, time_travel
 from common.viewer import read_table, show
@@ -40,7 +40,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("table", type=location, nargs="?", metavar="TABLE", help="path of a Delta table")
+    parser.add_argument("table", type=table_location, nargs="?", metavar="TABLE", help="path of a Delta table")
     parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
     parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
     parser.add_argument("--history", action="store_true", help="the table's commits, newest first")

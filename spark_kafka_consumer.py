@@ -60,7 +60,7 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
         .option("kafka.max.poll.records", 5000)  # 500, Kafka's default, takes half as long again
         # Whatever a batch is to read is there. Kafka's default waits half a second in each partition for what comes after it.
         .option("kafka.fetch.max.wait.ms", 0)
-        .option("kafka.isolation.level", "read_committed")  # what a transaction has aborted was never sent
+        .option("kafka.isolation.level", topic.isolation_level)
         .options(**spark_options(topic.properties))
         .option("kafka.bootstrap.servers", topic.servers)
         .option("subscribe", topic.name)

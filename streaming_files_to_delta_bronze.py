@@ -20,7 +20,9 @@ name that begins with "." or "_", and rename it when it is complete.
 import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
+import os
 import re
+from functools import reduce
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
@@ -38,7 +40,13 @@ from common.tables import BRONZE, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
 # Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
 LONGEST_RECORD = 8_000_000
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; put it right and give it a new name."
-LINE_LIMIT = {"mapreduce.input.linerecordreader.line.maxlength": LONGEST_RECORD}
+READ_OPTIONS = {
+    "mapreduce.input.linerecordreader.line.maxlength": LONGEST_RECORD,
+    # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with ":".
+    "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
+    "fs.file.impl.disable.cache": "true",
+}
+TAKEN_NAMES = "*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
 
 
 def main() -> None:
@@ -74,17 +82,17 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     return (
         spark.readStream.format("binaryFile")
         .schema("path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY")
-        .option("pathGlobFilter", "*.{json,jsonl,ndjson}{,.gz}")
+        .option("pathGlobFilter", TAKEN_NAMES)
         .option("recursiveFileLookup", "true")
         .option("maxFilesPerTrigger", options.max_files_per_trigger)
         .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed
-        .load(options.input)
+        .load(escape_glob(options.input))
         .select("path", "length", "modificationTime", F.current_timestamp().alias("ingest_time"))
     )
 
 
 class BronzeWriter(TableWriter):
-    """Writes the tables, and names each file that changed while it was taken: it broke the rule of complete files."""
+    """Writes the tables, and names the files that broke a rule: they changed while they were taken, or want --multiline."""
 
     def write(self, batch: DataFrame, batch_id: int) -> None:
         before = set(batch.drop("ingest_time").collect())
@@ -94,10 +102,14 @@ class BronzeWriter(TableWriter):
             if file.path in paths:
                 warn(f"{file.path} has changed since it was taken, and what it has gained is not read. Write a file under a "
                      f'name that begins with "_", and rename it when it is complete.')
+        if self.read_records is read_lines and "malformed_json" in self.counts[batch_id]:
+            for path in find_multiline(batch, self.quarantine):
+                warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
+                     f"--multiline, and give the file a new name.")
 
 
 def read_lines(batch: DataFrame, careful: bool) -> DataFrame:
-    """One record per line of the batch's files; see `read_files`."""
+    """One record per line of the batch's files, but for blank lines; see `read_files`."""
     return read_files(batch, careful, lineSep="\n")
 
 
@@ -107,30 +119,53 @@ def read_values(batch: DataFrame, careful: bool) -> DataFrame:
     The elements of an array come without white space and with numbers as Spark writes them. A file whose array is
     broken, or holds null or strings, is one record as a whole.
     """
+    files = with_elements(read_files(batch, careful, wholetext=True))
+    return files.select(F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"),
+                        "source_file", "ingest_time", "reject_reason")
+
+
+def with_elements(files: DataFrame) -> DataFrame:
+    """Adds to files (`raw`) what is in them: `is_object`, and `elements` of an array of objects, null of anything else."""
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     checksum = F.sha2("raw", 256)
     # As in common/readings.py: the checksum comes second only if nothing but white space follows the value.
     framed = F.from_json(F.concat(F.lit("["), "text", F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
-    files = (read_files(batch, careful, wholetext=True)
-             .withColumn("text", F.col("raw").cast("string"))
-             .select("*", framed.alias("framed"), F.from_json("text", "ARRAY<STRING>", strict).alias("elements")))
-    is_one_value = (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
-    # A string in the array has lost its quotes in `elements`, and could pass for an object: then this doesn't hold.
-    is_array_of_objects = F.concat(F.lit("["), F.array_join("elements", ","), F.lit("]")) == F.get("framed", F.lit(0))
-    # It would be "?" in `elements`.
+    files = (files.withColumn("text", F.col("raw").cast("string"))
+             .select("*", framed.alias("framed"), F.from_json("text", "ARRAY<STRING>", strict).alias("split")))
+    is_one_value = F.is_valid_utf8("text") & (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
+    value = F.get("framed", F.lit(0))
+    # A string in the array has lost its quotes in `split`, and could pass for an object: then this doesn't hold.
+    is_array_of_objects = F.concat(F.lit("["), F.array_join("split", ","), F.lit("]")) == value
+    # It would be "?" in `split`.
     has_lone_surrogate = F.expr(LONE_SURROGATE)
-    is_splittable = F.is_valid_utf8("text") & is_one_value & is_array_of_objects & ~has_lone_surrogate
-    elements = F.transform("elements", lambda element: element.cast("binary"))
-    return files.select(F.explode(F.when(is_splittable, elements).otherwise(F.array("raw"))).alias("raw"),
-                        "source_file", "ingest_time", "reject_reason")
+    elements = F.transform("split", lambda element: element.cast("binary"))
+    return files.withColumns({"is_object": is_one_value & value.startswith("{"),
+                              "elements": F.when(is_one_value & is_array_of_objects & ~has_lone_surrogate, elements)})
+
+
+def find_multiline(batch: DataFrame, quarantine: str) -> list[str]:
+    """Paths of the batch's files that hold one object or an array of them over several lines, or an array in one."""
+    line = F.btrim(F.col("raw").cast("string"), F.lit(" \t\r\ufeff"))
+    begins_object = line.startswith("{")
+    suspects = (
+        batch.sparkSession.read.format("delta").load(quarantine)
+        .where(F.col("reject_reason") == "malformed_json")
+        .where(F.col("ingest_time") == F.timestamp_micros(F.lit(batch.select(F.unix_micros("ingest_time")).first()[0])))
+        .groupBy("source_file").agg(F.bool_or(line.startswith("[")).alias("is_array"),
+                                    F.bool_or(begins_object).alias("begins"), F.bool_or(~begins_object).alias("goes_on"))
+        .where("is_array OR begins AND goes_on"))
+    paths = [row.source_file for row in suspects.collect()]
+    files = read_files(batch.where(F.col("path").isin(paths)), careful=False, wholetext=True)
+    is_multiline = F.col("is_object") | F.col("elements").isNotNull()
+    return [row.source_file for row in with_elements(files).where(is_multiline).select("source_file").collect()]
 
 
 def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     """Reads the files whose names are in `batch`.
 
-    Out: `raw` (binary: a line or a whole file), `source_file`, `ingest_time`, and `reject_reason`: null, or
-    "unreadable_file" with a null `raw` for each file that has too much in one piece or, where `careful`, can't be read to
-    its end.
+    Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`: null,
+    or "unreadable_file" with a null `raw` for each file that has too much in one piece or, where `careful`, can't be read
+    to its end.
     """
     spark = batch.sparkSession
     # Microseconds, because a datetime of Python would go through the zone of this machine.
@@ -142,29 +177,42 @@ def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     names = F.array(*map(F.lit, unreadable)).cast("ARRAY<STRING>")
     records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
                                     F.lit("unreadable_file").alias("reject_reason"))
-    if readable := [escape_glob(path) for path in paths if path not in unreadable]:
-        text = spark.read.options(**LINE_LIMIT).text(readable, **text_options)
-        records = records.union(text.select(
-            F.col("value").cast("binary"), source_file(), F.lit(None).cast("string")))
+    if readable := [path for path in paths if path not in unreadable]:
+        text = read_text(spark, readable, **text_options).where(F.btrim("value", F.lit(" \t\r\n")) != "")
+        records = records.union(text.select(F.col("value").cast("binary"), source_file(), F.lit(None).cast("string")))
     return records.withColumn("ingest_time", ingest_time)
 
 
+def read_text(spark: SparkSession, paths: list[str], **text_options) -> DataFrame:
+    """The lines of files, or with `wholetext` the files, whatever their names hold."""
+    reader = spark.read.options(**READ_OPTIONS)
+    # Spark takes each path for a pattern, and Hadoop finds none with a ":" by one. A single path it can be told to take as
+    # it is; of several it would then read each several times.
+    literal = [path for path in paths if ":" in os.path.basename(path) and escape_glob(path) != path]
+    patterns = [escape_glob(path) for path in paths if path not in literal]
+    parts = [reader.text(patterns, **text_options)] if patterns else []
+    parts += [reader.option("__globPaths__", "false").text(path, **text_options) for path in literal]
+    # A byte order mark, which Spark leaves out of the first line, but not of a whole file.
+    text = F.ltrim("value", F.lit("\ufeff")) if "wholetext" in text_options else F.col("value")
+    return reduce(DataFrame.union, [part.select(text.alias("value"), "_metadata.file_path") for part in parts])
+
+
 def source_file() -> Column:
-    """The path of the file that a row of text comes from. Spark has it as a URI, in which url_decode makes a blank of "+"."""
-    uri = F.col("_metadata.file_path")
+    """The path of the file that a row of `read_text` is from. Spark has it as a URI, in which url_decode makes a blank of "+"."""
+    uri = F.col("file_path")
     return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
 
 
 def find_oversized(spark: SparkSession, files: list[Row], text_options: dict) -> list[str]:
     """Paths of those of `files` with more in one piece than the memory could hold, each named on stderr.
 
-    LINE_LIMIT leaves out a line that long without a word: what is read is then shorter than the file.
+    READ_OPTIONS leave out a line that long without a word: what is read is then shorter than the file.
     """
     is_multiline = "wholetext" in text_options
     sizes = {file.path: size for file in files if (size := unpacked_size(spark, file)) > LONGEST_RECORD}
     oversized = list(sizes)
     if sizes and not is_multiline:
-        lines = spark.read.options(**LINE_LIMIT).text(list(map(escape_glob, sizes)), **text_options)
+        lines = read_text(spark, list(sizes), **text_options)
         read = lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
         # A byte order mark is left out too; it has 3 bytes.
         oversized = list(sizes.keys() - {file.path for file in read if file.size + 3 >= sizes[file.path]})
@@ -177,10 +225,14 @@ def find_oversized(spark: SparkSession, files: list[Row], text_options: dict) ->
 def unpacked_size(spark: SparkSession, file: Row) -> int:
     """The bytes in `file`, unpacked; 0 for a .gz that is broken, which `find_unreadable` finds."""
     # A .gz has at most 1,032 times its size inside: https://zlib.net/zlib_tech.html
-    if not file.path.endswith(".gz") or file.length * 1032 <= LONGEST_RECORD:
+    if not file.path.lower().endswith(".gz") or file.length * 1032 <= LONGEST_RECORD:
         return file.length
-    path, java = spark._jvm.org.apache.hadoop.fs.Path(file.path), spark._jvm
-    content = path.getFileSystem(spark._jsc.hadoopConfiguration()).open(path)
+    java = spark._jvm
+    settings = java.org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
+    for name, value in READ_OPTIONS.items():
+        settings.set(name, str(value))
+    path = java.org.apache.hadoop.fs.Path(file.path)
+    content = path.getFileSystem(settings).open(path)
     try:
         return java.org.apache.commons.io.IOUtils.copyLarge(
             java.java.util.zip.GZIPInputStream(content), java.org.apache.commons.io.output.NullOutputStream.INSTANCE)
@@ -193,8 +245,7 @@ def unpacked_size(spark: SparkSession, file: Row) -> int:
 def find_unreadable(spark: SparkSession, paths: list[str]) -> list[str]:
     """Those of `paths` that can't be read to their end (no permission, a broken .gz, gone), each named on stderr."""
     try:
-        files = spark.read.options(**LINE_LIMIT).text([escape_glob(path) for path in paths])
-        files.write.format("noop").mode("overwrite").save()
+        read_text(spark, paths).write.format("noop").mode("overwrite").save()
         return []
     except (PySparkException, Py4JJavaError) as error:
         if len(paths) == 1:

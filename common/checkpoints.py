@@ -146,6 +146,9 @@ def _check_offsets(checkpoint: Checkpoint, unread: dict[str, dict], writer: "Tab
     if lost := writer.topic.lost(next_offsets):
         _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
                      f"removed them, or something else did.", "it goes on with what there is", options)
+    if too_far := writer.topic.read_too_far(next_offsets):
+        raise PipelineError(f"Of {writer.topic} more was read than is committed: a transaction is still open in {too_far}. "
+                            f"Start again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
 
 
 def _accept_loss(problem: str, what_follows: str, options: argparse.Namespace) -> None:

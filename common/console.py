@@ -29,8 +29,23 @@ def argument_parser(manual: str) -> argparse.ArgumentParser:
 
 
 def location(value: str) -> str:
-    """An option's path: a URI as it is (`s3a://…`), a path of this machine made absolute."""
+    """The type of an option that takes a path: a URI as it is (`s3a://…`), a path of this machine made absolute."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not in UTF-8, in which Java has its file names") from None
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
+    if uri := re.fullmatch(r"([a-zA-Z][\w+.-]+):/(?!/)(.*)", value, re.DOTALL):  # file:/data, as Java writes it
+        return f"{uri[1]}:///{uri[2]}"
     return value if "://" in value else os.path.abspath(os.path.expanduser(value))
+
+
+def table_location(value: str) -> str:
+    """The type of an option that takes the path of a Delta table."""
+    if "`" in value:
+        raise argparse.ArgumentTypeError(f'{value!r} has a "`", which Delta does not take in the path of a table')
+    return location(value)
 
 
 def at_least(minimum: float, number: Callable[[str], float] = int) -> Callable[[str], float]:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from common.class_archive import use_archive
 from common.console import PipelineError
-from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS, find_java, spark_jars
+from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS, cache_folder, find_java, spark_jars
 from common.process import held_back
 
 SETTINGS = {
@@ -76,6 +77,8 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
         jars = spark_jars(DELTA, KAFKA_SOURCE)
         java_options = [jvm["spark.driver.extraJavaOptions"], f"-Djava.io.tmpdir={tempfile.gettempdir()}", "-Xlog:disable",
                         make_archive or use_archive(java, jars)]
+        if not has_name():
+            java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
         launch.setAll((jvm | {"spark.driver.extraClassPath": os.pathsep.join(jars),
                               "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items())
         # Not that of another Spark, which the user may have, too.
@@ -87,6 +90,9 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
     with held_back():  # for the seconds in which Spark's JVM could neither be used nor ended
         gateway = _start_jvm(launch, verbose)
+        if not has_name():
+            user = gateway.jvm.org.apache.hadoop.security.UserGroupInformation
+            user.setLoginUser(user.createRemoteUser(str(os.getuid())))  # Hadoop would ask for the name, too
         conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
         for key, value in SETTINGS.items():
             conf.setIfMissing(key, value)
@@ -97,6 +103,14 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
         log4j = gateway.jvm.org.apache.logging.log4j
         log4j.core.config.Configurator.setLevel("org.apache.spark.sql.execution.streaming", log4j.Level.OFF)
     return SparkSession(context)
+
+
+def has_name() -> bool:
+    """Whether this user has a name, which in a container it often has not."""
+    try:
+        return bool(pwd.getpwuid(os.getuid()))
+    except KeyError:
+        return False
 
 
 def quoted(option: str) -> str:

@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql.streaming import StreamingQuery
 
 from common.checkpoints import check_restart, exclusive, taken
-from common.console import PipelineError, first_line, location, root_cause, say
+from common.console import PipelineError, first_line, location, root_cause, say, table_location
 from common.process import on_stop_signal
 from common.table_writer import Stopped, TableWriter
 
@@ -24,7 +24,7 @@ MOST_FAILURES = 3  # in a row, each after a wait for Kafka, without a batch betw
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
     """The options that both streams have: --table, --checkpoint, --trigger, --once, --verbose."""
-    parser.add_argument("--table", type=location, default=table,
+    parser.add_argument("--table", type=table_location, default=table,
                         help="Delta table to append to; rejected records go to TABLE_quarantine")
     parser.add_argument("--checkpoint", type=location, default=checkpoint,
                         help="where the stream remembers what it has read; belongs to the table")

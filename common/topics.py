@@ -5,11 +5,13 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Iterable
 from functools import cached_property
 
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import OffsetSpec
 from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError, TopicAlreadyExistsError
+from kafka.protocol.consumer.offsets import IsolationLevel
 
 from common.console import PipelineError, at_least, first_line, location, root_cause, say
 from common.kafka_config import python_settings, read_properties
@@ -56,6 +58,11 @@ class Topic:
         self.properties = properties or {}
         self.servers = servers or self.properties.get("bootstrap.servers", SERVERS)
         self.name = name
+        # What a transaction has aborted was never sent, and what it has not committed may yet be aborted.
+        self.isolation_level = self.properties.get("isolation.level", "read_committed")
+        if self.isolation_level.upper() not in IsolationLevel.__members__:
+            raise PipelineError(f"The Kafka property isolation.level is {self.isolation_level}; it can be read_committed or "
+                                f"read_uncommitted.")
 
     def __str__(self) -> str:
         return f'the topic "{self.name}" on {self.servers}'
@@ -128,19 +135,32 @@ class Topic:
 
     def lost(self, unread: dict[int, int]) -> str:
         """Which of the offsets from `unread` on (partition: next offset) the topic no longer has; "" for none."""
+        first, end = (self._offsets(unread, spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+        gone = []
+        for partition, next_offset in sorted(unread.items()):
+            if partition not in end:
+                gone.append(f"partition {partition} from offset {next_offset} on")
+            elif first[partition] > next_offset:
+                gone.append(f"partition {partition} offsets {next_offset} to {first[partition] - 1}")
+            elif end[partition] < next_offset:
+                gone.append(f"partition {partition} offsets {end[partition]} to {next_offset - 1}, read or not,")
+        return ", ".join(gone)
+
+    def read_too_far(self, unread: dict[int, int]) -> str:
+        """Where `unread` lies beyond the begin of a transaction that is still open, as text; "" if nowhere."""
+        end = self._offsets(unread, OffsetSpec.LATEST)
+        settled = self._offsets(unread, OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
+        return ", ".join(f"partition {partition} from offset {settled[partition]} on"
+                         for partition, next_offset in sorted(unread.items())
+                         if partition in end and settled[partition] < next_offset <= end[partition])
+
+    def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, **options) -> dict[int, int]:
+        """The first or last offset of those of `partitions` that the topic has."""
         [topic] = self._admin.describe_topics([self.name])
         there = {partition["partition_index"] for partition in topic["partitions"]}
-        places = [TopicPartition(self.name, partition) for partition in sorted(unread) if partition in there]
-        first, end = (self._admin.list_partition_offsets(dict.fromkeys(places, spec))
-                      for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
-        gone = [f"partition {partition} from offset {unread[partition]} on" for partition in sorted(unread.keys() - there)]
-        for place in places:
-            next_offset = unread[place.partition]
-            if first[place].offset > next_offset:
-                gone.append(f"partition {place.partition} offsets {next_offset} to {first[place].offset - 1}")
-            elif end[place].offset < next_offset:
-                gone.append(f"partition {place.partition} offsets {end[place].offset} to {next_offset - 1}, read or not,")
-        return ", ".join(gone)
+        places = {TopicPartition(self.name, partition): spec for partition in partitions if partition in there}
+        return {place.partition: found.offset
+                for place, found in self._admin.list_partition_offsets(places, **options).items()}
 
     def wait_out(self, error: Exception, stopping: threading.Event) -> None:
         """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.

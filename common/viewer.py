@@ -4,7 +4,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError, argument_parser, at_least, location, say
+from common.console import PipelineError, argument_parser, at_least, say, table_location
 from common.session import READER_JVM, build_spark
 from common.tables import quarantine_of
 
@@ -17,7 +17,7 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     `written_by`: the command that makes the table, for whoever has none yet.
     """
     parser = argument_parser(manual)
-    parser.add_argument("--table", type=location, default=default_table, help="Delta table")
+    parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
     parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
     parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
     parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")

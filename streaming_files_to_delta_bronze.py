@@ -40,11 +40,15 @@ from common.tables import BRONZE, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
 # Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
 LONGEST_RECORD = 8_000_000
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; put it right and give it a new name."
+MOST_PATTERNS = 100
 READ_OPTIONS = {
     "mapreduce.input.linerecordreader.line.maxlength": LONGEST_RECORD,
     # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with ":".
     "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
     "fs.file.impl.disable.cache": "true",
+    # Whatever Spark's configuration says: a broken file goes to the quarantine, not half of it into the table.
+    "ignoreCorruptFiles": "false",
+    "ignoreMissingFiles": "false",
 }
 TAKEN_NAMES = "*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
 
@@ -79,12 +83,17 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
     if not files.exists(folder) or not files.getFileStatus(folder).isDirectory():
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
+    # Of n files whose paths look like patterns Spark makes a list of n * n.
+    most_files = options.max_files_per_trigger if escape_glob(options.input) == options.input else min(
+        options.max_files_per_trigger, MOST_PATTERNS)
     return (
         spark.readStream.format("binaryFile")
         .schema("path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY")
         .option("pathGlobFilter", TAKEN_NAMES)
         .option("recursiveFileLookup", "true")
-        .option("maxFilesPerTrigger", options.max_files_per_trigger)
+        .option("maxFilesPerTrigger", most_files)
+        # By default a file that is a week older than the newest one seen is left out, be that one's time in the future.
+        .option("maxFileAge", "36500d")
         .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed
         .load(escape_glob(options.input))
         .select("path", "length", "modificationTime", F.current_timestamp().alias("ingest_time"))
@@ -125,7 +134,8 @@ def read_values(batch: DataFrame, careful: bool) -> DataFrame:
 
 
 def with_elements(files: DataFrame) -> DataFrame:
-    """Adds to files (`raw`) what is in them: `is_object`, and `elements` of an array of objects, null of anything else."""
+    """Adds to files (`raw`) what is in them: `is_object`, and the `elements` of an array, null of anything else and of an
+    array with null or strings in it."""
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     checksum = F.sha2("raw", 256)
     # As in common/readings.py: the checksum comes second only if nothing but white space follows the value.
@@ -169,7 +179,7 @@ def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     """
     spark = batch.sparkSession
     # Microseconds, because a datetime of Python would go through the zone of this machine.
-    files = batch.select("path", "length", F.unix_micros("ingest_time").alias("ingest_time")).collect()
+    files = batch.select("path", "length", F.unix_micros("ingest_time").alias("ingest_time")).distinct().collect()
     paths = [file.path for file in files]
     unreadable = find_unreadable(spark, paths) if careful else []
     unreadable += find_oversized(spark, [file for file in files if file.path not in unreadable], text_options)

@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from pyspark.sql import SparkSession
 
 from common.console import PipelineError, say
-from common.tables import TOPIC_ID, WRITER, properties_of
+from common.tables import TOPIC_ID, WRITER, properties_of, quarantine_of
 
 if TYPE_CHECKING:
     from common.table_writer import TableWriter
@@ -43,6 +44,15 @@ def exclusive(path: str) -> Iterator[None]:
         yield
 
 
+def check_places(options: argparse.Namespace) -> None:
+    """PipelineError where the checkpoint is where Delta's clean-up of the table, or of its quarantine, would delete it."""
+    for table in (options.table, quarantine_of(options.table)):
+        below = os.path.relpath(options.checkpoint, table).split(os.sep)[0] if "://" not in table + options.checkpoint else ".."
+        if below == "." or below[0] not in "._":
+            raise PipelineError(f"The checkpoint {options.checkpoint} must not be in the table {table}, which deletes what does "
+                                f"not belong to it. Name another place with --checkpoint.")
+
+
 def taken(path: str) -> str:
     return (f"Another stream works with the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
             f"of its own.")
@@ -55,7 +65,8 @@ class Checkpoint:
         self.path = path
         self._java = spark._jvm
         self._folder = self._java.org.apache.hadoop.fs.Path(path)
-        self._files = self._folder.getFileSystem(spark._jsc.hadoopConfiguration())
+        self._hadoop = spark._jsc.hadoopConfiguration()
+        self._files = self._folder.getFileSystem(self._hadoop)
 
     def id(self) -> str | None:
         """The id of the stream, by which Delta knows its batches; None for a checkpoint that is not there yet."""
@@ -75,6 +86,12 @@ class Checkpoint:
         last = self.last_batch()
         lines = (self._read("offsets", str(last)) or "") if last is not None else ""
         return lines.strip().split("\n")[-1]  # a version, the metadata, and a line for each source: there is one
+
+    def is_in_use(self, folder: str) -> bool:
+        """Whether a folder has files other than hidden ones, such as .gitkeep and an unfinished _delta_log."""
+        path = self._java.org.apache.hadoop.fs.Path(folder)
+        files = path.getFileSystem(self._hadoop)
+        return files.exists(path) and any(status.getPath().getName()[0] not in "._" for status in files.listStatus(path))
 
     def set_aside(self) -> str:
         """Renames the checkpoint, so that the stream starts anew; returns its new path."""
@@ -131,6 +148,9 @@ def _check_tables(checkpoint: Checkpoint, tables: dict[str, dict[str, str] | Non
         if properties is None and checkpoint.last_batch() is not None:
             raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
                                 f"such table. Put the table back, or read all again: delete the checkpoint and {writer.table}*.")
+        if properties is not None and WRITER not in properties or properties is None and checkpoint.is_in_use(table):
+            raise PipelineError(f"There is something at {table} that no stream of this pipeline has made. Name another place "
+                                f"with --table.")
         if properties is not None and properties.get(WRITER) != checkpoint.id():
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "

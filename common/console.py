@@ -12,6 +12,8 @@ from py4j.protocol import Py4JNetworkError
 
 from common.process import Interrupt, ignore_stop_signals, on_stop_signal
 
+LARGEST = 2**31 - 1  # what Spark takes for a number of rows or files
+
 
 class PipelineError(Exception):
     """Something that a user can mend: one sentence that says what happened, where, and what to do next."""
@@ -59,6 +61,8 @@ def at_least(minimum: float, number: Callable[[str], float] = int) -> Callable[[
         if parsed is None or not minimum <= parsed < float("inf"):
             kind = "a whole number" if number is int else "a number"
             raise argparse.ArgumentTypeError(f"{value!r} is not {kind} of {minimum} or more")
+        if parsed > LARGEST:
+            raise argparse.ArgumentTypeError(f"{value!r} is more than {LARGEST}")
         return parsed
 
     return parse

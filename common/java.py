@@ -42,7 +42,10 @@ def find_java() -> Java:
     java = os.path.join(home, "bin", "java") if home else shutil.which("java")
     if not java or not shutil.which(java):
         raise PipelineError(f"No Java found{' in JAVA_HOME=' + home if home else ''}. {INSTALL_JAVA}")
-    modules = subprocess.run([java, "--list-modules"], capture_output=True, text=True, errors="replace").stdout
+    run = subprocess.run([java, "--list-modules"], capture_output=True, text=True, errors="replace")
+    modules = run.stdout
+    if run.returncode and "--list-modules" not in run.stdout + run.stderr:  # which a Java 8 does not know
+        raise PipelineError(f"{java} can't be run: {(run.stdout + run.stderr).strip().splitlines()[:1]}. {INSTALL_JAVA}")
     version = re.search(r"^java\.base@(\d+)(?:\.(\d+)\.(\d+))?", modules, re.MULTILINE)
     if not version or int(version[1]) not in SUPPORTED_JAVA:
         raise PipelineError(f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, and Spark needs Java "

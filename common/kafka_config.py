@@ -22,7 +22,7 @@ USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 def read_properties(path: str) -> dict[str, str]:
     """The properties in the file at `path`. PipelineError, which never quotes the file, where it can't be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return {name: value.strip() for name, value in javaproperties.load(file).items()}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no properties file in UTF-8"

@@ -1,4 +1,4 @@
-"""A script as a process: Ctrl+C and SIGTERM at any moment, and no dependence on the locale.
+"""A script as a process: Ctrl+C, SIGTERM and SIGHUP at any moment, and no dependence on the locale.
 
 Each script imports this before all else, because the other imports take a second. What a signal does then changes with
 what there is to clean up: it ends the process at once while modules are imported, raises KeyboardInterrupt under
@@ -14,14 +14,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# The last is of a terminal that is closed; nohup has it ignored.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM,
+                *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
 SAME_PRESS = 2  # seconds within which a second signal means no more than the first
 
 
 def on_stop_signal(action: Callable[[], object]) -> None:
-    """Makes Ctrl+C and SIGTERM call `action` from now on."""
+    """Makes Ctrl+C, SIGTERM and SIGHUP call `action` from now on."""
+
+    def handle(stop_signal: int, _) -> None:
+        if stop_signal == signal.SIGHUP:  # what is still to be said has nowhere to go
+            for number in filter(os.isatty, (1, 2)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        action()
+
     for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, lambda *_: action())
+        signal.signal(stop_signal, handle)
 
 
 def ignore_stop_signals() -> None:
@@ -65,6 +74,12 @@ def _speak_utf8() -> None:
     """File names, arguments and output are UTF-8 for Python and for the JVMs it starts, whatever the locale says."""
     if sys.getfilesystemencoding() != "utf-8":  # Python itself takes UTF-8 for the locales C and POSIX only
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    for number in range(3):  # one that is closed would be the next file that is opened
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
     os.environ["LC_ALL"] = "C.UTF-8"  # Java can neither list nor open a file whose name the locale's encoding lacks
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character

@@ -127,7 +127,11 @@ def _start_jvm(launch: SparkConf, verbose: bool):
         except PySparkRuntimeError as error:
             lines = os.pread(stderr.fileno(), 100_000, 0).decode(errors="replace").strip().splitlines()
             reason = next((line for line in lines if "rror" in line or "xception" in line), "no reason given")
-            raise PipelineError(f"Spark's JVM did not start: {reason.strip()}. --verbose shows all it says.") from error
+            told = [f"{name}={os.environ[name]}" for name in ("SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS", "JAVA_TOOL_OPTIONS")
+                    if name in os.environ]
+            raise PipelineError(f"Spark's JVM did not start: {reason.strip(' .')}."
+                                + (f" Perhaps it is due to {' or '.join(told)}." if told else "")
+                                + " --verbose shows all it says.") from error
     # A terminal or a service manager signals the JVM, too. What is to be done is the script's business, but to end
     # spark-submit itself.
     java = gateway.jvm.sun.misc

@@ -14,7 +14,7 @@ from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame
 from pyspark.sql.streaming import StreamingQuery
 
-from common.checkpoints import check_restart, exclusive, taken
+from common.checkpoints import check_places, check_restart, exclusive, taken
 from common.console import PipelineError, first_line, location, root_cause, say, table_location
 from common.process import on_stop_signal
 from common.table_writer import Stopped, TableWriter
@@ -35,7 +35,7 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: 
 
 
 def _interval(value: str) -> str:
-    if not re.fullmatch(r"\d+ (millisecond|second|minute|hour)s?", value):
+    if not re.fullmatch(r"\d{1,9} (millisecond|second|minute|hour)s?", value):
         raise argparse.ArgumentTypeError(f'{value!r} is not an interval such as "5 seconds" or "1 minute"')
     return value
 
@@ -47,6 +47,7 @@ def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.
     """
     spark, topic, failures = stream.sparkSession, writer.topic, 0
     on_stop_signal(writer.stopping.set)
+    check_places(options)
     try:
         with exclusive(options.checkpoint):
             check_restart(spark, writer, options)
@@ -76,6 +77,8 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
     """Runs the query until it is done or `writer.stopping` is set; returns the error that ended it before."""
     trigger = {"availableNow": True} if options.once else {"processingTime": options.trigger}
     writer.error, writer.batches = None, 0
+    if writer.stopping.is_set():
+        return None
     try:
         with writer.lock:
             query = (stream.writeStream.foreachBatch(writer).option("checkpointLocation", options.checkpoint)

@@ -26,11 +26,19 @@ def add_topic_options(parser: argparse.ArgumentParser) -> None:
     """The options --bootstrap-servers, --topic, --kafka-config and --wait."""
     parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,…",
                         help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})")
-    parser.add_argument("--topic", default=TOPIC, help="Kafka topic")
+    parser.add_argument("--topic", type=topic_name, default=TOPIC, help="Kafka topic")
     parser.add_argument("--kafka-config", type=location, metavar="FILE",
                         help="properties of a Kafka client, such as security.protocol and sasl.jaas.config")
     parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
                         help="how long to wait for a broker or a topic that is not there yet")
+
+
+def topic_name(value: str) -> str:
+    """The type of an option that takes the name of a topic: https://kafka.apache.org/39/documentation.html#topicconfigs"""
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in (".", ".."):
+        raise argparse.ArgumentTypeError(f'{value!r} is no name of a topic, which has letters A to Z, digits, ".", "_" and "-" '
+                                         f"alone, 249 at most")
+    return value
 
 
 class _Refusals(logging.Handler):
@@ -57,6 +65,11 @@ class Topic:
     def __init__(self, servers: str | None, name: str = TOPIC, properties: dict[str, str] | None = None):
         self.properties = properties or {}
         self.servers = servers or self.properties.get("bootstrap.servers", SERVERS)
+        for server in filter(None, map(str.strip, self.servers.split(","))):
+            port = re.fullmatch(r"(?:\w+://)?(?:\[[\da-fA-F:]+\]|[^\s:]+):(\d{1,5})", server)
+            if not port or not 0 < int(port[1]) < 65_536:
+                raise PipelineError(f"{server!r} is no address of a Kafka broker, which is HOST:PORT. Mend --bootstrap-servers or "
+                                    f"bootstrap.servers in --kafka-config.")
         self.name = name
         # What a transaction has aborted was never sent, and what it has not committed may yet be aborted.
         self.isolation_level = self.properties.get("isolation.level", "read_committed")

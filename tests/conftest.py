@@ -152,7 +152,7 @@ def spark():
 def broker(tmp_path_factory):
     """The address of a running local_kafka.py."""
     [port] = free_ports(1)
-    kafka = Script("local_kafka.py", "--port", port, "--data-dir", tmp_path_factory.mktemp("kafka"))
+    kafka = Script("local_kafka.py", "--port", port, "--data-dir", tmp_path_factory.mktemp("kafka") / "größe é 'q\" \\ =:#")
     try:
         kafka.wait_for("Kafka is ready")
         yield f"localhost:{port}"

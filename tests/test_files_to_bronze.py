@@ -61,7 +61,6 @@ def test_files_of_all_kinds_arrive_and_broken_ones_hurt_nobody_else(spark, bronz
         (1, name), (2, name), (3, "packed.json.gz"), (4, "blank.jsonl"), (6, "sub/deep.ndjson")]], key=str)
     rejected = rows_of(spark, tmp_path / "bronze_quarantine", ["reject_reason", "raw", "source_file"])
     assert rejected == sorted([(reason, raw, f"file:{folder}/{file}") for reason, raw, file in [
-        ("empty_record", b"", "blank.jsonl"),
         ("invalid_encoding", b"\xff\xfe\x00", "garbage.json"),
         ("malformed_json", b"{", "garbage.json"),
         ("malformed_json", reading(value=5) + b" {}", "garbage.json"),

@@ -122,8 +122,8 @@ class TableWriter:
         # Where another stream with this checkpoint has just written the batch, Delta skips it, and nothing is seen.
         java = spark._jvm.scala.concurrent
         found = java.Await.result(seen._jo.future(), java.duration.Duration.create(60, "seconds"))
-        if found.length() == 0:  # Spark has seen in its plan that there is no record, and run nothing
-            return {}, rejected
+        if found.length() == 0:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
+            return dict(map(tuple, records.groupBy("reject_reason").count().collect())), rejected
         counts = {row.get(0): row.get(1) for row in found.getList(0)}
         kept = found.getList(1)  # None for none
         if kept and len(kept) == sum(rows for reason, rows in counts.items() if reason):

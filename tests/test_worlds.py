@@ -247,7 +247,7 @@ def ingest(spark, tmp_path):
                                  once=True, max_files_per_trigger=1000)
 
     def rows():
-        return [spark.read.format("delta").load(path).count() if Path(path).exists() else 0
+        return [spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0
                 for path in (options.table, quarantine_of(options.table))]
 
     def run(multiline: bool = False) -> tuple[int, int]:
@@ -288,6 +288,17 @@ def test_files_of_every_name_are_read(ingest, spark, tmp_path, multiline):
     assert run(multiline) == (len(NAMES), 0)
     files = spark.read.format("delta").load(str(tmp_path / "bronze")).select("source_file").collect()
     assert sorted(row.source_file for row in files) == sorted(f"file:{folder}/{name}" for name in NAMES)
+
+
+def test_a_batch_of_unreadable_files_alone_is_in_the_quarantine(ingest, capsys):
+    folder, run = ingest
+    (folder / "half.json.gz").write_bytes(gzip.compress(os.urandom(1000))[:500])
+    (folder / "long.json").write_bytes(b"x" * 9_000_000)
+    assert [run(), run()] == [(0, 2), (0, 0)]
+    said = capsys.readouterr().err
+    assert all(f"{folder}/{name} can't be read" in said for name in ("half.json.gz", "long.json"))
+    put(folder, "good.json", VALID)
+    assert run() == (1, 0)
 
 
 def test_thousands_of_files_are_read(ingest):
@@ -453,10 +464,12 @@ def test_a_file_of_properties_may_come_from_windows(broker, silver, tmp_path):
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_script_runs_without_its_standard_streams(closed, ingest, tmp_path):
-    ingest[1]()
+    folder, ingest_all = ingest
+    put(folder, "1.json", VALID)
+    ingest_all()
     read = f"exec {sys.executable} {REPOSITORY}/read_bronze.py --table {tmp_path}/bronze {closed}"
     run = subprocess.run(["bash", "-c", read], capture_output=True, text=True, timeout=PATIENCE)
-    assert (run.returncode, run.stderr) == (0, "") and (">&-" in closed.replace("2>", "") or "0 rows in" in run.stdout)
+    assert (run.returncode, run.stderr) == (0, "") and ("1 rows in" in run.stdout) == (" >&-" not in f" {closed}")
 
 
 def test_a_terminal_that_is_closed_stops_the_scripts_and_nohup_keeps_them(tmp_path):

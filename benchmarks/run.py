@@ -110,11 +110,11 @@ class Bench:
         """A path that is not there yet."""
         return self.folder / f"{name}{next(self.numbers)}"
 
-    def topic(self, records: int) -> str:
-        """A topic of three partitions with so many records."""
+    def topic(self, records: int, partitions: int = 3) -> str:
+        """A topic with so many records."""
         name = self.new("topic").name
         admin = AdminClient({"bootstrap.servers": self.broker})
-        admin.create_topics([NewTopic(name, 3, 1)])[name].result()
+        admin.create_topics([NewTopic(name, partitions, 1)])[name].result()
         self.fill(name, records)
         return name
 
@@ -212,6 +212,35 @@ def latency(bench: Bench) -> Iterator[tuple]:
         for name, ours, shortest in zip(("p50", "p99"), *found):
             yield compared(f"{name} of the seconds from produced to visible, {rate:,} a second | shortest job",
                            [ours], [shortest], "at most 0.5")
+
+
+def batches(bench: Bench) -> Iterator[tuple]:
+    """Small batches: at one message a second against the same with Kafka's default long poll, and many partitions."""
+    long_poll = bench.new("properties")
+    long_poll.write_text("fetch.max.wait.ms=500\n")
+    yield compared("seconds of the median batch, 1 message a second, 3 partitions | with Kafka's long poll of half a second",
+                   *alternate(lambda: median_batch(bench, 3, 1), lambda: median_batch(bench, 3, 1, "--kafka-config", long_poll),
+                              rounds=1), "at most 0.7")
+    few, *many = alternate(*(lambda partitions=partitions: median_batch(bench, partitions, 500) for partitions in (3, 50, 200)),
+                           rounds=1)
+    for partitions, seconds, goal in zip((50, 200), many, ("at most 2", "at most 4")):
+        yield compared(f"seconds of the median batch, 500 messages a second, {partitions} partitions | 3 partitions",
+                       seconds, few, goal)
+
+
+def median_batch(bench: Bench, partitions: int, rate: float, *more) -> float:
+    """The seconds of the median of 30 batches of the stream with its default trigger, after 30 to warm up."""
+    topic = bench.topic(1, partitions)
+    half = bench.size(30)
+    seconds: list[float] = []
+    with (running("kafka_producer.py", "--bootstrap-servers", bench.broker, "--topic", topic, "--rate", rate, "--devices", DEVICES),
+          running(*bench.stream(topic, *more)) as process):
+        for line in process.stdout:
+            if found := re.match(r"batch \d+: .* rejected.*?, ([\d.]+) s", line):
+                seconds.append(float(found[1]))
+                if len(seconds) == 2 * half:
+                    return statistics.median(seconds[half:])
+    raise PipelineError(f"The stream has ended after {len(seconds)} batches.")
 
 
 def visible_after(table: Path, warm_up: float) -> Iterator[float]:
@@ -327,7 +356,7 @@ def compared(what: str, ours: list[float], other: list[float], goal: str) -> tup
     return what, figures[0], f"{figures[1]} ({against})", f"{ratio:.2f}", goal
 
 
-MEASURES = {measure.__name__: measure for measure in (sustained, cold, files, latency, readers, soak, producer)}
+MEASURES = {measure.__name__: measure for measure in (sustained, cold, files, latency, batches, readers, soak, producer)}
 
 if __name__ == "__main__":
     run_main(main)

@@ -15,6 +15,7 @@ it says which, stops the others and ends with exit code 1.
 import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ import time
 from common.class_archive import use_archive
 from common.console import PipelineError, argument_parser, at_least, fraction, port_number, run, say
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
-from common.process import REPOSITORY, on_stop_signal
+from common.process import REPOSITORY, Interrupt, on_stop_signal
+from common.tables import BRONZE, SILVER
 from common.topics import Topic
 from local_kafka import answers
 
@@ -58,9 +60,16 @@ def main() -> None:
         say("Stopping …")
         for part in reversed(parts):  # the producer first, Kafka last
             part.stop()
-    for script in ("read_bronze.py", "read_silver.py"):
-        say(f"\n{script}")
-        subprocess.run([sys.executable, REPOSITORY / script])
+    on_stop_signal(Interrupt())
+    for script, table in (("read_bronze.py", BRONZE), ("read_silver.py", SILVER)):
+        if os.path.exists(table):  # not where it was stopped before the first batch
+            say(f"\n{script}")
+            reader = subprocess.Popen([sys.executable, REPOSITORY / script])
+            try:
+                reader.wait()
+            finally:
+                reader.terminate()
+                reader.wait()
 
 
 def parse_options() -> argparse.Namespace:

@@ -83,6 +83,11 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
     if not files.exists(folder) or not files.getFileStatus(folder).isDirectory():
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
+    for place, _, names in os.walk(options.input):  # of a URI there is nothing
+        for name in names:
+            if re.search("[\ud800-\udfff]", name):
+                path = os.path.join(place, name).encode(errors="backslashreplace").decode()
+                warn(f"{path} can't be read: its name is not in UTF-8. Rename it.")
     # Of n files whose paths look like patterns Spark makes a list of n * n.
     most_files = options.max_files_per_trigger if escape_glob(options.input) == options.input else min(
         options.max_files_per_trigger, MOST_PATTERNS)

@@ -301,6 +301,14 @@ def test_a_batch_of_unreadable_files_alone_is_in_the_quarantine(ingest, capsys):
     assert run() == (1, 0)
 
 
+def test_a_file_whose_name_is_not_in_utf8_is_named(ingest, capsys):
+    folder, run = ingest
+    put(folder, "good.json", VALID)
+    (folder / os.fsdecode("größe.json".encode("latin-1"))).write_bytes(VALID)
+    assert run() == (1, 0)
+    assert r"gr\udcf6\udcdfe.json can't be read: its name is not in UTF-8" in capsys.readouterr().err
+
+
 def test_thousands_of_files_are_read(ingest):
     folder, run = ingest
     for number in range(5000):

@@ -119,9 +119,12 @@ class TableWriter:
                 accepted.write.format("noop").mode("overwrite").save()
             else:
                 self._append(accepted, self.table, self.columns, batch_id)
-        # Where another stream with this checkpoint has just written the batch, Delta skips it, and nothing is seen.
         java = spark._jvm.scala.concurrent
-        found = java.Await.result(seen._jo.future(), java.duration.Duration.create(60, "seconds"))
+        try:
+            found = java.Await.result(seen._jo.future(), java.duration.Duration.create(60, "seconds"))
+        except Py4JJavaError as error:
+            # Another stream with this checkpoint has just written the batch: then Delta skips it, and nothing is seen.
+            raise RuntimeError("a concurrent stream has written the batch") from error
         if found.length() == 0:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
             return dict(map(tuple, records.groupBy("reject_reason").count().collect())), rejected
         counts = {row.get(0): row.get(1) for row in found.getList(0)}

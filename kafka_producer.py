@@ -13,22 +13,26 @@ is an error.
 import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
+import copy
 import itertools
 import json
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
+from functools import reduce
+from operator import getitem
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from common.console import PipelineError, argument_parser, at_least, fraction, run, say
+from common.contract import Boolean, Field, Integer, Number, Timestamp
 from common.process import on_stop_signal
-from common.readings import SENSOR_TYPES
 from common.topics import Topic, add_topic_options
+from readings import CONTRACT, SENSOR_TYPES
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
@@ -59,7 +63,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def simulate(devices: int, invalid_fraction: float = 0, seed: int | None = None) -> Iterator[tuple[str, bytes | None]]:
-    """Endless messages (device id, record) of `devices` devices in turn, the time in them being the present."""
+    """Endless messages (device id, record) of `devices` devices in turn, the time in them being the present.
+
+    A record has the fields of readings.py in their order; those that are unknown here have any value of their kind.
+    """
     rng = random.Random(seed)
     fleet = []
     for number in range(1, devices + 1):
@@ -73,49 +80,55 @@ def simulate(devices: int, invalid_fraction: float = 0, seed: int | None = None)
         step = (sensor.typical[1] - sensor.typical[0]) / 50
         # A random walk that is drawn back to where the device started, so that it never leaves the sanity range.
         device["value"] += rng.gauss(0, step) + (device["usual"] - device["value"]) / 20
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        reading = {"timestamp": now} | device | {"value": round(device["value"], 2)}
-        del reading["usual"]
-        record = to_json(reading)
-        if rng.random() < invalid_fraction:
-            record = next(breaks)(reading)
-        yield device["device_id"], record
+        known = device | {"value": round(device["value"], 2)}
+        reading: dict = {}
+        for field in CONTRACT.fields:
+            put(reading, field, known[field.name] if field.name in known else any_value(field, rng))
+        is_broken = rng.random() < invalid_fraction
+        yield device["device_id"], next(breaks)(reading) if is_broken else to_json(reading)
+
+
+def any_value(field: Field, rng: random.Random):
+    if isinstance(field, Timestamp):
+        now = datetime.now(timezone.utc)
+        return {"rfc3339": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "epoch_s": round(now.timestamp(), 3),
+                "epoch_ms": int(now.timestamp() * 1000)}[field.format]
+    if isinstance(field, Boolean):
+        return rng.random() < 0.5
+    if isinstance(field, (Integer, Number)):
+        return rng.randrange(100)
+    return f"{field.column}-{rng.randrange(10)}"
+
+
+def put(record: dict, field: Field, value) -> None:
+    for name in field.path[:-1]:
+        record = record.setdefault(name, {})
+    record[field.path[-1]] = value
 
 
 def to_json(reading: dict) -> bytes:
     return json.dumps(reading, ensure_ascii=False).encode()
 
 
-def without(field: str):
-    return lambda reading: to_json({name: value for name, value in reading.items() if name != field})
+def replacing(field: Field, change: Callable) -> Callable[[dict], bytes]:
+    """A way to break a reading: by what `change` makes of the field's value."""
+    def break_reading(reading: dict) -> bytes:
+        broken = copy.deepcopy(reading)
+        put(broken, field, change(reduce(getitem, field.path, reading)))
+        return to_json(broken)
+    return break_reading
 
 
-def replacing(**fields):
-    return lambda reading: to_json(reading | fields)
-
-
-# A way to break each rule of common/readings.py, by the reason that it is rejected for.
-BREAKS = {
+# A way to break the contract for each reason, but for rules that are unknown here.
+WRONG_VALUES = {"unknown_type": {"type": "pressure"}, "wrong_unit": {"unit": "K"}, "out_of_range": {"value": 1e6}}
+BREAKS: dict[str, Callable[[dict], bytes | None]] = {
     "empty_record": lambda reading: None,
     "invalid_encoding": lambda reading: to_json(reading)[:-1] + b', "note": "\xff"}',
     "malformed_json": lambda reading: to_json(reading)[:-1],
-    "missing_device_id": without("device_id"),
-    "missing_building": replacing(building=" "),
-    "missing_type": replacing(type=""),
-    "missing_unit": replacing(unit=None),
-    "missing_value": replacing(value=None),
-    "missing_timestamp": without("timestamp"),
-    "invalid_device_id": replacing(device_id=7),
-    "invalid_building": replacing(building=["A"]),
-    "invalid_type": replacing(type={"name": "co2"}),
-    "invalid_unit": replacing(unit=True),
-    "invalid_value": lambda reading: to_json(reading | {"value": str(reading["value"])}),
-    "invalid_floor": replacing(floor=1.5),
-    "invalid_timestamp": lambda reading: to_json(reading | {
-        "timestamp": (datetime.now(timezone.utc) + timedelta(days=3)).isoformat()}),
-    "unknown_type": replacing(type="pressure"),
-    "wrong_unit": replacing(unit="K"),
-    "out_of_range": replacing(value=1e6),
+    **{f"missing_{field.name}": replacing(field, lambda _: None) for field in CONTRACT.fields if field.required},
+    **{f"invalid_{field.name}": replacing(field, lambda value: [value]) for field in CONTRACT.fields},
+    **{reason: lambda reading, wrong=wrong: to_json(reading | wrong) for reason, wrong in WRONG_VALUES.items()
+       if reason in CONTRACT.rules},
 }
 
 

@@ -18,6 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import PipelineError, argument_parser, at_least, location, run, say, table_location
+from common.internals import FileSystem
 from common.session import READER_JVM, build_spark
 from common.tables import LAKE, clean_up, time_travel
 from common.viewer import read_table, show
@@ -90,18 +91,16 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
 def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
     """The Delta tables under the folder `lake`, on any file system that Spark reaches: their paths by those below `lake`."""
     # The slash is for a whole bucket: s3a://bucket alone would be the user's home in it.
-    top = spark._jvm.org.apache.hadoop.fs.Path(f"{lake}/")
-    files = top.getFileSystem(spark._jsc.hadoopConfiguration())
-    top = files.makeQualified(top)
+    files = FileSystem(spark, f"{lake}/")
 
-    def tables_under(folder) -> list:
-        subfolders = [status.getPath() for status in files.listStatus(folder) if status.isDirectory()]
-        if any(subfolder.getName() == "_delta_log" for subfolder in subfolders):
+    def tables_under(folder: str) -> list[str]:
+        subfolders = files.folders_in(folder)
+        if any(subfolder.endswith("/_delta_log") for subfolder in subfolders):
             return [folder]
         return [table for subfolder in subfolders for table in tables_under(subfolder)]
 
-    tables = tables_under(top) if files.exists(top) else []
-    return {top.toUri().relativize(table.toUri()).getPath() or ".": table.toString() for table in tables}
+    top = files.qualified(f"{lake}/")
+    return {table.removeprefix(top).strip("/") or ".": table for table in tables_under(top)}
 
 
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:

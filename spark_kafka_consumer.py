@@ -3,7 +3,7 @@
     Kafka topic sensor_data ──> lake/silver/sensor_data
                           └───> lake/silver/sensor_data_quarantine
 
-Each record of the topic is checked against the rules of common/readings.py. A valid reading is appended to the table,
+Each record of the topic is checked against the contract in readings.py (--readings). A valid reading is appended to the table,
 any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two, exactly
 once, also when the script or the machine is killed: the checkpoint holds the offsets that were read, and a batch that is
 repeated is not written twice. The first start reads the topic from its earliest offset, each later one from where the
@@ -19,27 +19,36 @@ no longer has records that were not read, it stops and says which.
 import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from kafka.errors import KafkaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import argument_parser, at_least, run
+from common.console import PipelineError, argument_parser, at_least, first_line, run, say
+from common.contract import load_contract
 from common.kafka_config import spark_options
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.streams import add_stream_options, run_until_stopped
-from common.table_writer import TableWriter
-from common.tables import SILVER, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from common.tables import SILVER, silver_tables
 from common.topics import Topic, add_topic_options
+
+TOPIC_ID = "pipeline.topic.id"  # property of a table: Kafka's id of the topic that it is written from
 
 
 def main() -> None:
     options = parse_options()
+    contract = load_contract(options.readings)
     topic = Topic.of(options)
     topic.wait(options.wait)
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
-    records = read_topic(spark, topic, options)
-    run_until_stopped(records, TableWriter(options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, topic=topic), options)
+    messages = read_topic(spark, topic, options)
+    source = KafkaSource(topic, options.accept_data_loss)
+    run_until_stopped(messages, source, silver_tables(options.table, contract.columns), contract, options)
 
 
 def parse_options() -> argparse.Namespace:
@@ -54,7 +63,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -> DataFrame:
-    """The topic as a stream: its value as `raw`, where it came from, and `ingest_time`, the start of its batch."""
+    """The topic as a stream: its value as `raw` and `raw_json`, where it came from, and `ingest_time`, the start of its batch."""
     return (
         spark.readStream.format("kafka")
         .option("kafka.max.poll.records", 5000)  # 500, Kafka's default, takes half as long again
@@ -74,6 +83,7 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
         .load()
         .select(
             F.col("value").alias("raw"),
+            F.col("value").cast("string").alias("raw_json"),
             "topic",
             "partition",
             "offset",
@@ -82,6 +92,79 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
             # The checkpoint keeps it, so a batch that is repeated has the same.
             F.current_timestamp().alias("ingest_time"))
     )
+
+
+class KafkaSource:
+    """The topic as the source of a stream (common/source.py). `accept_data_loss`: goes on where it has lost records."""
+
+    def __init__(self, topic: Topic, accept_data_loss: bool):
+        self.topic, self.accept_data_loss = topic, accept_data_loss
+
+    def __str__(self) -> str:
+        return str(self.topic)
+
+    def read_batch(self, batch: DataFrame) -> DataFrame:
+        return batch
+
+    def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
+        raise error
+
+    def identity(self) -> dict[str, str]:
+        with self._asking():
+            topic_id = self.topic.id()
+        return {TOPIC_ID: topic_id} if topic_id else {}  # brokers before 2.8 have none
+
+    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict) -> bool:
+        if written_from.get(TOPIC_ID) in (None, identity.get(TOPIC_ID)) or not identity or (
+                unread and self.topic.name not in unread):
+            return False
+        start = unread.get(self.topic.name) or "its beginning"
+        self._lose(f"{self.topic} was deleted and made again since the table was written: what the old one had from {start} on "
+                   f"(partition: offset) is gone.", "the new topic is read from its beginning")
+        return True
+
+    def check_unread(self, unread: dict, checkpoint: str) -> None:
+        if not unread:
+            return
+        if self.topic.name not in unread:
+            raise PipelineError(f"The checkpoint {checkpoint} is that of the topic {', '.join(unread)}. Give the topic "
+                                f"{self.topic.name} a --table and a --checkpoint of its own.")
+        next_offsets = {int(partition): offset for partition, offset in unread[self.topic.name].items()}
+        with self._asking():
+            lost, too_far = self.topic.lost(next_offsets), self.topic.read_too_far(next_offsets)
+        if lost:
+            self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
+                       f"or something else did.", "it goes on with what there is")
+        if too_far:
+            raise PipelineError(f"Of {self.topic} more was read than is committed: a transaction is still open in {too_far}. Start "
+                                f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
+
+    def wait_out(self, error: Exception, stopping: threading.Event) -> None:
+        self.topic.wait_out(error.__cause__ if isinstance(error.__cause__, KafkaError) else error, stopping)
+
+    def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
+        pass
+
+    def lag(self, progress: dict) -> str:
+        [kafka] = progress["sources"]
+        end, latest = (sum(offset for partitions in json.loads(kafka[which] or "{}").values() for offset in partitions.values())
+                       for which in ("endOffset", "latestOffset"))
+        return f", {max(0, latest - end):,} behind" if kafka["latestOffset"] else ""
+
+    def _lose(self, problem: str, what_follows: str) -> None:
+        """Says what is lost where that was accepted, else raises PipelineError."""
+        problem = problem[0].upper() + problem[1:]
+        if not self.accept_data_loss:
+            raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")
+        say(f"{problem} --accept-data-loss: {what_follows}.")
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except KafkaError as error:
+            raise PipelineError(f"Kafka on {self.topic.servers} does not answer any more ({first_line(str(error))}). Start it, then "
+                                f"this script: it goes on from the last committed offsets.") from error
 
 
 if __name__ == "__main__":

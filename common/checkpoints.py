@@ -2,21 +2,22 @@
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pyspark.sql import SparkSession
 
 from common.console import PipelineError, say
-from common.tables import TOPIC_ID, WRITER, properties_of, quarantine_of
-
-if TYPE_CHECKING:
-    from common.table_writer import TableWriter
+from common.contract import Contract
+from common.internals import FileSystem, state_of
+from common.source import Source
+from common.table_writer import Start
+from common.tables import CONTRACT, WRITER, TablePair, fit_table, properties_of, quarantine_of, set_properties
 
 
 @contextmanager
@@ -63,115 +64,81 @@ class Checkpoint:
 
     def __init__(self, spark: SparkSession, path: str):
         self.path = path
-        self._java = spark._jvm
-        self._folder = self._java.org.apache.hadoop.fs.Path(path)
-        self._hadoop = spark._jsc.hadoopConfiguration()
-        self._files = self._folder.getFileSystem(self._hadoop)
+        self.files = FileSystem(spark, path)
 
     def id(self) -> str | None:
         """The id of the stream, by which Delta knows its batches; None for a checkpoint that is not there yet."""
-        metadata = self._read("metadata")
+        metadata = self.files.read(f"{self.path}/metadata")
         return metadata and json.loads(metadata)["id"]
 
-    def last_batch(self) -> int | None:
-        """The newest batch that is done."""
-        commits = self._child("commits")
-        if not self._files.exists(commits):
-            return None
-        names = (status.getPath().getName() for status in self._files.listStatus(commits))
-        return max((int(name) for name in names if name.isdecimal()), default=None)
+    def last_batch(self) -> int:
+        """The newest batch that is done; -1 for none."""
+        return max((int(name) for name in self.files.names_in(f"{self.path}/commits") if name.isdecimal()), default=-1)
 
-    def offsets(self) -> str:
-        """Where the next batch begins: the end of the last one that is done, as its source writes it; "" at the start."""
-        last = self.last_batch()
-        lines = (self._read("offsets", str(last)) or "") if last is not None else ""
-        return lines.strip().split("\n")[-1]  # a version, the metadata, and a line for each source: there is one
-
-    def is_in_use(self, folder: str) -> bool:
-        """Whether a folder has files other than hidden ones, such as .gitkeep and an unfinished _delta_log."""
-        path = self._java.org.apache.hadoop.fs.Path(folder)
-        files = path.getFileSystem(self._hadoop)
-        return files.exists(path) and any(status.getPath().getName()[0] not in "._" for status in files.listStatus(path))
+    def unread(self) -> dict:
+        """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
+        offsets = self.files.read(f"{self.path}/offsets/{self.last_batch()}") or "{}"
+        return json.loads(offsets.strip().split("\n")[-1])  # after a version and the metadata a line for each source, here one
 
     def set_aside(self) -> str:
         """Renames the checkpoint, so that the stream starts anew; returns its new path."""
         aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
-        if self._files.exists(self._folder) and not self._files.rename(
-                self._folder, self._java.org.apache.hadoop.fs.Path(aside)):
+        if not self.files.rename(self.path, aside):
             raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do it, then start again.")
         return aside
 
-    def _child(self, *names: str):
-        return self._java.org.apache.hadoop.fs.Path("/".join((self.path, *names)))
 
-    def _read(self, *names: str) -> str | None:
-        file = self._child(*names)
-        if not self._files.exists(file):
-            return None
-        content = self._files.open(file)
-        try:
-            return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
-        finally:
-            content.close()
+def check_start(spark: SparkSession, source: Source, tables: TablePair, contract: Contract, checkpoint_path: str) -> Start:
+    """Makes sure that checkpoint, tables, source and contract belong together, and that the tables have the contract's columns.
 
-
-def check_restart(spark: SparkSession, writer: "TableWriter", options: argparse.Namespace) -> None:
-    """Raises PipelineError where the checkpoint, the tables and the topic do not belong together.
-
-    Going on would then lose records (a checkpoint that has read them, tables that don't have them) or write them twice.
+    Raises PipelineError where going on would lose records (a checkpoint that has read them, tables that don't have them) or
+    write them twice.
     """
-    checkpoint = Checkpoint(spark, options.checkpoint)
-    tables = {table: properties_of(spark, table) for table in (writer.table, writer.quarantine)}
-    unread = json.loads(checkpoint.offsets() or "{}") if writer.topic else {}  # {topic: {partition: offset}}
-    if writer.topic and _is_made_again(writer, tables, unread):
-        problem = (f"{writer.topic} was deleted and made again since {writer.table} was written: what the old one had from "
-                   f"{unread.get(writer.topic.name) or 'its beginning'} on (partition: offset) is gone.")
-        _accept_loss(problem[0].upper() + problem[1:], "the new topic is read from its beginning", options)
+    checkpoint = Checkpoint(spark, checkpoint_path)
+    properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
+    written_from = properties[tables.table] or {}
+    identity = source.identity()
+    contract_id = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16]}
+    adopts = source.is_made_anew(identity, written_from, checkpoint.unread())
+    if adopts:
         say(f"The old checkpoint is now {checkpoint.set_aside()}.")
-        writer.adopts = True
-        return
-    _check_tables(checkpoint, tables, writer)
-    if unread:
-        _check_offsets(checkpoint, unread, writer, options)
+    else:
+        _check_tables(spark, checkpoint, properties, tables)
+        source.check_unread(checkpoint.unread(), checkpoint.path)
+    if written_from:
+        _fit_table(spark, checkpoint, tables, written_from, contract_id)
+    return Start(identity, contract_id, adopts)
 
 
-def _is_made_again(writer: "TableWriter", tables: dict[str, dict[str, str] | None], unread: dict[str, dict]) -> bool:
-    """Whether the topic is another one, by Kafka's id, than the table was written from. Sets the writer's `topic_id`."""
-    writer.topic_id = writer.topic.id()
-    written_from = (tables[writer.table] or {}).get(TOPIC_ID, writer.topic_id)
-    # Brokers before 2.8 have no ids.
-    return writer.topic_id not in ("", written_from) and (not unread or writer.topic.name in unread)
-
-
-def _check_tables(checkpoint: Checkpoint, tables: dict[str, dict[str, str] | None], writer: "TableWriter") -> None:
-    for table, properties in tables.items():
-        if properties is None and checkpoint.last_batch() is not None:
+def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, dict[str, str] | None],
+                  tables: TablePair) -> None:
+    """`found`: the properties of both tables, None for one that is not there."""
+    for table, properties in found.items():
+        if properties is None and checkpoint.last_batch() >= 0:
             raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
-                                f"such table. Put the table back, or read all again: delete the checkpoint and {writer.table}*.")
-        if properties is not None and WRITER not in properties or properties is None and checkpoint.is_in_use(table):
+                                f"such table. Put the table back, or read all again: delete the checkpoint and {tables.table}*.")
+        # Other files than hidden ones, such as .gitkeep and an unfinished _delta_log.
+        in_the_way = [name for name in FileSystem(spark, table).names_in(table) if name[0] not in "._"]
+        if properties is None and in_the_way or properties is not None and WRITER not in properties:
             raise PipelineError(f"There is something at {table} that no stream of this pipeline has made. Name another place "
                                 f"with --table.")
-        if properties is not None and properties.get(WRITER) != checkpoint.id():
+        if properties is not None and properties[WRITER] != checkpoint.id():
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
-                                f"again: delete the checkpoint and {writer.table}*.")
+                                f"again: delete the checkpoint and {tables.table}*.")
 
 
-def _check_offsets(checkpoint: Checkpoint, unread: dict[str, dict], writer: "TableWriter", options: argparse.Namespace) -> None:
-    """Whether the topic still has the offsets from `unread` on ({topic: {partition: offset}})."""
-    if writer.topic.name not in unread:
-        raise PipelineError(f"The checkpoint {checkpoint.path} is that of the topic {', '.join(unread)}. Give the topic "
-                            f"{writer.topic.name} a --table and a --checkpoint of its own.")
-    next_offsets = {int(partition): offset for partition, offset in unread[writer.topic.name].items()}
-    if lost := writer.topic.lost(next_offsets):
-        _accept_loss(f"Kafka no longer has records of {writer.topic} that were not read yet: {lost}. Its retention "
-                     f"removed them, or something else did.", "it goes on with what there is", options)
-    if too_far := writer.topic.read_too_far(next_offsets):
-        raise PipelineError(f"Of {writer.topic} more was read than is committed: a transaction is still open in {too_far}. "
-                            f"Start again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
+def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str],
+               contract_id: dict[str, str]) -> None:
+    """Brings the table, which has these `properties`, to the contract's columns.
 
-
-def _accept_loss(problem: str, what_follows: str, options: argparse.Namespace) -> None:
-    if not options.accept_data_loss:
-        raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")
-    say(f"{problem} --accept-data-loss: {what_follows}.")
+    Raises PipelineError where it can't, and where a batch was half written by another contract: of the records of that one
+    some would be in both tables then, or in none.
+    """
+    before = properties.get(CONTRACT)
+    if before not in (None, contract_id[CONTRACT]) and state_of(spark, tables.table, checkpoint.id())[1] > checkpoint.last_batch():
+        raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract. Start once with that "
+                            f"one (--readings FILE --once), then with this one.")
+    fit_table(spark, tables.table, tables.columns)
+    if before != contract_id[CONTRACT]:
+        set_properties(spark, tables.table, contract_id)

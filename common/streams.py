@@ -1,29 +1,33 @@
 """Running a stream: a clean stop, a line per batch, a sentence for what ends it."""
 
 import argparse
-import json
 import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 
-from kafka.errors import KafkaError
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame
 from pyspark.sql.streaming import StreamingQuery
 
-from common.checkpoints import check_places, check_restart, exclusive, taken
+from common.checkpoints import check_places, check_start, exclusive, taken
 from common.console import PipelineError, first_line, location, root_cause, say, table_location
-from common.process import on_stop_signal
-from common.table_writer import Stopped, TableWriter
+from common.contract import Contract, in_file
+from common.process import REPOSITORY, on_stop_signal
+from common.source import Source
+from common.table_writer import BatchReport, TableWriter
+from common.tables import TablePair
 
-MOST_FAILURES = 3  # in a row, each after a wait for Kafka, without a batch between them
+MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch between them
 
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
-    """The options that both streams have: --table, --checkpoint, --trigger, --once, --verbose."""
+    """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --verbose."""
+    parser.add_argument("--readings", type=location, default=str(REPOSITORY / "readings.py"), metavar="FILE",
+                        help="Python file with the CONTRACT that says what a valid record is")
     parser.add_argument("--table", type=table_location, default=table,
                         help="Delta table to append to; rejected records go to TABLE_quarantine")
     parser.add_argument("--checkpoint", type=location, default=checkpoint,
@@ -40,81 +44,110 @@ def _interval(value: str) -> str:
     return value
 
 
-def run_until_stopped(stream: DataFrame, writer: TableWriter, options: argparse.Namespace) -> None:
-    """Runs `stream` into `writer`: with --once to its end, else until Ctrl+C or SIGTERM; the running batch is finished.
+def run_until_stopped(stream: DataFrame, source: Source, tables: TablePair, contract: Contract, options: argparse.Namespace) -> None:
+    """Runs `stream` of `source` into `tables`: with --once to its end, else until Ctrl+C or SIGTERM; the running batch is
+    finished.
 
-    Where Kafka stops answering, it waits for it and goes on. Raises PipelineError where it can't start or can't go on.
+    Where the source stops answering, it waits for it and goes on. Raises PipelineError where it can't start or can't go on.
     """
-    spark, topic, failures = stream.sparkSession, writer.topic, 0
-    on_stop_signal(writer.stopping.set)
+    spark, failures = stream.sparkSession, 0
+    stopping = threading.Event()
+    on_stop_signal(stopping.set)
     check_places(options)
     try:
+        with in_file(options.readings):
+            contract.check_rules(spark)
         with exclusive(options.checkpoint):
-            check_restart(spark, writer, options)
-            say(f"Writing to {writer.table}, rejected records to {writer.quarantine}."
-                + ("" if options.once else " Ctrl+C stops."))
-            while error := run_query(stream, writer, options):
-                if explanation := _explain(error, writer, options):
-                    raise PipelineError(explanation) from error
-                failures = 1 if writer.batches else failures + 1
-                if topic is None or failures > MOST_FAILURES:
-                    raise error
-                topic.wait_out(error, writer.stopping)
-                if writer.stopping.is_set():
+            start = check_start(spark, source, tables, contract, options.checkpoint)
+            say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
+            while not stopping.is_set():
+                batches, error = run_query(stream, TableWriter(tables, contract, source, start), options, stopping)
+                if not error:
                     break
-                check_restart(spark, writer, options)
-                say("Going on from the last committed offsets.")
-    except KafkaError as error:
-        raise PipelineError(f"Kafka on {topic.servers} does not answer any more ({first_line(str(error))}). Start it, then this "
-                            f"script: it goes on from the last committed offsets.") from error
+                if explanation := _explain(error, tables.table, options.checkpoint):
+                    raise PipelineError(explanation) from error
+                failures = 1 if batches else failures + 1
+                if failures > MOST_FAILURES:
+                    raise error
+                source.wait_out(error, stopping)
+                if not stopping.is_set():
+                    start = check_start(spark, source, tables, contract, options.checkpoint)
+                    say("Going on from the last committed offsets.")
     finally:
         spark.stop()
     if not options.once:
         say("Stopped. The next start goes on from here.")
 
 
-def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace) -> Exception | None:
-    """Runs the query until it is done or `writer.stopping` is set; returns the error that ended it before."""
+def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace,
+              stopping: threading.Event) -> tuple[int, Exception | None]:
+    """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
+
+    Prints a line for each batch that has taken in records.
+    """
+    lock = threading.Lock()  # held while a batch is written
+    reports: dict[int, BatchReport] = {}  # those that were not printed yet
+    written: list[int] = []
+    errors: list[Exception] = []
+
+    def write(batch: DataFrame, batch_id: int) -> None:
+        with lock:
+            try:
+                if stopping.is_set():
+                    raise Stopped  # before anything of this batch was written; the next start repeats it
+                stream_id = batch.sparkSession.sparkContext.getLocalProperty("sql.streaming.queryId")
+                reports[batch_id] = writer.write(batch, batch_id, stream_id)
+                written.append(batch_id)
+            except Exception as error:
+                errors.append(error)
+                raise
+
+    def report() -> None:
+        for progress in query.recentProgress:
+            if "addBatch" not in progress["durationMs"]:  # a look that found nothing, under the number of the next batch
+                continue
+            if (batch := reports.pop(progress["batchId"], None)) and batch.rows:
+                say(_line(batch, progress, writer.source.lag(progress)))
+
     trigger = {"availableNow": True} if options.once else {"processingTime": options.trigger}
-    writer.error, writer.batches = None, 0
-    if writer.stopping.is_set():
-        return None
     try:
-        with writer.lock:
-            query = (stream.writeStream.foreachBatch(writer).option("checkpointLocation", options.checkpoint)
-                     .trigger(**trigger).start())
-            writer.checkpoint_id = query.id
+        query = (stream.writeStream.foreachBatch(write).option("checkpointLocation", options.checkpoint)
+                 .trigger(**trigger).start())
     except (PySparkException, Py4JJavaError) as error:
-        return error
+        return 0, error
     try:
-        while not writer.stopping.is_set() and not query.awaitTermination(0.5):
-            _report_batches(query, writer)
-        with writer.lock:
-            written = max(writer.counts, default=None)
-        _wait_for_commit(query, written)
+        while not stopping.is_set() and not query.awaitTermination(0.5):
+            report()
+        with lock:
+            last_batch = written[-1] if written else None
+        _wait_for_commit(query, last_batch)
         query.stop()
     except StreamingQueryException as error:
-        if not isinstance(writer.error, Stopped):
-            return writer.error or error
+        if not errors or not isinstance(errors[-1], Stopped):
+            return len(written), errors[-1] if errors else error
     finally:
-        _report_batches(query, writer)
-    return None
+        report()
+    return len(written), None
 
 
-def _explain(error: Exception, writer: TableWriter, options: argparse.Namespace) -> str | None:
+class Stopped(Exception):
+    """Ends a query between two batches."""
+
+
+def _explain(error: Exception, table: str, checkpoint: str) -> str | None:
     """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
     if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
-        return taken(options.checkpoint)
-    places = [place for place in (writer.table, options.checkpoint, tempfile.gettempdir()) if "://" not in place]
+        return taken(checkpoint)
+    places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
     next_start = "Nothing is lost: the next start goes on from the last committed offsets."
     if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
-        fullest = min(free, key=free.get, default=writer.table)
+        fullest = min(free, key=free.get, default=table)
         return f"There is no space left for {fullest} ({message}). Make some and start again. {next_start}"
     if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
                  message):
-        closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), writer.table)
+        closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
         return f"This user may not write to {closed} ({message}). Give it the right and start again. {next_start}"
     return None
 
@@ -135,25 +168,9 @@ def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float
         time.sleep(0.05)
 
 
-def _report_batches(query: StreamingQuery, writer: TableWriter) -> None:
-    """Prints a line for each batch that took in records and has not been reported."""
-    for progress in query.recentProgress:
-        if "addBatch" not in progress["durationMs"]:  # a look that found nothing, under the number of the next batch
-            continue
-        counts = writer.counts.pop(progress["batchId"], None)
-        if not counts:
-            continue
-        rejected = {reason: rows for reason, rows in counts.items() if reason}
-        reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in sorted(rejected.items()))
-        line = (f"batch {progress['batchId']}: {sum(counts.values()):,} rows in, {counts.get(None, 0):,} accepted, "
-                f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, "
-                f"{progress['batchDuration'] / 1000:.1f} s")
-        latest = progress["sources"][0]["latestOffset"]
-        if latest and "{" in latest:  # Kafka's offsets: {"topic": {"partition": offset}}
-            behind = _total_offset(latest) - _total_offset(progress["sources"][0]["endOffset"])
-            line += f", {max(0, behind):,} behind"
-        say(line)
-
-
-def _total_offset(offsets: str) -> int:
-    return sum(offset for partitions in json.loads(offsets).values() for offset in partitions.values())
+def _line(report: BatchReport, progress: dict, lag: str) -> str:
+    rejected = {reason: rows for reason, rows in report.rows.items() if reason}
+    reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in sorted(rejected.items()))
+    return (f"batch {progress['batchId']}: {sum(report.rows.values()):,} rows in, {report.rows.get(None, 0):,} accepted, "
+            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s{lag}"
+            + (f", {report.with_unknown:,} with fields unknown to the contract: {', '.join(report.unknown)}" if report.unknown else ""))

@@ -1,26 +1,24 @@
 """The pipeline's tables: their places, their columns, and what keeps them healthy."""
 
+from dataclasses import dataclass
+
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
-from pyspark.sql.types import StructType
 
-from common.console import PipelineError
+from common.console import PipelineError, say
+from common.internals import remove_old_log_entries
 from common.process import REPOSITORY
-from common.readings import READING_COLUMNS
-
-KAFKA_ORIGIN = "topic STRING, partition INT, offset BIGINT, kafka_timestamp TIMESTAMP, kafka_key BINARY"
-
-BRONZE_COLUMNS = f"{READING_COLUMNS}, source_file STRING"
-SILVER_COLUMNS = f"{READING_COLUMNS}, {KAFKA_ORIGIN}, raw_json STRING"
-BRONZE_QUARANTINE_COLUMNS = "reject_reason STRING, raw BINARY, source_file STRING, ingest_time TIMESTAMP"
-SILVER_QUARANTINE_COLUMNS = f"reject_reason STRING, raw BINARY, {KAFKA_ORIGIN}, ingest_time TIMESTAMP"
 
 LAKE = REPOSITORY / "lake"
 BRONZE = str(LAKE / "bronze" / "sensor_data")
 SILVER = str(LAKE / "silver" / "sensor_data")
 
-# Columns of which Delta notes the least and greatest value in each file, to skip files by; each more costs time to write.
-STATISTICS = ("device_id", "event_time", "ingest_time")
+FILE_ORIGIN = {"source_file": "STRING"}
+KAFKA_ORIGIN = {"topic": "STRING", "partition": "INT", "offset": "BIGINT", "kafka_timestamp": "TIMESTAMP", "kafka_key": "BINARY"}
+# What no column of a contract can be called, in lower case: the tables' own, and those by which the records get there.
+RESERVED_COLUMNS = {*FILE_ORIGIN, *KAFKA_ORIGIN, "ingest_time", "raw_json", "raw", "reject_reason", "_rescued_data",
+                    "_unknown_fields", "_parts", "_strict"}
+
 PROPERTIES = {
     # A stream appends a small file per batch: they are merged once there are 50 of them.
     "delta.autoOptimize.autoCompact": "true",
@@ -29,9 +27,35 @@ PROPERTIES = {
     "delta.logRetentionDuration": "interval 2 hours",
     "delta.deletedFileRetentionDuration": "interval 2 hours",
 }
-# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and Kafka's id of the topic.
+# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and its contract's.
 WRITER = "pipeline.checkpoint.id"
-TOPIC_ID = "pipeline.topic.id"
+CONTRACT = "pipeline.contract.id"
+
+
+@dataclass(frozen=True)
+class TablePair:
+    """A table at the path `table` and its quarantine beside it, with their columns: names and types of SQL."""
+    table: str
+    columns: dict[str, str]
+    quarantine_columns: dict[str, str]
+
+    @property
+    def quarantine(self) -> str:
+        return quarantine_of(self.table)
+
+
+def bronze_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
+    return TablePair(path, contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | {"_rescued_data": "STRING"},
+                     _quarantine_columns(FILE_ORIGIN))
+
+
+def silver_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
+    return TablePair(path, contract_columns | {"ingest_time": "TIMESTAMP"} | KAFKA_ORIGIN | {"raw_json": "STRING", "_rescued_data": "STRING"},
+                     _quarantine_columns(KAFKA_ORIGIN))
+
+
+def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:
+    return {"reject_reason": "STRING", "raw": "BINARY"} | origin | {"ingest_time": "TIMESTAMP"}
 
 
 def quarantine_of(table: str) -> str:
@@ -39,57 +63,60 @@ def quarantine_of(table: str) -> str:
     return table.rstrip("/") + "_quarantine"
 
 
-def create_table(spark: SparkSession, path: str, columns: str, owner: dict[str, str], adopt: bool) -> None:
-    """Creates the Delta table at `path` with `columns` (DDL) for the stream that the properties `owner` name.
+def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str], adopt: bool,
+                 properties: dict[str, str] = {}) -> None:
+    """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name.
 
-    `adopt`: makes a table that another stream has written that of this one.
+    `properties`: others that it gets. `adopt`: makes a table that another stream has written that of this one.
     Raises PipelineError where the table is another stream's.
     """
-    schema = StructType.fromDDL(columns)
-    statistics = ",".join(column for column in STATISTICS if column in schema.names)
-    table = DeltaTable.createIfNotExists(spark).location(path).addColumns(schema)
-    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": statistics} | owner).items():
+    table = DeltaTable.createIfNotExists(spark).location(path)
+    for name, kind in columns.items():
+        table = table.addColumn(name, kind)
+    # Columns of which Delta notes the least and greatest value in each file, to skip files by; each takes time to write.
+    times = ",".join(f"`{name}`" for name, kind in columns.items() if kind == "TIMESTAMP")
+    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | properties | owner).items():
         table = table.property(name, value)
     table.execute()
-    if properties_of(spark, path).items() >= owner.items():
+    if (properties_of(spark, path) or {}).items() >= owner.items():
         return
     if not adopt:
         raise PipelineError(f"Another stream has made the table {path} meanwhile. Give this one a --table and a "
                             f"--checkpoint of its own.")
-    changed = ", ".join(f"'{name}' = '{value}'" for name, value in owner.items())
+    set_properties(spark, path, owner)
+
+
+def fit_table(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
+    """Adds to the table at `path` those of `columns` that it lacks; older rows have null there.
+
+    A column that is no longer among them stays, and is null in newer rows. Raises PipelineError where one has another type.
+    """
+    there = {name.lower(): kind.upper() for name, kind in spark.read.format("delta").load(path).dtypes}
+    for name, kind in columns.items():
+        if there.get(name.lower(), kind) != kind:
+            raise PipelineError(f"The column {name} of {path} is {there[name.lower()]}, and the contract makes it {kind}. Name "
+                                f"another column for the field, or give the stream a --table and a --checkpoint of its own.")
+    new = ", ".join(f"`{name}` {kind}" for name, kind in columns.items() if name.lower() not in there)
+    if new:
+        spark.sql(f"ALTER TABLE {as_identifier(path)} ADD COLUMNS ({new})")
+        say(f"New columns in {path}: {new.replace('`', '')}.")
+
+
+def set_properties(spark: SparkSession, path: str, properties: dict[str, str]) -> None:
+    changed = ", ".join(f"'{name}' = '{value}'" for name, value in properties.items())
     spark.sql(f"ALTER TABLE {as_identifier(path)} SET TBLPROPERTIES ({changed})")
 
 
 def clean_up(spark: SparkSession, path: str) -> None:
-    """Removes what the table at `path` no longer needs for time travel: old data files and old entries of its log.
-
-    Delta itself removes log entries by the day, which at a batch every two seconds is too coarse: 43,200 commits.
-    """
+    """Removes what the table at `path` no longer needs for time travel: old data files and old entries of its log."""
     spark.sql(f"VACUUM {as_identifier(path)}")
-    log = _log_of(spark, path)
-    by_the_minute = spark._jvm.org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
-    log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), spark._jvm.scala.Option.empty(), spark._jvm.scala.Option.empty(),
-                           by_the_minute)
-
-
-def state_of(spark: SparkSession, path: str, stream: str) -> tuple[int, int]:
-    """The version of the table at `path`, and the number of the last batch that `stream` has written to it, or -1.
-
-    What this session knows of the table, as its only writer: its log is not listed again.
-    """
-    snapshot = _log_of(spark, path).unsafeVolatileSnapshot()
-    last_batch = snapshot.transactions().get(stream)
-    return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
-
-
-def _log_of(spark: SparkSession, path: str):
-    """Delta's own view of the table at `path`, an object of Java."""
-    return spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+    remove_old_log_entries(spark, path)
 
 
 def time_travel(spark: SparkSession, path: str) -> str:
     """How far back the table at `path` can be read, such as "2 hours"."""
-    return properties_of(spark, path).get("delta.deletedFileRetentionDuration", "interval 1 week").removeprefix("interval ")
+    properties = properties_of(spark, path) or {}
+    return properties.get("delta.deletedFileRetentionDuration", "interval 1 week").removeprefix("interval ")
 
 
 def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:

@@ -5,6 +5,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import PipelineError, argument_parser, at_least, say, table_location
+from common.internals import files_of
 from common.session import READER_JVM, build_spark
 from common.tables import quarantine_of
 
@@ -30,7 +31,8 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     rows = rejected if options.rejected else accepted
     if (since := newest_since(spark, quarantine_of(options.table) if options.rejected else options.table, options.limit)):
         rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
-    newest_first = [F.desc(column) for column in ("ingest_time", "event_time") if column in rows.columns]
+    times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
+    newest_first = [F.desc(f"`{column}`") for column in ("ingest_time", *times[:1])]
     if not options.raw:
         rows = rows.drop("raw_json")
     show(rows.orderBy(*newest_first), options.limit, whole=options.raw)
@@ -54,9 +56,8 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
     It comes from the statistics of the files in the table's log. So the newest rows are found without a look at all of
     them: Delta skips each file whose rows are all older. None where no file may be skipped.
     """
-    snapshot = spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path).unsafeVolatileSnapshot()
     statistics = F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>")
-    files = (DataFrame(snapshot.allFiles().toDF(), spark).select(statistics.alias("file"))
+    files = (files_of(spark, path).select(statistics.alias("file"))
              .select("file.numRecords", F.unix_micros("file.minValues.ingest_time").alias("since")))
     rows = 0
     for file in files.orderBy(F.desc("since")).limit(limit).collect():  # enough: a file has at least one row

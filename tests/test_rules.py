@@ -1,4 +1,4 @@
-"""The rules of common/readings.py as a table of records and the reason that each is rejected for (None: it is valid)."""
+"""The contract of readings.py as a table of records and the reason that each is rejected for (None: it is valid)."""
 
 import hashlib
 import json
@@ -7,8 +7,9 @@ from datetime import datetime, timezone
 import pytest
 from pyspark.sql import functions as F
 
-from common.readings import RULES, with_reject_reason
+from common.parsing import parse
 from kafka_producer import BREAKS
+from readings import CONTRACT
 
 ARRIVAL = "2026-11-20T12:00:00Z"
 VALID = {"timestamp": "2026-11-20T10:00:00Z", "device_id": "sensor-001", "building": "A", "floor": 2,
@@ -115,8 +116,8 @@ CASES = [
     (V[:-1] + b',"note":1,"note":1}', "malformed_json"),
     (V[:-1] + b',"more":{"a":1,"a":2}}', "malformed_json"),
     (V[:-1] + b',"more":' + b"[" * 2000 + b"]" * 2000 + b"}", "malformed_json"),
-    # missing fields, in the order of the rules
-    (b"{}", "missing_device_id"),
+    # missing fields, in the order of the contract
+    (b"{}", "missing_timestamp"),
     (reading(device_id=...), "missing_device_id"),
     (reading(device_id=None), "missing_device_id"),
     (reading(device_id=""), "missing_device_id"),
@@ -130,7 +131,7 @@ CASES = [
     (reading(value="  "), "missing_value"),
     (reading(timestamp=...), "missing_timestamp"),
     (reading(timestamp=""), "missing_timestamp"),
-    (reading(timestamp=None, value=None, device_id=7), "missing_value"),
+    (reading(timestamp="now", value=None, device_id=7, unit=None), "missing_value"),
     # fields of the wrong kind
     (reading(device_id=7), "invalid_device_id"),
     (reading(device_id=True), "invalid_device_id"),
@@ -189,7 +190,7 @@ CASES = [
 
 def judge(spark, records: list[bytes | None]) -> list:
     rows = spark.createDataFrame(list(enumerate(records)), "number INT, raw BINARY").repartition(2)
-    judged = with_reject_reason(rows.withColumn("ingest_time", F.lit(ARRIVAL).cast("timestamp")))
+    judged = parse(rows.withColumn("ingest_time", F.lit(ARRIVAL).cast("timestamp")), CONTRACT)
     # As microseconds: Python's datetime does not reach as far back as the timestamps that are allowed.
     return judged.withColumn("event_micros", F.unix_micros("event_time")).drop("event_time").orderBy("number").collect()
 
@@ -206,12 +207,12 @@ def test_a_record_is_rejected_for_the_first_rule_that_it_breaks(reasons, number)
 
 
 def test_every_reason_has_a_case():
-    assert {reason for _, reason in CASES} - {None} == set(RULES)
+    assert {reason for _, reason in CASES} - {None} == set(CONTRACT.reasons)
 
 
 def test_the_simulator_breaks_every_rule(spark):
     broken = {reason: break_rule(VALID) for reason, break_rule in BREAKS.items()}
-    assert [row.reject_reason for row in judge(spark, list(broken.values()))] == list(RULES)
+    assert [row.reject_reason for row in judge(spark, list(broken.values()))] == list(CONTRACT.reasons)
 
 
 def test_a_valid_reading_arrives_with_the_values_that_were_sent(spark):

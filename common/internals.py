@@ -1,0 +1,122 @@
+"""All that reaches into private parts of Spark, Delta and Hadoop, with the reason for each; nothing else does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import DataFrame, Observation, Row, SparkSession
+
+
+class FileSystem:
+    """The file system of a path, as Spark sees it: Python alone does not reach every one of them (`s3a://…`)."""
+
+    def __init__(self, spark: SparkSession, path: str, **settings: str):
+        self._java = spark._jvm
+        hadoop = self._java.org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
+        for name, value in settings.items():
+            hadoop.set(name, value)
+        self._files = self._path(path).getFileSystem(hadoop)
+
+    def _path(self, path: str):
+        return self._java.org.apache.hadoop.fs.Path(path)
+
+    def qualified(self, path: str) -> str:
+        """The path with the file system's scheme, as the paths of what is in it come."""
+        return self._files.makeQualified(self._path(path)).toString()
+
+    def is_folder(self, path: str) -> bool:
+        return self._files.exists(self._path(path)) and self._files.getFileStatus(self._path(path)).isDirectory()
+
+    def names_in(self, folder: str) -> list[str]:
+        """The names in a folder; none where there is no such folder."""
+        return [status.getPath().getName() for status in self._statuses(folder)]
+
+    def folders_in(self, folder: str) -> list[str]:
+        """The paths of the folders in a folder."""
+        return [status.getPath().toString() for status in self._statuses(folder) if status.isDirectory()]
+
+    def _statuses(self, folder: str) -> list:
+        return list(self._files.listStatus(self._path(folder))) if self.is_folder(folder) else []
+
+    def read(self, path: str) -> str | None:
+        """The text of a file; None where there is none."""
+        if not self._files.exists(self._path(path)):
+            return None
+        with self._open(path) as content:
+            return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
+
+    def unpacked_size(self, path: str) -> int:
+        """The bytes in a .gz file; 0 for one that can't be read."""
+        nowhere = self._java.org.apache.commons.io.output.NullOutputStream.INSTANCE
+        with self._open(path) as content:
+            try:
+                unpacked = self._java.java.util.zip.GZIPInputStream(content)
+                return self._java.org.apache.commons.io.IOUtils.copyLarge(unpacked, nowhere)
+            except Py4JJavaError:
+                return 0
+
+    @contextmanager
+    def _open(self, path: str) -> Iterator:
+        content = self._files.open(self._path(path))
+        try:
+            yield content
+        finally:
+            content.close()
+
+    def rename(self, old: str, new: str) -> bool:
+        """False where it can't be done; true, too, where there is nothing to rename."""
+        return not self._files.exists(self._path(old)) or self._files.rename(self._path(old), self._path(new))
+
+
+def _delta_log(spark: SparkSession, table: str):
+    """Delta's own view of a table. Its public API does not have the number of a stream's last batch."""
+    return spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table)
+
+
+def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, int]:
+    """The version of a table, and the number of the last batch that `stream` has written to it, or -1.
+
+    What this session knows of the table, as its only writer: its log is not listed again.
+    """
+    snapshot = _delta_log(spark, table).unsafeVolatileSnapshot()
+    last_batch = snapshot.transactions().get(stream)
+    return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
+
+
+def files_of(spark: SparkSession, table: str) -> DataFrame:
+    """The files of a table with their statistics, from its log: DeltaTable.detail() only counts them."""
+    return DataFrame(_delta_log(spark, table).unsafeVolatileSnapshot().allFiles().toDF(), spark)
+
+
+def remove_old_log_entries(spark: SparkSession, table: str) -> None:
+    """Delta itself removes them by the day, which at a batch every two seconds is too coarse: 43,200 commits."""
+    log, none = _delta_log(spark, table), spark._jvm.scala.Option.empty()
+    by_the_minute = spark._jvm.org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
+    log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), none, none, by_the_minute)
+
+
+def is_deterministic(rows: DataFrame) -> bool:
+    """Whether all that the rows are made by gives the same each time; Python's API does not say."""
+    return rows._jdf.queryExecution().analyzed().deterministic()
+
+
+def number_of_tasks(rows: DataFrame) -> int:
+    """How many tasks Spark would read the rows with. `rows.rdd` would make them Python's, and take longer."""
+    return rows._jdf.queryExecution().toRdd().getNumPartitions()
+
+
+def observed(observation: Observation, seconds: int) -> Row | None:
+    """What an observation has seen, as a Row of Java; its own `get` waits without an end, and makes all of it Python's.
+
+    None where it has not seen the end of a query for so many seconds.
+    """
+    java = observation._jvm.scala.concurrent
+    try:
+        return java.Await.result(observation._jo.future(), java.duration.Duration.create(seconds, "seconds"))
+    except Py4JJavaError:
+        return None
+
+
+def from_java_rows(spark: SparkSession, rows, like: DataFrame) -> DataFrame:
+    """A DataFrame of Java's `rows`, with the columns of `like`: they need not go through Python for it."""
+    return DataFrame(spark._jsparkSession.createDataFrame(rows, like._jdf.schema()), spark)

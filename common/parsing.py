@@ -1,0 +1,179 @@
+"""How the records of any contract are read: strictly, and fast where they are plain.
+
+A record is the bytes of one message or one line. It is valid if it is one JSON object (RFC 8259, UTF-8, no name twice), each
+field of the contract is in it with a value of its kind, and no rule holds. Nothing is coerced: 7 is not "7", true is not 1,
+1.0 is no integer. Fields that the contract does not name are allowed, and kept as JSON.
+"""
+
+import re
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from common.contract import Contract, Timestamp
+
+BLANK = r"\A\p{IsWhite_Space}*\z"
+# SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
+# out first, an escaped backslash and a whole pair.
+LONE_SURROGATE = (r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
+                  r"RLIKE r'\\u[dD][89a-fA-F]'")
+
+
+def parse(records: DataFrame, contract: Contract) -> DataFrame:
+    """Reads each record by the contract, and says for which reason it is rejected.
+
+    In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there is a
+    `reject_reason` already, it stays.
+    Out: the same columns; those of the contract (null where the record has no such value); `reject_reason` (string: the
+    first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields that the contract
+    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names).
+    """
+    others = [f"`{column}`" for column in records.columns if column != "reject_reason"]
+    given = "reject_reason, " if "reject_reason" in records.columns else ""
+    values, invalid = {}, {}
+    for number, field in enumerate(contract.fields, 1):
+        part = f"_parts[{number}]" if field.required else f"nullif(_parts[{number}], '')"
+        values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
+        if isinstance(field, Timestamp):  # the one kind of which more is plain than is valid
+            invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
+    reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.rules)})"
+    return (
+        records
+        .withColumn("_parts", _plain_parts(contract))
+        # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
+        .withColumn("_parts", F.expr("CASE WHEN _parts[0] = '' AND startswith(raw::STRING, '{') THEN _parts END"))
+        .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL THEN {_strict_reading(contract)} END"))
+        .select(*(f"`{column}`" for column in records.columns), "_parts", "_strict", *values.values())
+        .select(*others, *(f"`{column}`" for column in values), F.expr(reason).alias("reject_reason"),
+                F.col("_strict.rescued").alias("_rescued_data"), F.col("_strict.unknown").alias("_unknown_fields"))
+    )
+
+
+# A plain record, as nearly all should be, is an object of the contract's fields and no others, in their order, each with its
+# usual JSON and without an escape; one that is not required may be left out, or null. One pass of a pattern takes out the
+# values. No quantifier gives back what it has taken: it would do so in vain.
+
+def _plain_parts(contract: Contract) -> Column:
+    """Of a plain record an empty string and the text of each field's value, of another one the record."""
+    if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields):  # nested, or with an escape
+        return F.lit(None).cast("ARRAY<STRING>")
+    space, separator = r"[ \t\r\n]*+", "\x01"  # which no JSON has outside an escape
+    pattern = r"\A\{"
+    for number, field in enumerate(contract.fields):
+        comma = "" if number == 0 else "," if any(earlier.required for earlier in contract.fields[:number]) else r"(?:(?<=\A\{)|(?<!\A\{),)"
+        named = rf'{comma}{space}"\Q{field.name}\E"{space}:{space}'
+        pattern += f"{named}{field.plain}{space}" if field.required else f"(?:{named}(?:null|{field.plain}){space})?+"
+    parts = "".join(f"{separator}${number}" for number in range(1, len(contract.fields) + 1))
+    return F.split(F.regexp_replace(F.col("raw").cast("string"), rf"{pattern}\}}{space}\z", parts), separator)
+
+
+# Any other record is read by `from_json`, which reads the first JSON value and ignores what follows, and takes the last of
+# equal names. So it reads the record in a form that shows all of that:
+# - It is in the array [RECORD, {"end": CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its
+#   number of elements, and no record can hold its own SHA-256 to forge the end.
+# - `fields`, the record as a map of variants, has every name as often as it stands there, and each value with its JSON
+#   type: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, or VOID for null.
+# - What a variant can't hold makes all null, such as a name twice further in.
+
+def _strict_reading(contract: Contract) -> str:
+    """SQL: what is in a record, as a struct of `value` (f1, f2, … by the fields' order), `reason`, `rescued`, `unknown`."""
+    objects = {(): "fields"}  # the path of each object that has fields of the contract, and its name in this SQL
+    opened = {}
+    for field in contract.fields:
+        for depth in range(1, len(field.path)):
+            path = field.path[:depth]
+            if path not in objects:
+                objects[path] = f"object{len(objects)}"
+                opened[objects[path]] = f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')"
+    return _let({
+        "text": "raw::STRING",
+        "checksum": "sha2(raw, 256)",
+        "json": f"""from_json(concat('[', text, ',{{"end":"', checksum, '"}}]'), 'ARRAY<MAP<STRING, VARIANT>>', """
+                "map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))",
+        "fields": "get(json, 0)",
+        **opened,
+        "found": _struct(_in(objects, field.path) for field in contract.fields),
+        "type": _struct(f"coalesce(schema_of_variant(found.f{n}), 'VOID')" for n, _ in _numbered(contract)),
+        "string": _struct(f"try_variant_get(found.f{n}, '$', 'STRING')" for n, _ in _numbered(contract)),
+        "value": _struct(
+            f"CASE WHEN substring_index(type.f{n}, '(', 1) IN ({', '.join(map(_quoted, field.json_types))}) "
+            f"THEN {field.value(f'string.f{n}')} END" for n, field in _numbered(contract)),
+    }, f"struct(value, {_first(_form(contract, objects))} AS reason, {_rescued(objects, contract)} AS rescued, "
+       f"{_unknown(objects, contract)} AS unknown)")
+
+
+def _form(contract: Contract, objects: dict[tuple, str]) -> dict[str, str]:
+    """SQL for each reason but the rules, in the order of `contract.reasons`."""
+    def is_no_object(path: tuple) -> str:
+        return f"({objects[path]} IS NULL AND coalesce(schema_of_variant({_in(objects, path)}), 'VOID') <> 'VOID')"
+
+    form = {
+        "empty_record": f"raw IS NULL OR text RLIKE r'{BLANK}'",
+        "invalid_encoding": "NOT is_valid_utf8(text)",
+        "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> checksum, true) "
+                          "OR fields IS NULL OR size(array_distinct(map_keys(fields))) < size(fields) "
+                          f"OR {LONE_SURROGATE}",
+    }
+    broken_way = {field: [is_no_object(field.path[:depth]) for depth in range(1, len(field.path))] for field in contract.fields}
+    for n, field in _numbered(contract):
+        if field.required:
+            is_missing = f"type.f{n} = 'VOID' OR type.f{n} = 'STRING' AND string.f{n} RLIKE r'{BLANK}'"
+            form[f"missing_{field.name}"] = " AND NOT ".join([f"({is_missing})", *broken_way[field]])
+    for n, field in _numbered(contract):
+        is_invalid = f"type.f{n} <> 'VOID' AND ({field.is_invalid(f'value.f{n}')})"
+        form[f"invalid_{field.name}"] = " OR ".join([is_invalid, *broken_way[field]])
+    return form
+
+
+def _unnamed(objects: dict[tuple, str], contract: Contract, path: tuple) -> str:
+    """SQL: the part of an object that the contract does not name, as a map."""
+    named = {inner[len(path)] for inner in (*objects, *(field.path for field in contract.fields))
+             if len(inner) > len(path) and inner[:len(path)] == path}
+    return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(_quoted, sorted(named)))}))"
+
+
+def _rescued(objects: dict[tuple, str], contract: Contract) -> str:
+    """SQL: the part of a record that the contract does not name, as JSON, or null."""
+    def rest_of(path: tuple) -> str:
+        inner = [_let({"rest": rest_of(nested)}, f"CASE WHEN size(rest) > 0 THEN map({_quoted(nested[-1])}, to_variant_object(rest)) "
+                                                 f"ELSE CAST(map() AS MAP<STRING, VARIANT>) END")
+                 for nested in objects if nested and nested[:-1] == path]
+        return f"map_concat({', '.join([_unnamed(objects, contract, path), *inner])})" if inner else _unnamed(objects, contract, path)
+
+    return _let({"rest": rest_of(())}, "CASE WHEN size(rest) > 0 THEN to_json(rest) END")
+
+
+def _unknown(objects: dict[tuple, str], contract: Contract) -> str:
+    """SQL: the names of what the contract does not name, as an array."""
+    names = (f"transform(map_keys({_unnamed(objects, contract, path)}), name -> concat({_quoted(''.join(f'{step}.' for step in path))}, "
+             f"name))" for path in objects)
+    return "concat(" + ", ".join(f"coalesce({each}, array())" for each in names) + ")"
+
+
+def _numbered(contract: Contract) -> enumerate:
+    return enumerate(contract.fields, 1)
+
+
+def _in(objects: dict[tuple, str], path: tuple) -> str:
+    """SQL: the value at `path`, as a variant."""
+    return f"{objects[path[:-1]]}[{_quoted(path[-1])}]"
+
+
+def _quoted(text: str) -> str:
+    return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
+
+
+def _struct(values) -> str:
+    return "struct(" + ", ".join(f"{value} AS f{number}" for number, value in enumerate(values, 1)) + ")"
+
+
+def _first(reasons: dict[str, str]) -> str:
+    """SQL: the name of the first reason that holds, or null."""
+    return "CASE " + " ".join(f"WHEN {holds} THEN {_quoted(reason)}" for reason, holds in reasons.items()) + " END" if reasons else "NULL"
+
+
+def _let(values: dict[str, str], body: str) -> str:
+    """SQL of `body` with names for `values`, each of which is evaluated once: SQL has no other way to say that."""
+    for name, value in reversed(values.items()):
+        body = f"transform(array({value}), {name} -> {body})[0]"
+    return body

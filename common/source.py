@@ -1,0 +1,40 @@
+"""What a stream needs to know of its source, whatever it is."""
+
+import threading
+from typing import Protocol
+
+from pyspark.sql import DataFrame
+
+
+class Source(Protocol):
+    """Where a stream's records come from: a topic (spark_kafka_consumer.py) or a folder (streaming_files_to_delta_bronze.py)."""
+
+    def read_batch(self, batch: DataFrame) -> DataFrame:
+        """The records of a micro-batch: `raw` and `ingest_time` for the contract, and what the tables have of their origin.
+
+        A batch that is repeated gives the same records.
+        """
+
+    def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
+        """The same after reading them has failed with `error`; raises it where there is no other way."""
+
+    def identity(self) -> dict[str, str]:
+        """Table properties by which the source is known again; a source that was made anew has others."""
+
+    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict) -> bool:
+        """Whether the source is another one than the table, whose properties are `written_from`, has its records from.
+
+        Raises PipelineError where what the old one still had would be lost, unless that was accepted.
+        """
+
+    def check_unread(self, unread: dict, checkpoint: str) -> None:
+        """Raises PipelineError where the source no longer has what comes after the offsets `unread` of the checkpoint."""
+
+    def wait_out(self, error: Exception, stopping: threading.Event) -> None:
+        """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
+
+    def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
+        """Warns of what a user should know of a batch, of which records are in the table `quarantine` for these `reasons`."""
+
+    def lag(self, progress: dict) -> str:
+        """What is left to read after a batch, of which Spark reports `progress`, for the batch's line."""

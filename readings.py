@@ -1,0 +1,54 @@
+"""What a reading is: its fields and its rules. Change this file, or give the streams another with --readings FILE.
+
+    {"timestamp": "2026-11-20T08:00:00Z", "device_id": "sensor-001", "building": "B", "floor": 1, "type": "humidity", "value": 43.5, "unit": "%"}
+
+A field is a line: Text, Number, Integer (64 bits unless bits=32), Boolean, or Timestamp (format="rfc3339", "epoch_s" or
+"epoch_ms"). `required=False` lets records lack it, `column=` names its column, a dotted name such as "device.id" leads into
+nested objects. Fields that stand here in the order in which most records have them are read fastest.
+
+A rule is a reason to reject a record, with the SQL that is true for it, over the columns and `ingest_time` (when the record
+arrived). The first that holds is the reason.
+"""
+
+from typing import NamedTuple
+
+from common.contract import Contract, Integer, Number, Text, Timestamp
+
+
+class SensorType(NamedTuple):
+    unit: str
+    low: float  # the sanity range in that unit, both ends inclusive
+    high: float
+    typical: tuple[float, float]  # where the simulator starts
+
+
+SENSOR_TYPES = {
+    "temperature": SensorType("°C", -40, 120, typical=(18, 26)),
+    "humidity": SensorType("%", 0, 100, typical=(30, 60)),
+    "co2": SensorType("ppm", 0, 10_000, typical=(400, 1200)),
+}
+
+
+def for_its_type(condition: str) -> str:
+    """SQL that is true where `condition`, filled with the SensorType of the reading's own type, is true."""
+    return " OR ".join(f"type = '{name}' AND {condition.format(**sensor_type._asdict())}"
+                       for name, sensor_type in SENSOR_TYPES.items())
+
+
+CONTRACT = Contract(
+    fields=(
+        # A day ahead is allowed to devices whose clock has the wrong zone.
+        Timestamp("timestamp", column="event_time", at_most_ahead="1 day"),
+        Text("device_id"),
+        Text("building"),
+        Integer("floor", required=False, bits=32),
+        Text("type"),
+        Number("value"),
+        Text("unit"),
+    ),
+    rules={
+        "unknown_type": "type NOT IN ('" + "', '".join(SENSOR_TYPES) + "')",
+        "wrong_unit": for_its_type("unit <> '{unit}'"),
+        "out_of_range": for_its_type("value NOT BETWEEN {low} AND {high}"),
+    },
+)

@@ -8,15 +8,28 @@ import sys
 from pyspark.sql import functions as F
 
 from common.session import build_spark
-from common.table_writer import TableWriter
-from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from common.table_writer import Start, TableWriter
+from common.tables import silver_tables
+from readings import CONTRACT
+from spark_kafka_consumer import KafkaSource
 
 BATCH = 1_000_000
 
 table, rows = sys.argv[1], int(sys.argv[2])
 spark = build_spark("make-table")
-writer = TableWriter(table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)
-writer.checkpoint_id = "made"
+
+
+class Made(KafkaSource):
+    """Records as if from a topic that needs no Kafka."""
+
+    def __init__(self):
+        pass
+
+    def identity(self):
+        return {}
+
+
+writer = TableWriter(silver_tables(table, CONTRACT.columns), CONTRACT, Made(), Start({}, {}))
 for number, begin in enumerate(range(0, rows, BATCH)):
     records = spark.range(begin, min(begin + BATCH, rows), numPartitions=4).select(
         F.format_string('{"timestamp": "2026-11-20T08:00:00.%03dZ", "device_id": "sensor-%03d", "building": "A", "floor": %d, '
@@ -25,4 +38,4 @@ for number, begin in enumerate(range(0, rows, BATCH)):
         F.lit("sensor_data").alias("topic"), (F.col("id") % 3).cast("int").alias("partition"), F.col("id").alias("offset"),
         F.current_timestamp().alias("kafka_timestamp"), F.lit(b"sensor").alias("kafka_key"),
         F.timestamp_micros(F.lit(1763700000000000 + number * 10_000_000)).alias("ingest_time"))
-    writer.write(records, number)
+    writer.write(records.withColumn("raw_json", F.col("raw").cast("string")), number, "made")

@@ -10,13 +10,15 @@ import re
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from common.contract import Contract, Timestamp
+from common.contract import Contract, Field, Timestamp
 
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
 # out first, an escaped backslash and a whole pair.
 LONE_SURROGATE = (r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
                   r"RLIKE r'\\u[dD][89a-fA-F]'")
+
+NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
 
 
 def parse(records: DataFrame, contract: Contract) -> DataFrame:
@@ -71,87 +73,75 @@ def _plain_parts(contract: Contract) -> Column:
 # equal names. So it reads the record in a form that shows all of that:
 # - It is in the array [RECORD, {"end": CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its
 #   number of elements, and no record can hold its own SHA-256 to forge the end.
-# - `fields`, the record as a map of variants, has every name as often as it stands there, and each value with its JSON
+# - RECORD, as a map of variants, has every name as often as it stands there, and each value with its JSON
 #   type: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, or VOID for null.
 # - What a variant can't hold makes all null, such as a name twice further in.
 
 def _strict_reading(contract: Contract) -> str:
-    """SQL: what is in a record, as a struct of `value` (f1, f2, … by the fields' order), `reason`, `rescued`, `unknown`."""
-    objects = {(): "fields"}  # the path of each object that has fields of the contract, and its name in this SQL
-    opened = {}
-    for field in contract.fields:
-        for depth in range(1, len(field.path)):
-            path = field.path[:depth]
-            if path not in objects:
-                objects[path] = f"object{len(objects)}"
-                opened[objects[path]] = f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')"
-    return _let({
-        "text": "raw::STRING",
-        "checksum": "sha2(raw, 256)",
-        "json": f"""from_json(concat('[', text, ',{{"end":"', checksum, '"}}]'), 'ARRAY<MAP<STRING, VARIANT>>', """
-                "map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))",
-        "fields": "get(json, 0)",
-        **opened,
-        "found": _struct(_in(objects, field.path) for field in contract.fields),
-        "type": _struct(f"coalesce(schema_of_variant(found.f{n}), 'VOID')" for n, _ in _numbered(contract)),
-        "string": _struct(f"try_variant_get(found.f{n}, '$', 'STRING')" for n, _ in _numbered(contract)),
-        "value": _struct(
-            f"CASE WHEN substring_index(type.f{n}, '(', 1) IN ({', '.join(map(_quoted, field.json_types))}) "
-            f"THEN {field.value(f'string.f{n}')} END" for n, field in _numbered(contract)),
-    }, f"struct(value, {_first(_form(contract, objects))} AS reason, {_rescued(objects, contract)} AS rescued, "
-       f"{_unknown(objects, contract)} AS unknown)")
+    """SQL: what is in a record, as a struct of `value` (f1, f2, … by the fields' order), `reason`, `rescued`, `unknown`.
+
+    Spark analyses each level of `_let` anew for each batch, so there are few.
+    """
+    objects = {(): "get(json, 0)"}  # SQL of each object, by its path, that has fields of the contract in it: a map of variants
+    levels = {"json": "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
+                      "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))"}
+    for depth in range(1, max(len(field.path) for field in contract.fields)):
+        paths = list(dict.fromkeys(field.path[:depth] for field in contract.fields if len(field.path) > depth))
+        levels[f"depth{depth}"] = _struct(f=[f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')" for path in paths])
+        objects |= {path: f"depth{depth}.f{number}" for number, path in enumerate(paths, 1)}
+    found = [_in(objects, field.path) for field in contract.fields]
+    rests = {path: f"seen.rest{number}" for number, path in enumerate(objects, 1)}
+    levels["seen"] = _struct(type=[f"coalesce(schema_of_variant({variant}), 'VOID')" for variant in found],
+                             string=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
+                             rest=[_unnamed(objects, contract, path) for path in objects],
+                             twice=["size(array_distinct(map_keys(get(json, 0)))) < size(get(json, 0))"])  # a name
+    levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, number)} THEN {field.value(f'seen.string{number}')} END"
+                                 for number, field in enumerate(contract.fields, 1)])
+    names = ", ".join(f"transform(coalesce(map_keys({rest}), array()), name -> concat({_quoted(''.join(f'{step}.' for step in path))}, "
+                      f"name))" for path, rest in rests.items())
+    return _let(levels, f"struct(value, {_first(_form(contract, objects))} AS reason, "
+                        f"CASE WHEN NOT seen.twice1 THEN nullif(to_json({_rest_of(rests, ())}), '{{}}') END AS rescued, "
+                        f"concat({names}) AS unknown)")
+
+
+def _has_type(field: Field, number: int) -> str:
+    return f"substring_index(seen.type{number}, '(', 1) IN ({', '.join(map(_quoted, field.json_types))})"
 
 
 def _form(contract: Contract, objects: dict[tuple, str]) -> dict[str, str]:
     """SQL for each reason but the rules, in the order of `contract.reasons`."""
-    def is_no_object(path: tuple) -> str:
-        return f"({objects[path]} IS NULL AND coalesce(schema_of_variant({_in(objects, path)}), 'VOID') <> 'VOID')"
-
     form = {
-        "empty_record": f"raw IS NULL OR text RLIKE r'{BLANK}'",
-        "invalid_encoding": "NOT is_valid_utf8(text)",
-        "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> checksum, true) "
-                          "OR fields IS NULL OR size(array_distinct(map_keys(fields))) < size(fields) "
-                          f"OR {LONE_SURROGATE}",
+        "empty_record": f"raw IS NULL OR raw::STRING RLIKE r'{BLANK}'",
+        "invalid_encoding": "NOT is_valid_utf8(raw::STRING)",
+        "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> sha2(raw, 256), true) "
+                          f"OR get(json, 0) IS NULL OR seen.twice1 OR {LONE_SURROGATE.replace('text', 'raw::STRING')}",
     }
-    broken_way = {field: [is_no_object(field.path[:depth]) for depth in range(1, len(field.path))] for field in contract.fields}
-    for n, field in _numbered(contract):
+    missing, invalid = {}, {}
+    for number, field in enumerate(contract.fields, 1):
+        # What the field should be in is there, and no object.
+        astray = "".join(f" OR {objects[path]} IS NULL AND coalesce(schema_of_variant({_in(objects, path)}), 'VOID') <> 'VOID'"
+                         for path in (field.path[:depth] for depth in range(1, len(field.path))))
         if field.required:
-            is_missing = f"type.f{n} = 'VOID' OR type.f{n} = 'STRING' AND string.f{n} RLIKE r'{BLANK}'"
-            form[f"missing_{field.name}"] = " AND NOT ".join([f"({is_missing})", *broken_way[field]])
-    for n, field in _numbered(contract):
-        is_invalid = f"type.f{n} <> 'VOID' AND ({field.is_invalid(f'value.f{n}')})"
-        form[f"invalid_{field.name}"] = " OR ".join([is_invalid, *broken_way[field]])
-    return form
+            missing[f"missing_{field.name}"] = (f"(seen.type{number} = 'VOID' OR seen.type{number} = 'STRING' "
+                                                f"AND seen.string{number} RLIKE r'{BLANK}') AND NOT (false{astray})")
+        invalid[f"invalid_{field.name}"] = f"seen.type{number} <> 'VOID' AND ({field.is_invalid(f'value.f{number}')}){astray}"
+    return form | missing | invalid
 
 
 def _unnamed(objects: dict[tuple, str], contract: Contract, path: tuple) -> str:
-    """SQL: the part of an object that the contract does not name, as a map."""
-    named = {inner[len(path)] for inner in (*objects, *(field.path for field in contract.fields))
-             if len(inner) > len(path) and inner[:len(path)] == path}
+    """SQL: what is in an object and not in the contract, as a map."""
+    named = {field.path[len(path)] for field in contract.fields if field.path[:len(path)] == path}
     return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(_quoted, sorted(named)))}))"
 
 
-def _rescued(objects: dict[tuple, str], contract: Contract) -> str:
-    """SQL: the part of a record that the contract does not name, as JSON, or null."""
-    def rest_of(path: tuple) -> str:
-        inner = [_let({"rest": rest_of(nested)}, f"CASE WHEN size(rest) > 0 THEN map({_quoted(nested[-1])}, to_variant_object(rest)) "
-                                                 f"ELSE CAST(map() AS MAP<STRING, VARIANT>) END")
-                 for nested in objects if nested and nested[:-1] == path]
-        return f"map_concat({', '.join([_unnamed(objects, contract, path), *inner])})" if inner else _unnamed(objects, contract, path)
-
-    return _let({"rest": rest_of(())}, "CASE WHEN size(rest) > 0 THEN to_json(rest) END")
-
-
-def _unknown(objects: dict[tuple, str], contract: Contract) -> str:
-    """SQL: the names of what the contract does not name, as an array."""
-    names = (f"transform(map_keys({_unnamed(objects, contract, path)}), name -> concat({_quoted(''.join(f'{step}.' for step in path))}, "
-             f"name))" for path in objects)
-    return "concat(" + ", ".join(f"coalesce({each}, array())" for each in names) + ")"
-
-
-def _numbered(contract: Contract) -> enumerate:
-    return enumerate(contract.fields, 1)
+def _rest_of(rests: dict[tuple, str], path: tuple) -> str:
+    """SQL: what is in an object, or in the objects in it, and not in the contract, as a map."""
+    parts = [f"coalesce({rests[path]}, {NOTHING})"]
+    for inner in rests:
+        if inner and inner[:-1] == path:
+            rest = _rest_of(rests, inner)
+            parts.append(f"CASE WHEN size({rest}) > 0 THEN map({_quoted(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END")
+    return f"map_concat({', '.join(parts)})"
 
 
 def _in(objects: dict[tuple, str], path: tuple) -> str:
@@ -163,8 +153,10 @@ def _quoted(text: str) -> str:
     return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
 
 
-def _struct(values) -> str:
-    return "struct(" + ", ".join(f"{value} AS f{number}" for number, value in enumerate(values, 1)) + ")"
+def _struct(**values: list[str]) -> str:
+    """SQL of a struct: the values of each name, with a number from 1 on after it."""
+    return "struct(" + ", ".join(f"{value} AS {name}{number}" for name, several in values.items()
+                                 for number, value in enumerate(several, 1)) + ")"
 
 
 def _first(reasons: dict[str, str]) -> str:

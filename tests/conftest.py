@@ -15,7 +15,11 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from common.session import build_spark
+from common.table_writer import Start, TableWriter
+from common.tables import bronze_tables
 from local_kafka import free_ports
+from readings import CONTRACT
+from streaming_files_to_delta_bronze import FileSource
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE = 240  # seconds; a limit for what hangs, far above what any step takes
@@ -146,6 +150,27 @@ def spark():
     session = build_spark("tests")
     yield session
     session.stop()
+
+
+class GivenRecords(FileSource):
+    """A source whose batches are records already."""
+
+    def __init__(self):
+        super().__init__(is_multiline=False)
+
+    def read_batch(self, batch):
+        return batch
+
+    def read_again(self, batch, error):
+        raise error
+
+    def after_batch(self, batch, reasons, quarantine):
+        pass
+
+
+def bronze_writer(table: Path, contract=CONTRACT) -> TableWriter:
+    """Writes batches of records to a Bronze table."""
+    return TableWriter(bronze_tables(str(table), contract.columns), contract, GivenRecords(), Start({}, {}))
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,21 @@
-"""What is right, in plain Python and on its own: which records are valid readings, and with which values.
+"""What is right, in plain Python and on its own: how a record is read by a contract, and with which values.
 
-It shares nothing with common/readings.py but the prose of its docstring. It says only whether a record is valid, not for
-which reason it is rejected.
+Of the code under test it knows the kinds of fields and what they are told, and nothing of how records are read.
 """
 
 import json
 import math
 import re
 from datetime import date
+from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
+
+from common.contract import Boolean, Contract, Field, Integer, Number, Text, Timestamp
 
 SENSORS = {"temperature": ("°C", -40, 120), "humidity": ("%", 0, 100), "co2": ("ppm", 0, 10_000)}
 WHITE_SPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
 DAY = 86_400_000_000
+AHEAD = {"1 day": DAY, "10 minutes": 600_000_000}
+FIRST_MICROS, END_MICROS = -62_167_219_200_000_000, 253_402_300_800_000_000
 
 
 class Invalid(Exception):
@@ -28,8 +32,19 @@ def no_constant(name: str):
     raise Invalid(name)
 
 
-class Integer(int):
+class Whole(int):
     """A number without fraction and exponent."""
+
+
+class Real(float):
+    """Any other number, which knows its text."""
+    text: str
+
+
+def real(text: str) -> Real:
+    number = Real(text)
+    number.text = text
+    return number
 
 
 def depth_of(text: str) -> int:
@@ -50,7 +65,8 @@ def parse(raw: bytes | None) -> dict:
     if depth_of(text) > 990:
         raise Invalid("deeper than JSON readers go")
     try:
-        reading = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=str_to_number)
+        reading = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=real,
+                             parse_int=lambda digits: Whole(digits) if len(digits) < 300 else real(digits))
     except (ValueError, RecursionError):
         raise Invalid("no JSON")
     if not isinstance(reading, dict):
@@ -58,17 +74,6 @@ def parse(raw: bytes | None) -> dict:
     if re.search("[\ud800-\udfff]", json.dumps(reading, ensure_ascii=False, default=str)):
         raise Invalid("a lone surrogate")
     return reading
-
-
-def str_to_number(digits: str) -> Integer | float:
-    return Integer(digits) if len(digits) < 30 else float(digits)
-
-
-def text_of(reading: dict, field: str) -> str:
-    value = reading.get(field)
-    if not isinstance(value, str) or not value.strip(WHITE_SPACE):
-        raise Invalid(field)
-    return value
 
 
 def micros_of(timestamp: str) -> int:
@@ -94,23 +99,119 @@ def micros_of(timestamp: str) -> int:
     return ((days * 24 + hour) * 60 + minute - zone) * 60_000_000 + second * 1_000_000 + fraction
 
 
-def judge(raw: bytes | None, arrival_micros: int) -> tuple | None:
-    """(device_id, building, floor, type, value, unit, event time in microseconds) of a valid reading; None of another."""
+class Astray(Exception):
+    """What a field should be in is no object."""
+
+
+def find(record: dict, field: Field):
+    """The field's value; None where the record lacks it."""
+    *way, last = field.name.split(".")
+    for name in way:
+        record = record.get(name)
+        if record is None:
+            return None
+        if not isinstance(record, dict):
+            raise Astray
+    return record.get(last)
+
+
+def is_blank(value) -> bool:
+    return isinstance(value, str) and not value.strip(WHITE_SPACE)
+
+
+def read_value(field: Field, value, arrival_micros: int):
+    """The value as the table has it, a time in microseconds; Invalid where it is none of the field's kind."""
+    if isinstance(field, Boolean) and isinstance(value, bool) or isinstance(field, Text) and isinstance(value, str):
+        return value
+    if isinstance(field, Number) and isinstance(value, (Whole, Real)) and math.isfinite(float(value)):
+        return float(value)
+    if isinstance(field, Integer) and isinstance(value, Whole) and -2**(field.bits - 1) <= value < 2**(field.bits - 1):
+        return int(value)
+    if isinstance(field, Timestamp):
+        micros = read_time(field.format, value)
+        if field.at_most_ahead and micros > arrival_micros + AHEAD[field.at_most_ahead]:
+            raise Invalid("ahead")
+        return micros
+    raise Invalid(field.name)
+
+
+def read_time(form: str, value) -> int:
+    if form == "rfc3339" and isinstance(value, str):
+        return micros_of(value)
+    if form == "epoch_ms" and isinstance(value, Whole):
+        micros = int(value) * 1000
+    elif form == "epoch_s" and isinstance(value, (Whole, Real)) and math.isfinite(value):
+        exact = Decimal(getattr(value, "text", int(value)))
+        digits, scale = len(exact.as_tuple().digits), -exact.as_tuple().exponent
+        if isinstance(value, Real) and (set(value.text) & set("eE") or digits > 38 or scale > 38):
+            exact = Decimal(repr(float(value)))  # such numbers are doubles before they are anything else
+        if abs(exact) >= 10**12:
+            raise Invalid("far")
+        exact = exact.quantize(Decimal("1e-12"), ROUND_HALF_UP)
+        micros = int((exact * 10**6).to_integral_value(ROUND_FLOOR))
+        if not FIRST_MICROS <= exact * 10**6 < END_MICROS:
+            raise Invalid("year")
+    else:
+        raise Invalid("no time")
+    if not FIRST_MICROS <= micros < END_MICROS:
+        raise Invalid("year")
+    return micros
+
+
+def leftover(record: dict, paths: list[list[str]]) -> dict:
+    """What is in the record and not at one of the paths."""
+    rest = {}
+    for name, value in record.items():
+        inner = [path[1:] for path in paths if path[0] == name]
+        if not inner:
+            rest[name] = as_rescued(value)
+        elif all(inner) and isinstance(value, dict) and (of_it := leftover(value, inner)):
+            rest[name] = of_it
+    return rest
+
+
+def as_rescued(value):
+    """The value with what JSON can't say of a double as a string."""
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: as_rescued(inner) for name, inner in value.items()}
+    return [as_rescued(inner) for inner in value] if isinstance(value, list) else value
+
+
+def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[str | None, dict | None, dict | None]:
+    """The reason to reject a record but for the contract's rules, or None; its values by column; what is not in the contract."""
+    if raw is None or is_blank(raw.decode(errors="replace")):
+        return "empty_record", None, None
     try:
-        reading = parse(raw)
-        device_id, building, sensor_type, unit, timestamp = (
-            text_of(reading, field) for field in ("device_id", "building", "type", "unit", "timestamp"))
-        value, floor = reading.get("value"), reading.get("floor")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(float(value)):
-            raise Invalid("value")
-        if floor is not None and (not isinstance(floor, Integer) or not -2**31 <= floor < 2**31):
-            raise Invalid("floor")
-        micros = micros_of(timestamp)
-        if micros > arrival_micros + DAY or sensor_type not in SENSORS:
-            raise Invalid("timestamp or type")
-        its_unit, low, high = SENSORS[sensor_type]
-        if unit != its_unit or not low <= float(value) <= high:
-            raise Invalid("unit or value")
-        return device_id, building, floor and int(floor), sensor_type, float(value), unit, micros
+        raw.decode()
+    except UnicodeDecodeError:
+        return "invalid_encoding", None, None
+    try:
+        record = parse(raw)
     except Invalid:
-        return None
+        return "malformed_json", None, None
+    values, missing, invalid = {}, [], []
+    for field in contract.fields:
+        try:
+            value = find(record, field)
+            if field.required and (value is None or is_blank(value)):
+                missing.append(field.name)
+            values[field.column] = None if value is None else read_value(field, value, arrival_micros)
+        except (Invalid, Astray):
+            invalid.append(field.name)
+    if missing:
+        return f"missing_{missing[0]}", None, None
+    if invalid:
+        return f"invalid_{invalid[0]}", None, None
+    return None, values, leftover(record, [field.name.split(".") for field in contract.fields])
+
+
+def break_rule(reading: dict) -> str | None:
+    """The rule of readings.py that the values break."""
+    if reading["type"] not in SENSORS:
+        return "unknown_type"
+    unit, low, high = SENSORS[reading["type"]]
+    if reading["unit"] != unit:
+        return "wrong_unit"
+    return None if low <= reading["value"] <= high else "out_of_range"

@@ -11,7 +11,8 @@ import pytest
 from test_rules import VALID, reading
 
 from common.java import DELTA, KAFKA_SOURCE, spark_jars
-from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, quarantine_of
+from common.tables import bronze_tables, quarantine_of
+from readings import CONTRACT
 from conftest import run_script
 
 SCRIPT = "streaming_files_to_delta_bronze.py"
@@ -73,9 +74,9 @@ def test_the_tables_have_the_columns_of_the_design_and_nobody_elses(spark, bronz
     folder, options = bronze
     put(folder, "one.json", reading(), b"{")
     assert run_script(SCRIPT, *options, "--once").returncode == 0
-    for table, columns in ((tmp_path / "bronze", BRONZE_COLUMNS), (tmp_path / "bronze_quarantine", BRONZE_QUARANTINE_COLUMNS)):
-        schema = spark.read.format("delta").load(str(table)).schema
-        assert [f"{field.name} {field.dataType.simpleString().upper()}" for field in schema] == columns.split(", ")
+    pair = bronze_tables(str(tmp_path / "bronze"), CONTRACT.columns)
+    for table, columns in ((pair.table, pair.columns), (pair.quarantine, pair.quarantine_columns)):
+        assert [(name, kind.upper()) for name, kind in spark.read.format("delta").load(table).dtypes] == list(columns.items())
 
 
 def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path):

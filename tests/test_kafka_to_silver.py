@@ -8,8 +8,8 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from pyspark.sql import functions as F
 from test_rules import reading
 
-from common.readings import RULES
-from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from common.tables import silver_tables
+from readings import CONTRACT
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 
@@ -41,7 +41,7 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     account("stops and kills while the producer runs", in_topic, *arrived)
     assert len(in_topic) == sent
     accepted, rejected = tables(spark, options)
-    assert {row.reject_reason for row in rejected.select("reject_reason").distinct().collect()} == set(RULES)
+    assert {row.reject_reason for row in rejected.select("reject_reason").distinct().collect()} == set(CONTRACT.reasons)
     assert accepted.where("device_id IS NULL OR event_time IS NULL OR kafka_key <> CAST(device_id AS BINARY)").count() == 0
 
 
@@ -56,8 +56,9 @@ def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):
     assert run_script(CONSUMER, *options, "--once").returncode == 0
 
     accepted, rejected = tables(spark, options)
-    for table, columns in ((accepted, SILVER_COLUMNS), (rejected, SILVER_QUARANTINE_COLUMNS)):
-        assert [f"{field.name} {field.dataType.simpleString().upper()}" for field in table.schema] == columns.split(", ")
+    silver_columns = silver_tables("", CONTRACT.columns)
+    for table, columns in ((accepted, silver_columns.columns), (rejected, silver_columns.quarantine_columns)):
+        assert [(name, kind.upper()) for name, kind in table.dtypes] == list(columns.items())
     origin = ["topic", "partition", "offset", "kafka_key", F.unix_millis("kafka_timestamp")]
     sent = [(topic[3], 1, offset, b"\xffkey", 1_700_000_000_123) for offset in range(len(records))]
     assert accepted.select("raw_json", "device_id", "building", *origin).collect() == [

@@ -8,8 +8,8 @@ import pytest
 from conftest import REPOSITORY, run_script
 
 from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS
-from common.readings import RULES
-from common.tables import (BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)
+from common.tables import bronze_tables, silver_tables
+from readings import CONTRACT
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
@@ -45,9 +45,10 @@ def test_the_readme_has_every_reason_and_every_column():
     for name in named:
         prefix = prefix if name.startswith("…") else name.split("_")[0]
         expanded.append(prefix + name[1:] if name.startswith("…") else name)
-    assert expanded == [*RULES, "unreadable_file"]
-    for columns in (BRONZE_COLUMNS, SILVER_COLUMNS, BRONZE_QUARANTINE_COLUMNS, SILVER_QUARANTINE_COLUMNS):
-        assert "| " + ", ".join(column.split()[0] for column in columns.split(", ")) + " |" in README
+    assert expanded == [*CONTRACT.reasons, "unreadable_file"]
+    for tables in (bronze_tables("", CONTRACT.columns), silver_tables("", CONTRACT.columns)):
+        for columns in (tables.columns, tables.quarantine_columns):
+            assert f"| {', '.join(columns)} |" in README
 
 
 def test_ci_runs_the_test_command_of_the_readme():

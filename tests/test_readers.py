@@ -6,24 +6,23 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import bronze_writer, run_script
 from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.table_writer import TableWriter
-from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, WRITER, create_table
-from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from common.tables import WRITER, bronze_tables, create_table, silver_tables
+from readings import CONTRACT
 
 
 @pytest.fixture(scope="module")
 def lake(spark, tmp_path_factory):
     """A lake with both tables: 30 readings whose order by time is none of writing, of files or of event_time alone."""
     folder = tmp_path_factory.mktemp("lake")
-    for layer, columns, quarantine_columns in (("bronze", BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS),
-                                               ("silver", SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS)):
-        table = str(folder / layer / "sensor_data")
-        create_table(spark, table, columns, {WRITER: "test"}, adopt=False)
-        create_table(spark, table + "_quarantine", quarantine_columns, {WRITER: "test"}, adopt=False)
+    for layer, tables in (("bronze", bronze_tables), ("silver", silver_tables)):
+        pair = tables(table := str(folder / layer / "sensor_data"), CONTRACT.columns)
+        create_table(spark, table, pair.columns, {WRITER: "test"}, adopt=False)
+        create_table(spark, pair.quarantine, pair.quarantine_columns, {WRITER: "test"}, adopt=False)
         for batch in (1, 0, 2):  # versions 1, 2, 3
             readings = spark.range(10).selectExpr(
                 f"concat('d', {batch} * 10 + id) AS device_id", "'A\x1b[31m' AS building", "double(id) AS value",
@@ -87,7 +86,7 @@ def test_read_delta_sorts_and_travels_in_time(lake):
 @pytest.mark.parametrize("options, complaint", [
     (["--version", "99"], r"version 99. Available versions: \[0, 3\]"),
     (["--timestamp", "yesterday-ish"], r"'yesterday-ish'"),
-    (["--sort-by", "colour"], r"has no column colour; it has device_id, "),
+    (["--sort-by", "colour"], r"has no column colour; it has event_time, device_id, "),
 ])
 def test_read_delta_says_what_is_wrong(lake, options, complaint):
     run = run_script("read_delta.py", lake / "silver" / "sensor_data", *options)
@@ -96,11 +95,10 @@ def test_read_delta_says_what_is_wrong(lake, options, complaint):
 
 def written(spark, table, batches: int) -> TableWriter:
     """A Bronze table and its quarantine of so many batches of two records, one of them broken, made two days ago."""
-    writer = TableWriter(str(table), BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS)
-    writer.checkpoint_id = "test"
+    writer = bronze_writer(table)
     for batch in range(batches):
-        writer.write(records(spark), batch)
-    for path in (writer.table, writer.quarantine):
+        writer.write(records(spark), batch, "test")
+    for path in (writer.tables.table, writer.tables.quarantine):
         spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval 1 hour', "
                   f"'delta.deletedFileRetentionDuration' = 'interval 0 hours')")
         for seconds, file in enumerate(sorted(Path(path).rglob("*"))):
@@ -129,9 +127,9 @@ def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, 
 
 def test_a_stream_removes_what_no_version_needs_each_thousand_batches(spark, tmp_path):
     writer = written(spark, tmp_path / "bronze", batches=12)
-    writer.write(records(spark), 998)
-    assert all(Path(path, "_delta_log", f"{0:020}.json").exists() for path in (writer.table, writer.quarantine))
-    writer.write(records(spark), 999)
-    for path in (writer.table, writer.quarantine):
+    writer.write(records(spark), 998, "test")
+    assert all(Path(path, "_delta_log", f"{0:020}.json").exists() for path in (writer.tables.table, writer.tables.quarantine))
+    writer.write(records(spark), 999, "test")
+    for path in (writer.tables.table, writer.tables.quarantine):
         assert not Path(path, "_delta_log", f"{0:020}.json").exists()
         assert spark.read.format("delta").load(path).count() == 14

@@ -1,20 +1,18 @@
 """How a batch gets into a table and its quarantine: the ways that a whole stream takes only now and then."""
 
 import pytest
+from conftest import bronze_writer
 from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.table_writer import LONGEST_KEPT, TableWriter
-from common.tables import BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS
 
 VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * LONGEST_KEPT)
 
 
 @pytest.fixture
 def writer(tmp_path):
-    writer = TableWriter(str(tmp_path / "bronze"), BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS)
-    writer.checkpoint_id = "test"
-    return writer
+    return bronze_writer(tmp_path / "bronze")
 
 
 def batch_of(spark, *records: bytes):
@@ -24,21 +22,21 @@ def batch_of(spark, *records: bytes):
 
 def rows_of(spark, writer) -> tuple[int, list[bytes]]:
     """The number of rows in the table, and the records in the quarantine."""
-    rejected = spark.read.format("delta").load(writer.quarantine).collect()
-    return spark.read.format("delta").load(writer.table).count(), sorted(bytes(row.raw) for row in rejected)
+    rejected = spark.read.format("delta").load(writer.tables.quarantine).collect()
+    return spark.read.format("delta").load(writer.tables.table).count(), sorted(bytes(row.raw) for row in rejected)
 
 
 @pytest.mark.parametrize("rejected", [[BROKEN], [BROKEN, LONG]], ids=["kept in memory", "too long to be kept"])
 def test_each_record_of_a_batch_is_in_one_of_the_tables(spark, writer, rejected):
-    writer.write(batch_of(spark, VALID, *rejected, VALID), 0)
+    report = writer.write(batch_of(spark, VALID, *rejected, VALID), 0, "test")
     assert rows_of(spark, writer) == (2, rejected)
-    assert writer.counts[0] == {None: 2, "malformed_json": 1} | ({"out_of_range": 1} if LONG in rejected else {})
+    assert report.rows == {None: 2, "malformed_json": 1} | ({"out_of_range": 1} if LONG in rejected else {})
 
 
 @pytest.mark.parametrize("crash", ["between the writes", "after them"])
 def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(spark, writer, monkeypatch, crash):
     def append(records, table, *rest):
-        if table == writer.quarantine:
+        if table == writer.tables.quarantine:
             raise MemoryError
         TableWriter._append(writer, records, table, *rest)
 
@@ -46,26 +44,25 @@ def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(s
     if crash == "between the writes":
         monkeypatch.setattr(writer, "_append", append)
         with pytest.raises(MemoryError):
-            writer.write(records, 0)
+            writer.write(records, 0, "test")
         assert rows_of(spark, writer) == (1, [])
         monkeypatch.undo()
     else:
-        writer.write(records, 0)
-    writer.write(records, 0)
+        writer.write(records, 0, "test")
+    report = writer.write(records, 0, "test")
     assert rows_of(spark, writer) == (1, [BROKEN])
-    assert writer.counts == {0: {None: 1, "malformed_json": 1}}
+    assert report.rows == {None: 1, "malformed_json": 1}
 
 
-def test_small_files_of_an_earlier_process_are_merged_once(spark, writer):
+def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_path):
     batches = [batch_of(spark, VALID, BROKEN) for _ in range(4)]
-    writer.write(batches[0], 0)
+    writer.write(batches[0], 0, "test")
     delta = spark._jvm.org.apache.spark.sql.delta
     delta.stats.AutoCompactPartitionStats.instance(spark._jsparkSession).resetTestOnly()  # as in a new process
-    restarted = TableWriter(writer.table, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS)
-    restarted.checkpoint_id = writer.checkpoint_id
+    restarted = bronze_writer(tmp_path / "bronze")
     for number, batch in enumerate(batches[1:], 1):
-        restarted.write(batch, number)
-    for table in (writer.table, writer.quarantine):
+        restarted.write(batch, number, "test")
+    for table in (writer.tables.table, writer.tables.quarantine):
         history = spark.sql(f"DESCRIBE HISTORY delta.`{table}`").collect()
         assert [row.operation for row in history].count("OPTIMIZE") == 1
     assert rows_of(spark, writer) == (4, [BROKEN] * 4)

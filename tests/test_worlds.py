@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -25,25 +26,26 @@ from test_files_to_bronze import put
 from test_rules import reading
 
 import streaming_files_to_delta_bronze as bronze_job
-from common.checkpoints import check_restart
+from common.checkpoints import check_start
 from common.console import PipelineError
 from common.java import cache_folder
 from common.streams import run_query
 from common.table_writer import TableWriter
-from common.tables import (BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS,
-                           quarantine_of)
+from common.tables import bronze_tables, quarantine_of, silver_tables
 from common.topics import Topic
 from local_kafka import free_ports
-from spark_kafka_consumer import read_topic
+from readings import CONTRACT
+from spark_kafka_consumer import KafkaSource, read_topic
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
 
 
-def run_stream(spark, stream, writer, options) -> None:
-    check_restart(spark, writer, options)
-    error = run_query(stream, writer, options)
-    assert error is None, error
+def run_stream(spark, stream, source, tables, options, writer_type=TableWriter) -> None:
+    start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
+    _, error = run_query(stream, writer_type(tables, CONTRACT, source, start), options, threading.Event())
+    if error:
+        raise error
 
 
 class World:
@@ -72,11 +74,11 @@ class World:
         producer.begin_transaction()
         return producer
 
-    def consume(self) -> tuple[int, int]:
+    def consume(self, writer_type: type = TableWriter) -> tuple[int, int]:
         """Runs the stream over all that is there, as a new start of the script does; the rows that came to each table."""
         before = self.rows()
-        writer = TableWriter(self.options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, topic=self.topic)
-        run_stream(self.spark, read_topic(self.spark, self.topic, self.options), writer, self.options)
+        run_stream(self.spark, read_topic(self.spark, self.topic, self.options), KafkaSource(self.topic, accept_data_loss=False),
+                   silver_tables(self.options.table, CONTRACT.columns), self.options, writer_type)
         accepted, rejected = (len(now) - len(then) for now, then in zip(self.rows(), before))
         return accepted, rejected
 
@@ -126,18 +128,17 @@ def test_partitions_that_are_added_are_read(world, account):
     world.check(account, "29 partitions added to a topic")
 
 
-def test_a_batch_that_failed_for_want_of_a_record_goes_on(world, spark, account):
+def test_a_batch_that_failed_for_want_of_a_record_goes_on(world, account):
     """As earlier versions left the checkpoint: the first batch is noted, and not done."""
     world = world()
     world.make(1)
 
     class Failing(TableWriter):
-        def write(self, batch, batch_id):
+        def write(self, *batch):
             raise ValueError
 
-    failing = Failing(world.options.table, SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, topic=world.topic)
-    check_restart(spark, failing, world.options)
-    assert isinstance(run_query(read_topic(spark, world.topic, world.options), failing, world.options), ValueError)
+    with pytest.raises(ValueError):
+        world.consume(Failing)
     world.send(VALID)
     assert world.consume() == (1, 0)
     world.check(account, "a checkpoint whose first batch failed")
@@ -252,9 +253,8 @@ def ingest(spark, tmp_path):
 
     def run(multiline: bool = False) -> tuple[int, int]:
         before = rows()
-        writer = bronze_job.BronzeWriter(options.table, BRONZE_COLUMNS, BRONZE_QUARANTINE_COLUMNS,
-                                         bronze_job.read_values if multiline else bronze_job.read_lines)
-        run_stream(spark, bronze_job.list_new_files(spark, options), writer, options)
+        run_stream(spark, bronze_job.list_new_files(spark, options), bronze_job.FileSource(multiline),
+                   bronze_tables(options.table, CONTRACT.columns), options)
         accepted, rejected = (now - then for now, then in zip(rows(), before))
         return accepted, rejected
 

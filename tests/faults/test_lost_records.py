@@ -11,9 +11,11 @@ from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.console import PipelineError
-from common.table_writer import TableWriter
-from common.tables import SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS
+from common.table_writer import Start, TableWriter
+from common.tables import silver_tables
 from common.topics import Topic
+from readings import CONTRACT
+from spark_kafka_consumer import KafkaSource
 
 CONSUMER = "spark_kafka_consumer.py"
 
@@ -115,28 +117,27 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     assert delivered >= len(old + in_topic)  # the rest was in the old topic and not read yet
 
 
-def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broker, silver, admin, tmp_path):
+def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broker, silver, admin, tmp_path, monkeypatch):
     (_, _, _, name), _ = silver
     make_topic(admin, name)
     topic = Topic(broker, name)
-    makes_it_again = False
+    source = KafkaSource(topic, accept_data_loss=False)
 
-    def read(batch, careful):
-        if makes_it_again:
-            admin.delete_topics([name])
-            make_topic(admin, name)
+    def make_it_again(batch):
+        admin.delete_topics([name])
+        make_topic(admin, name)
         return batch
 
-    writer = TableWriter(str(tmp_path / "table"), SILVER_COLUMNS, SILVER_QUARANTINE_COLUMNS, read, topic)
-    writer.checkpoint_id, writer.topic_id = "test", topic.id()
+    tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
+    writer = TableWriter(tables, CONTRACT, source, Start(source.identity(), {}))
     batch = spark.range(2).select(
-        F.lit(reading()).alias("raw"), F.lit(name).alias("topic"), F.lit(0).alias("partition"), F.col("id").alias("offset"),
+        F.lit(reading()).alias("raw"), F.lit("{}").alias("raw_json"), F.lit(name).alias("topic"), F.lit(0).alias("partition"), F.col("id").alias("offset"),
         F.current_timestamp().alias("kafka_timestamp"), F.lit(b"").alias("kafka_key"), F.current_timestamp().alias("ingest_time"))
-    writer.write(batch, 0)
-    makes_it_again = True
+    writer.write(batch, 0, "test")
+    monkeypatch.setattr(source, "read_batch", make_it_again)
     with pytest.raises(PipelineError, match="was deleted while it was read"):
-        writer.write(batch, 1)
-    assert spark.read.format("delta").load(writer.table).count() == 2
+        writer.write(batch, 1, "test")
+    assert spark.read.format("delta").load(tables.table).count() == 2
 
 
 def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, broker, start):

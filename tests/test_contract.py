@@ -1,0 +1,354 @@
+"""Contracts of any kind: how their records are read, what can't be one, and what becomes of the tables when one changes."""
+
+import json
+import random
+from pathlib import Path
+
+import oracle
+import pytest
+from conftest import REPOSITORY, bronze_writer, run_script, tables
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from kafka import KafkaProducer
+from pyspark.sql import functions as F
+from test_files_to_bronze import put
+from test_hostile_records import ARRIVAL_MICROS, JSON, mutate
+from test_rules import ARRIVAL, reading
+
+from common.checkpoints import check_start
+from common.console import PipelineError
+from common.contract import Boolean, Contract, ContractError, Integer, Number, Text, Timestamp, load_contract
+from common.parsing import parse
+from common.tables import bronze_tables
+
+CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
+
+# --- How records are read
+
+KINDS = [Text, Boolean, Number, Integer, lambda name, **options: Integer(name, bits=32, **options), Timestamp,
+         lambda name, **options: Timestamp(name, at_most_ahead="10 minutes", **options),
+         *[lambda name, form=form, **options: Timestamp(name, format=form, at_most_ahead="1 day", **options)
+           for form in ("rfc3339", "epoch_s", "epoch_ms")]]
+NAMES = ["a", "b", "a b", "größe", "it's", 'say "so"', "back\\slash", "$1", "SELECT", "n.a", "n.b.c", "n.b.d", "o.x y", "o.'q'",
+         "text", "json", "value", "type", "seen", "{", "\\E", "\\Q", "`", "%s", "A"]
+VALUES = {
+    Text: st.text(min_size=1, max_size=8) | st.sampled_from(["", " ", "\u3000", "x", "7", "true", "{}", "\x00", "😀"]),
+    Boolean: st.booleans(),
+    Number: st.floats(allow_nan=False) | st.integers(-10**20, 10**20) | st.sampled_from([0, -0.0, 1e300, 0.1, 10**15, 10**40]),
+    Integer: st.integers(-2**64, 2**64) | st.sampled_from([0, 2**31 - 1, 2**31, -2**31, 2**63 - 1, 2**63, -2**63, 10**18]),
+    "rfc3339": st.sampled_from(["2026-11-20T10:00:00Z", "2026-11-20T12:30:00.5+00:20", "2026-11-20T12:10:00.000001Z",
+                                "0000-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z", "2026-11-20", "1763632800"]),
+    "epoch_s": st.integers(-62167219201, 253402300800) | st.floats(1.7e9, 1.8e9) | st.sampled_from(
+        [0, 1795176000, 1795262400, 1795262400.000001, 1763632800.123456789, -0.0000001, 1e9, 253402300799.9999999]),
+    "epoch_ms": st.integers(-62167219200001, 253402300800000) | st.sampled_from([0, 1795262400000, 1795262400001, 1.5, 1e12]),
+}
+
+
+@st.composite
+def contracts(draw) -> Contract:
+    names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=7, unique=True))
+    fields = tuple(draw(st.sampled_from(KINDS))(name, column=f"c{number}", required=draw(st.booleans()))
+                   for number, name in enumerate(names))
+    return Contract(fields)
+
+
+@st.composite
+def records(draw, contract: Contract) -> bytes:
+    """Mostly what the contract asks for, in its order or another, with fields too many, too few, and of other kinds."""
+    record: dict = {}
+    for field in draw(st.permutations(contract.fields)) if draw(st.integers(0, 3)) == 0 else contract.fields:
+        if draw(st.integers(0, 15)) == 0:
+            continue
+        values = VALUES[field.format if isinstance(field, Timestamp) else type(field)]
+        value = draw(JSON) if draw(st.integers(0, 15)) == 0 else draw(values)
+        place = record
+        for name in field.path[:-1]:
+            if not isinstance(place.get(name), dict):
+                place[name] = draw(st.sampled_from([{}, {}, {}, {"more": 1}, {"a": {}}]))
+            place = place[name]
+        place[field.path[-1]] = value
+    if draw(st.integers(0, 5)) == 0:
+        record |= draw(st.dictionaries(st.sampled_from(["n", "o", "new", "a"]) | st.text(max_size=3), JSON, max_size=2))
+    text = json.dumps(record, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([(",", ":"), (", ", ": ")])))
+    raw = text.encode("utf-8", "surrogatepass")
+    return mutate(raw, random.Random(draw(st.integers()))) if draw(st.integers(0, 15)) == 0 else raw
+
+
+def read(spark, contract: Contract, raws: list[bytes | None]) -> list:
+    rows = spark.createDataFrame(list(enumerate(raws)), "number INT, raw BINARY").withColumn(
+        "ingest_time", F.lit(ARRIVAL).cast("timestamp"))
+    times = {field.column: F.unix_micros(field.column) for field in contract.fields if isinstance(field, Timestamp)}
+    return parse(rows, contract).withColumns(times).orderBy("number").collect()
+
+
+@settings(max_examples=30, database=None, derandomize=True, deadline=None, phases=[Phase.generate],
+          suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_records_of_any_contract_are_read_as_plain_python_reads_them(spark, data):
+    contract = data.draw(contracts())
+    raws = data.draw(st.lists(records(contract), min_size=60, max_size=60)) + [None, b"", b"{}"]
+    for raw, row in zip(raws, read(spark, contract, raws), strict=True):
+        reason, values, rest = oracle.read(contract, raw, ARRIVAL_MICROS)
+        assert row.reject_reason == reason, (contract, raw)
+        if not reason:
+            assert {column: row[column] for column in contract.columns} == values, (contract, raw)
+            assert json.loads(row["_rescued_data"] or "{}") == rest, (contract, raw)
+
+
+KIND_CASES = [  # a field, what stands there in the record, the reason or the value
+    (Integer("x"), "7", 7), (Integer("x"), "-0", 0), (Integer("x"), "9223372036854775807", 2**63 - 1),
+    (Integer("x"), "9223372036854775808", "invalid_x"), (Integer("x"), "1.0", "invalid_x"), (Integer("x"), "1e2", "invalid_x"),
+    (Integer("x"), '"7"', "invalid_x"), (Integer("x"), "true", "invalid_x"), (Integer("x"), "[7]", "invalid_x"),
+    (Integer("x", bits=32), "2147483647", 2**31 - 1), (Integer("x", bits=32), "2147483648", "invalid_x"),
+    (Number("x"), "7", 7.0), (Number("x"), "1e2", 100.0), (Number("x"), "1e999", "invalid_x"), (Number("x"), "NaN", "malformed_json"),
+    (Number("x"), '"7"', "invalid_x"), (Number("x"), "false", "invalid_x"), (Number("x"), "{}", "invalid_x"),
+    (Boolean("x"), "true", True), (Boolean("x"), "1", "invalid_x"), (Boolean("x"), '"true"', "invalid_x"),
+    (Boolean("x"), "null", "missing_x"), (Boolean("x"), '" "', "missing_x"), (Boolean("x", required=False), '" "', "invalid_x"),
+    (Text("x"), '"7"', "7"), (Text("x"), "7", "invalid_x"), (Text("x"), '"\u00a0"', "missing_x"),
+    (Text("x", required=False), '""', ""), (Text("x", required=False), "null", None),
+    (Timestamp("x"), '"1970-01-01T00:00:00.000001Z"', 1), (Timestamp("x"), "0", "invalid_x"),
+    (Timestamp("x", format="epoch_s"), "1.5", 1_500_000), (Timestamp("x", format="epoch_s"), "1e2", 100_000_000),
+    (Timestamp("x", format="epoch_s"), "-1.0000009", -1_000_001), (Timestamp("x", format="epoch_s"), '"1"', "invalid_x"),
+    (Timestamp("x", format="epoch_s"), "253402300800", "invalid_x"), (Timestamp("x", format="epoch_s"), "1e300", "invalid_x"),
+    (Timestamp("x", format="epoch_ms"), "1763632800123", 1_763_632_800_123_000), (Timestamp("x", format="epoch_ms"), "1.0", "invalid_x"),
+    (Timestamp("x", format="epoch_ms"), "9223372036854775807", "invalid_x"),
+    (Timestamp("x", format="epoch_ms", at_most_ahead="10 minutes"), "1795176600000", 1_795_176_600_000_000),
+    (Timestamp("x", format="epoch_ms", at_most_ahead="10 minutes"), "1795176600001", "invalid_x"),
+]
+
+
+@pytest.mark.parametrize("escape", [False, True], ids=["plain", "strict"])
+def test_a_value_is_of_its_fields_kind_or_the_record_is_rejected(spark, escape):
+    for field, text, right in KIND_CASES:
+        name = r"\u0078" if escape else "x"
+        [row] = read(spark, Contract((field,)), [f'{{"{name}": {text}}}'.encode()])
+        assert (row.reject_reason or row.x) == right, (field, text)
+
+
+NESTED = Contract((Text("device.id"), Text("device.model", required=False), Number("device.at.lat", required=False), Number("value")))
+
+
+@pytest.mark.parametrize("record, reason, rest", [
+    ({"device": {"id": "a"}, "value": 1}, None, None),
+    ({"device": {"id": "a", "fw": "2", "at": {"lat": 1.5, "lon": 2}}, "value": 1, "rssi": -7}, None,
+     {"rssi": -7, "device": {"fw": "2", "at": {"lon": 2}}}),
+    ({"device": {"id": "a", "at": None}, "value": 1, "a": None}, None, {"a": None}),
+    ({"value": 1}, "missing_device.id", None),
+    ({"device": None, "value": "x"}, "missing_device.id", None),
+    ({"device": "a", "value": 1}, "invalid_device.id", None),
+    ({"device": {"id": {"id": "a"}}, "value": 1}, "invalid_device.id", None),
+    ({"device": {"id": "a", "at": [1]}, "value": 1}, "invalid_device.at.lat", None),
+    ({"device": "a"}, "missing_value", None),
+    ({"device": {"id": 7, "model": 8}, "value": "x"}, "invalid_device.id", None),
+])
+def test_fields_of_nested_objects_are_read_and_what_is_unknown_is_kept(spark, record, reason, rest):
+    [row] = read(spark, NESTED, [json.dumps(record).encode()])
+    assert row.reject_reason == reason
+    if not reason:
+        assert (json.loads(row["_rescued_data"]) if row["_rescued_data"] else None) == rest
+        assert sorted(row["_unknown_fields"]) == sorted({"rssi": ["device.at.lon", "device.fw", "rssi"]}.get(
+            "rssi" if rest and "rssi" in rest else "", list(rest or {})))
+
+
+def test_a_contract_of_a_hundred_fields_is_read(spark):
+    contract = Contract(tuple(Number(f"n{number}", required=number % 2 == 0) for number in range(100)))
+    record = {f"n{number}": number for number in range(100)}
+    rows = read(spark, contract, [json.dumps(record).encode(), json.dumps(dict(reversed(record.items()))).encode(),
+                                  json.dumps(record | {"n98": None}).encode(), json.dumps(record | {"n99": None}).encode()])
+    assert [row.reject_reason for row in rows] == [None, None, "missing_n98", None]
+    assert [(row.n1, row.n99) for row in rows if not row.reject_reason] == [(1, 99), (1, 99), (1, None)]
+
+
+# --- What can't be a contract
+
+@pytest.mark.parametrize("source, complaint", [
+    ("", "has no CONTRACT"),
+    ("CONTRACT = 7", "has no CONTRACT"),
+    ("CONTRACT = Contract(", "is no Python in line 2"),
+    ("CONTRACT = Contract((Text('a', bits=3),))", "fails in line 2: TypeError"),
+    ("import nowhere", "fails in line 2: ModuleNotFoundError"),
+    ("CONTRACT = Contract(())", "its fields are to be of the kinds"),
+    ("CONTRACT = Contract(('a',))", "its fields are to be of the kinds"),
+    ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a is there twice"),
+    ("CONTRACT = Contract((Text('a'), Number('A')))", "the fields a and A have one column, A"),
+    ("CONTRACT = Contract((Text('a.b'), Number('a_b')))", "the fields a.b and a_b have one column, a_b"),
+    ("CONTRACT = Contract((Text('a'), Number('a.b')))", "the field a has a value, so a.b can't be in it"),
+    ("CONTRACT = Contract((Number('a.b.c'), Text('a.b')))", "the field a.b has a value, so a.b.c can't be in it"),
+    ("CONTRACT = Contract((Text('a b'),))", "the field a b can't have the column 'a b'"),
+    ("CONTRACT = Contract((Text('offset'),))", "the field offset can't have the column offset, which the tables need"),
+    ("CONTRACT = Contract((Text('t', column='Ingest_Time'),))", "the field t can't have the column Ingest_Time"),
+    ("CONTRACT = Contract((Text('_rescued_data'),))", "the field _rescued_data can't have the column"),
+    ("CONTRACT = Contract((Text('.a'),))", "the field '.a' needs a name"),
+    ("CONTRACT = Contract((Text(''),))", "the field '' needs a name"),
+    ("CONTRACT = Contract((Integer('a', bits=16),))", "the field a has bits=16"),
+    ("CONTRACT = Contract((Timestamp('a', format='iso'),))", "the field a has format='iso', and can have rfc3339"),
+    ("CONTRACT = Contract((Timestamp('a', at_most_ahead='soon'),))", "the field a has at_most_ahead='soon'"),
+    ("CONTRACT = Contract((Text('a'),), {'missing_a': 'true'})", "the rule missing_a has the name of another reason"),
+    ("CONTRACT = Contract((Text('a'),), {'unreadable_file': 'true'})", "the rule unreadable_file has the name of another"),
+    ("CONTRACT = Contract((Text('a'),), {'r': 7})", "the rule 'r' is to be a name with SQL"),
+    ("CONTRACT = Contract((Timestamp('a'),), {'old': 'a < now() - INTERVAL 1 DAY'})", "the rule old uses now"),
+])
+def test_a_contract_that_cannot_be_is_one_sentence(tmp_path, source, complaint):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from common.contract import *\n{source}\n")
+    with pytest.raises(PipelineError) as refused:
+        load_contract(str(file))
+    assert str(file) in str(refused.value) and complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_contract_that_is_not_there_is_one_sentence(tmp_path):
+    for path in (tmp_path / "none.py", tmp_path):
+        with pytest.raises(PipelineError, match=f"No file {path} with a contract"):
+            load_contract(str(path))
+
+
+@pytest.mark.parametrize("sql", ["colour = 'red'", "a b c", "", "a", "sum(n) > 1", "explode(array(1))", "rand() > 0.5", "n + 1", "raw IS NULL"])
+def test_a_rule_that_cannot_be_is_one_sentence(spark, sql):
+    with pytest.raises(ContractError, match="the rule r ") as refused:
+        Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_rule_may_use_all_columns_and_the_time_of_arrival(spark):
+    contract = Contract((Timestamp("t"), Number("n", required=False)), {"old": "t < ingest_time - INTERVAL 1 DAY", "low": "n < 0"})
+    contract.check_rules(spark)
+    rows = read(spark, contract, [b'{"t": "2026-11-18T00:00:00Z", "n": -1}', b'{"t": "2026-11-20T00:00:00Z", "n": -1}',
+                                  b'{"t": "2026-11-20T00:00:00Z"}'])
+    assert [row.reject_reason for row in rows] == ["old", "low", None]
+
+
+@pytest.mark.parametrize("script", [BRONZE, CONSUMER])
+def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, silver):
+    topic, options = silver
+    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    source = topic if script == CONSUMER else ["--input", tmp_path]
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from common.contract import *\nCONTRACT = Contract((Text('a'),), {'red': 'colour = 1'})\n")
+    run = run_script(script, *source, *options[4:], "--readings", wrong, "--once")
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and not run.stdout
+    assert run.stderr.startswith(f"error: The contract in {wrong} can't be: the rule red is no condition over a, ingest_time: ")
+    assert not (tmp_path / "silver").exists() and not (tmp_path / "checkpoint").exists()
+
+
+# --- What becomes of the tables
+
+def one_line_more(tmp_path: Path, line: str) -> Path:
+    """readings.py with a line more, or another one, for its floor."""
+    file = tmp_path / "my readings.py"
+    text = (REPOSITORY / "readings.py").read_text(encoding="utf-8")
+    old = '        Integer("floor", required=False, bits=32),\n'
+    assert old in text
+    file.write_text(text.replace(old, line), encoding="utf-8")
+    return file
+
+
+FLOOR = '        Integer("floor", required=False, bits=32),\n'
+BATTERY = '        Number("battery", required=False),\n'
+
+
+def test_an_optional_field_is_one_line_by_both_roads(spark, broker, silver, tmp_path):
+    topic, kafka = silver
+    folder = tmp_path / "input"
+    folder.mkdir()
+    files = ["--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"]
+    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+
+    def send(name: str, *records: bytes) -> list:
+        """Sends the records by both roads and reads them; what both streams said."""
+        put(folder, name, *records)
+        with KafkaProducer(bootstrap_servers=broker) as producer:
+            for record in records:
+                producer.send(topic[3], record)
+        return [run_script(script, *options, "--once", *readings) for script, options in ((BRONZE, files), (CONSUMER, kafka))]
+
+    readings: list = []
+    for run in send("1.json", reading(value=1), reading(value=2, battery=90, rssi=-70)):
+        assert run.returncode == 0 and "1 with fields unknown to the contract: battery, rssi\n" in run.stdout, run
+    readings = ["--readings", one_line_more(tmp_path, FLOOR + BATTERY)]
+    for run in send("2.json", reading(value=3, battery=80.5), reading(value=4), reading(value=5, battery="full")):
+        assert run.returncode == 0 and "battery DOUBLE" in run.stdout and "(invalid_battery 1)" in run.stdout, run
+    readings = []  # the line is taken out again
+    for run in send("3.json", reading(value=6, battery=70)):
+        assert run.returncode == 0 and "unknown to the contract: battery" in run.stdout, run
+    readings = ["--readings", one_line_more(tmp_path, '        Text("floor", required=False),\n')]
+    for run in send("4.json", reading(value=7)):
+        assert run.returncode == 1 and "The column floor of " in run.stderr and "is INT, and the contract makes it STRING" in run.stderr
+
+    for options in (files, kafka):
+        accepted, rejected = tables(spark, options)
+        rows = accepted.select("value", "floor", "battery", "_rescued_data").orderBy("value").collect()
+        assert [tuple(row) for row in rows] == [
+            (1, 2, None, None), (2, 2, None, '{"battery":90,"rssi":-70}'), (3, 2, 80.5, None), (4, 2, None, None),
+            (6, 2, None, '{"battery":70}')]
+        assert [row.reject_reason for row in rejected.collect()] == ["invalid_battery"]
+
+
+OLD, NEW = Contract((Number("a"),)), Contract((Number("a"), Number("b", required=False)))
+
+
+def begin(spark, folder: Path, contract: Contract, done: int):
+    """What the start of a stream finds whose checkpoint says that `done` batches are done."""
+    for number in range(done):
+        (folder / "checkpoint" / "commits").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint" / "commits" / str(number)).touch()
+    (folder / "checkpoint").mkdir(exist_ok=True)
+    (folder / "checkpoint" / "metadata").write_text('{"id": "test"}')
+    writer = bronze_writer(folder / "bronze", contract)
+    writer.start = check_start(spark, writer.source, writer.tables, contract, str(folder / "checkpoint"))
+    return writer
+
+
+def batch_of(spark, *raws: str):
+    return spark.createDataFrame([(raw.encode(),) for raw in raws], "raw BINARY").selectExpr(
+        "raw", "'f' AS source_file", f"timestamp '{ARRIVAL}' AS ingest_time")
+
+
+def test_a_table_that_was_killed_while_it_gained_a_column_goes_on(spark, tmp_path, monkeypatch):
+    begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
+    with monkeypatch.context() as patch:
+        patch.setattr("common.checkpoints.set_properties", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            begin(spark, tmp_path, NEW, 1)
+    begin(spark, tmp_path, NEW, 1).write(batch_of(spark, '{"a": 2, "b": 3}'), 1, "test")
+    rows = spark.read.format("delta").load(str(tmp_path / "bronze")).select("a", "b").orderBy("a").collect()
+    assert [tuple(row) for row in rows] == [(1, None), (2, 3)]
+
+
+def test_a_batch_that_is_half_written_by_one_contract_is_not_finished_by_another(spark, tmp_path):
+    begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
+    begin(spark, tmp_path, OLD, 1).write(batch_of(spark, '{"a": 2}'), 1, "test")
+    with pytest.raises(PipelineError, match="was begun by another contract. Start once with that one"):
+        begin(spark, tmp_path, NEW, 1)
+    begin(spark, tmp_path, OLD, 1).write(batch_of(spark, '{"a": 2}'), 1, "test")
+    begin(spark, tmp_path, NEW, 2)
+
+
+def test_a_column_whose_name_differs_in_capitals_alone_is_the_same_one(spark, tmp_path):
+    begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
+    renamed = Contract((Number("A"),))
+    begin(spark, tmp_path, renamed, 1).write(batch_of(spark, '{"A": 2}'), 1, "test")
+    assert sorted(row.a for row in spark.read.format("delta").load(str(tmp_path / "bronze")).select("a").collect()) == [1, 2]
+
+
+# --- Contracts of the world
+
+def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tmp_path):
+    topic, kafka = silver
+    example = REPOSITORY / "examples"
+    sample = (example / "zigbee2mqtt" / "sample.jsonl").read_bytes().splitlines()
+    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    with KafkaProducer(bootstrap_servers=broker) as producer:
+        for record in sample:
+            producer.send(topic[3], record)
+    files = ["--input", example / "zigbee2mqtt", "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"]
+    for script, options in ((BRONZE, files), (CONSUMER, kafka)):
+        run = run_script(script, *options, "--readings", example / "zigbee2mqtt.py", "--once")
+        assert run.returncode == 0, run.stderr
+        assert "7 rows in, 4 accepted, 3 rejected (invalid_last_seen 1, missing_device.friendlyName 1, percentage_out_of_range 1)" in run.stdout
+        assert "4 with fields unknown to the contract: device.powerSource, device.type, state, update.state" in run.stdout or (
+            "4 with fields unknown" in run.stdout or "3 with fields unknown" in run.stdout), run.stdout
+        accepted, _ = tables(spark, options)
+        rows = accepted.selectExpr("device", "unix_millis(last_seen)", "temperature", "contact", "linkquality").orderBy("last_seen")
+        assert [tuple(row) for row in rows.collect()] == [
+            ("living room", 1763625600123, 21.43, None, 120), ("front door", 1763625604870, None, True, 84),
+            ("stairs", 1763625611004, None, None, 65), ("kitchen plug", 1763625615500, None, None, None)]

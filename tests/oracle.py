@@ -91,8 +91,9 @@ def micros_of(timestamp: str) -> int:
             raise Invalid("zone")
     if hour > 23 or minute > 59 or second > 59:
         raise Invalid("time")
-    try:  # the calendar repeats every 400 years, and Python's begins with the year 1
-        days = date(year + 400, month, day).toordinal() - date(2370, 1, 1).toordinal()
+    cycles, year = divmod(year, 400)  # in which the calendar repeats, 146,097 days each
+    try:
+        days = date(year + 400, month, day).toordinal() + (cycles - 1) * 146_097 - date(1970, 1, 1).toordinal()
     except ValueError:
         raise Invalid("date")
     fraction = int((found[7] or ".")[1:7].ljust(6, "0"))

@@ -128,26 +128,23 @@ def test_a_value_is_of_its_fields_kind_or_the_record_is_rejected(spark, escape):
 NESTED = Contract((Text("device.id"), Text("device.model", required=False), Number("device.at.lat", required=False), Number("value")))
 
 
-@pytest.mark.parametrize("record, reason, rest", [
-    ({"device": {"id": "a"}, "value": 1}, None, None),
+@pytest.mark.parametrize("record, reason, rest, unknown", [
+    ({"device": {"id": "a"}, "value": 1}, None, None, []),
     ({"device": {"id": "a", "fw": "2", "at": {"lat": 1.5, "lon": 2}}, "value": 1, "rssi": -7}, None,
-     {"rssi": -7, "device": {"fw": "2", "at": {"lon": 2}}}),
-    ({"device": {"id": "a", "at": None}, "value": 1, "a": None}, None, {"a": None}),
-    ({"value": 1}, "missing_device.id", None),
-    ({"device": None, "value": "x"}, "missing_device.id", None),
-    ({"device": "a", "value": 1}, "invalid_device.id", None),
-    ({"device": {"id": {"id": "a"}}, "value": 1}, "invalid_device.id", None),
-    ({"device": {"id": "a", "at": [1]}, "value": 1}, "invalid_device.at.lat", None),
-    ({"device": "a"}, "missing_value", None),
-    ({"device": {"id": 7, "model": 8}, "value": "x"}, "invalid_device.id", None),
+     {"rssi": -7, "device": {"fw": "2", "at": {"lon": 2}}}, ["device.at.lon", "device.fw", "rssi"]),
+    ({"device": {"id": "a", "at": None}, "value": 1, "a": None}, None, {"a": None}, ["a"]),
+    ({"value": 1}, "missing_device.id", None, []),
+    ({"device": None, "value": "x"}, "missing_device.id", None, []),
+    ({"device": "a", "value": 1}, "invalid_device.id", None, []),
+    ({"device": {"id": {"id": "a"}}, "value": 1}, "invalid_device.id", None, []),
+    ({"device": {"id": "a", "at": [1]}, "value": 1}, "invalid_device.at.lat", None, []),
+    ({"device": "a"}, "missing_value", None, []),
+    ({"device": {"id": 7, "model": 8}, "value": "x"}, "invalid_device.id", None, []),
 ])
-def test_fields_of_nested_objects_are_read_and_what_is_unknown_is_kept(spark, record, reason, rest):
+def test_fields_of_nested_objects_are_read_and_what_is_unknown_is_kept(spark, record, reason, rest, unknown):
     [row] = read(spark, NESTED, [json.dumps(record).encode()])
     assert row.reject_reason == reason
-    if not reason:
-        assert (json.loads(row["_rescued_data"]) if row["_rescued_data"] else None) == rest
-        assert sorted(row["_unknown_fields"]) == sorted({"rssi": ["device.at.lon", "device.fw", "rssi"]}.get(
-            "rssi" if rest and "rssi" in rest else "", list(rest or {})))
+    assert (json.loads(row["_rescued_data"]) if row["_rescued_data"] else None, sorted(row["_unknown_fields"])) == (rest, unknown)
 
 
 def test_a_contract_of_a_hundred_fields_is_read(spark):
@@ -345,8 +342,7 @@ def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tm
         run = run_script(script, *options, "--readings", example / "zigbee2mqtt.py", "--once")
         assert run.returncode == 0, run.stderr
         assert "7 rows in, 4 accepted, 3 rejected (invalid_last_seen 1, missing_device.friendlyName 1, percentage_out_of_range 1)" in run.stdout
-        assert "4 with fields unknown to the contract: device.powerSource, device.type, state, update.state" in run.stdout or (
-            "4 with fields unknown" in run.stdout or "3 with fields unknown" in run.stdout), run.stdout
+        assert "4 with fields unknown to the contract: device.powerSource, device.type, state, update\n" in run.stdout
         accepted, _ = tables(spark, options)
         rows = accepted.selectExpr("device", "unix_millis(last_seen)", "temperature", "contact", "linkquality").orderBy("last_seen")
         assert [tuple(row) for row in rows.collect()] == [

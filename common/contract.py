@@ -229,8 +229,8 @@ class Contract:
                 if not is_deterministic(broken):
                     raise ContractError(f"the rule {reason} can say this or that of one and the same record: {sql}")
             except PySparkException as error:
-                raise ContractError(f"the rule {reason} is no condition over {', '.join(columns)}: "
-                                    f"{first_line(str(error)).rstrip('.')}") from error
+                problem = re.sub(r"\.? SQLSTATE.*", "", first_line(str(error)).strip())
+                raise ContractError(f"the rule {reason} is no condition over {', '.join(columns)}: {problem}") from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import tempfile
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
+from pyspark.logger import PySparkLogger
 from pyspark.sql import SparkSession
 
 from common.class_archive import use_archive
@@ -102,6 +103,8 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
         # What ends a stream reaches the script as an exception.
         log4j = gateway.jvm.org.apache.logging.log4j
         log4j.core.config.Configurator.setLevel("org.apache.spark.sql.execution.streaming", log4j.Level.OFF)
+        for name in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):  # so does what these say in JSON
+            PySparkLogger.getLogger(name).disabled = True
     return SparkSession(context)
 
 

@@ -1,6 +1,7 @@
 """What the tests share: one SparkSession, one real broker made from docker-compose.yml, and scripts run as processes."""
 
 import itertools
+import os
 import re
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from readings import CONTRACT
 from streaming_files_to_delta_bronze import FileSource
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SOME_MEGABYTES = 30
 PATIENCE = 240  # seconds; a limit for what hangs, far above what any step takes
 
 
@@ -71,7 +73,7 @@ def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subpr
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="how often each stream is killed in tests/faults")
-    parser.addoption("--megabytes", type=int, default=30, help="how large the large files in tests/faults are")
+    parser.addoption("--megabytes", type=int, default=SOME_MEGABYTES, help="how large the large files in tests/faults are")
 
 
 def pytest_collection_modifyitems(items):
@@ -84,6 +86,9 @@ ACCOUNT = pytest.StashKey[list]()
 
 def pytest_configure(config):
     config.stash[ACCOUNT] = []
+    if config.option.megabytes == SOME_MEGABYTES:
+        # A test runs for seconds, in which Java's best compiler (C2) takes the cores from what it compiles.
+        os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 
 def pytest_terminal_summary(terminalreporter, config):

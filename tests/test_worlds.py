@@ -370,14 +370,15 @@ def test_every_place_may_have_blanks_quotes_and_other_letters_in_every_locale(tm
         os.symlink(file, places["cache"] / file.name)
     java = Path(spark._jvm.System.getProperty("java.home"))
     os.symlink(java, tmp_path / f"java {ODD}")
-    for name in ("common", BRONZE, "read_bronze.py"):
+    for name in ("common", "readings.py", BRONZE, "read_bronze.py"):
         (shutil.copytree if "." not in name else shutil.copy)(REPOSITORY / name, places["repository"] / name)
+    readings = shutil.copy(REPOSITORY / "readings.py", tmp_path / f"readings {ODD}.py")
     put(places["input"], "größe é.json", reading(device_id="größe"))
     env = os.environ | {"HOME": str(places["home"]), "PIPELINE_CACHE": str(places["cache"]), "TMPDIR": str(places["tmp"]),
                         "JAVA_HOME": str(tmp_path / f"java {ODD}"), "LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}
     table, script = tmp_path / f"table {ODD}", places["repository"] / BRONZE
     run = run_script(script, "--input", places["input"], "--table", table, "--checkpoint", tmp_path / f"checkpoint {ODD}",
-                     "--once", env=env)
+                     "--readings", readings, "--once", env=env)
     assert (run.returncode, run.stderr) == (0, "")
     assert "1 rows in, 1 accepted" in run.stdout
     del env["PYTHONIOENCODING"]

@@ -100,7 +100,7 @@ class Part:
 
     def stop(self) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(signal.SIGTERM)  # which in its first moments, unlike SIGINT, says nothing
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

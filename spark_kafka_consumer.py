@@ -147,9 +147,9 @@ class KafkaSource:
 
     def lag(self, progress: dict) -> str:
         [kafka] = progress["sources"]
-        end, latest = (sum(offset for partitions in json.loads(kafka[which] or "{}").values() for offset in partitions.values())
-                       for which in ("endOffset", "latestOffset"))
-        return f", {max(0, latest - end):,} behind" if kafka["latestOffset"] else ""
+        end, latest = (json.loads(kafka[which] or "null") or {} for which in ("endOffset", "latestOffset"))
+        unread = sum(latest[topic][partition] - offset for topic in latest for partition, offset in end[topic].items())
+        return f", {max(0, unread):,} behind" if latest else ""
 
     def _lose(self, problem: str, what_follows: str) -> None:
         """Says what is lost where that was accepted, else raises PipelineError."""

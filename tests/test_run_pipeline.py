@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
 import psutil
 import pytest
@@ -49,6 +50,18 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
     assert f"18 rows in {clone}/lake/bronze/sensor_data\n" in pipeline.output
     assert f" rows in {clone}/lake/silver/sensor_data_quarantine\n" in pipeline.output
     assert processes_of(str(clone)) == [] and not answers(port)
+
+
+@pytest.mark.parametrize("moment, presses", [(1, 1), (5, 2), (14, 1)])
+def test_it_stops_at_any_moment_and_leaves_nothing_behind(clone, moment, presses):
+    pipeline = Script("run_pipeline.py", "--port", free_ports(1)[0], folder=clone)
+    time.sleep(moment)
+    for press in range(presses):
+        time.sleep(press * 0.05)
+        pipeline.process.send_signal((signal.SIGTERM, signal.SIGINT)[press])
+    assert pipeline.wait() == 0, pipeline.output
+    assert "Traceback" not in pipeline.output and "error" not in pipeline.output, pipeline.output
+    assert processes_of(str(clone)) == []
 
 
 def test_when_a_part_dies_the_others_are_stopped_and_a_broker_that_was_there_is_left_alone(clone, broker):

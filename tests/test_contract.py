@@ -332,6 +332,49 @@ def test_a_column_whose_name_differs_in_capitals_alone_is_the_same_one(spark, tm
 
 # --- Contracts of the world
 
+def test_the_contract_of_the_docs_can_be(spark, tmp_path):
+    docs = (REPOSITORY / "docs" / "readings.md").read_text(encoding="utf-8")
+    file = tmp_path / "docs.py"
+    file.write_text(docs.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    contract = load_contract(str(file))
+    contract.check_rules(spark)
+    rows = read(spark, contract, [b'{"ts": 1795176000000, "device": {"id": "a"}, "temperature": 151}',
+                                  b'{"ts": 1795176000000, "device": {"id": "a"}, "rssi": 1.0}', b'{"ts": 0, "device": {"id": "a"}}'])
+    assert [row.reject_reason for row in rows] == ["too_hot", "invalid_rssi", "too_old"]
+
+
+# An uplink as https://www.thethingsindustries.com/docs/integrations/data-formats/ describes it, less what a sensor does not need.
+UPLINK = Contract(
+    (Text("end_device_ids.device_id"), Text("end_device_ids.application_ids.application_id", column="application"),
+     Timestamp("received_at", at_most_ahead="10 minutes"), Integer("uplink_message.f_port", column="port", required=False, bits=32),
+     Integer("uplink_message.f_cnt", column="counter"), Number("uplink_message.decoded_payload.temperature", column="temperature")),
+    {"too_cold": "temperature < -50"})
+
+
+def uplink(temperature: object, **message: object) -> str:
+    return json.dumps({
+        "end_device_ids": {"device_id": "dev1", "application_ids": {"application_id": "app1"}, "dev_addr": "00BCB929"},
+        "correlation_ids": ["as:up:01E0WZ"], "received_at": "2026-11-20T11:15:45.787121551Z",
+        "uplink_message": {"f_port": 1, "f_cnt": 42, "decoded_payload": {"temperature": temperature, "luminosity": 0.64}} | message})
+
+
+def test_an_uplink_of_the_things_stack_is_read_and_its_contract_may_grow(spark, tmp_path):
+    sent = batch_of(spark, uplink(21.5), uplink(-70), uplink("cold"), uplink(3, f_cnt=None), uplink(4, decoded_payload="AQ=="))
+    report = begin(spark, tmp_path, UPLINK, 0).write(sent, 0, "test")
+    assert report.rows == {None: 1, "too_cold": 1, "invalid_uplink_message.decoded_payload.temperature": 2,
+                           "missing_uplink_message.f_cnt": 1}
+    assert report.unknown == ["correlation_ids", "end_device_ids.dev_addr", "uplink_message.decoded_payload.luminosity"]
+    luminosity = Number("uplink_message.decoded_payload.luminosity", column="luminosity", required=False)
+    begin(spark, tmp_path, Contract((*UPLINK.fields, luminosity), UPLINK.rules), 1).write(batch_of(spark, uplink(22)), 1, "test")
+    rows = spark.read.format("delta").load(str(tmp_path / "bronze")).selectExpr(
+        "end_device_ids_device_id", "application", "unix_micros(received_at)", "port", "counter", "temperature", "luminosity").orderBy("temperature")
+    same = ("dev1", "app1", 1795173345787121, 1, 42)
+    assert [tuple(row) for row in rows.collect()] == [(*same, 21.5, None), (*same, 22.0, 0.64)]
+    rejected = spark.read.format("delta").load(str(tmp_path / "bronze_quarantine"))
+    assert sorted(row.raw.decode() for row in rejected.collect()) == sorted([
+        uplink(-70), uplink("cold"), uplink(3, f_cnt=None), uplink(4, decoded_payload="AQ==")])
+
+
 def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tmp_path):
     topic, kafka = silver
     example = REPOSITORY / "examples"

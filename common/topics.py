@@ -42,15 +42,21 @@ def topic_name(value: str) -> str:
 
 
 class _Refusals(logging.Handler):
-    """Catches why a broker refuses a connection: kafka-python says it in its log only, and then raises a mere timeout."""
+    """Catches why a broker refuses a connection: kafka-python says it in its log only, and then raises a mere timeout.
+
+    It loses the broker's last words where these come together with the end of the connection (3.0.12, over TLS). Then all
+    that is known is that the broker has hung up.
+    """
 
     def __init__(self):
         super().__init__()
         self.found: list[Exception] = []
+        self.has_hung_up = False
 
     def emit(self, record: logging.LogRecord) -> None:
         self.found += [value for value in record.args or () if "[SSL:" in str(value)
                        or isinstance(value, (SaslAuthenticationFailedError, AuthorizationError))]
+        self.has_hung_up |= "socket disconnected" in record.getMessage()
 
     def __enter__(self) -> None:
         logging.getLogger("kafka.net").addHandler(self)
@@ -127,6 +133,8 @@ class Topic:
         except (KafkaError, OSError) as error:
             if refusals.found:
                 raise PipelineError(self._refused(str(refusals.found[0]))) from error
+            if refusals.has_hung_up and "SASL" in self.properties.get("security.protocol", "").upper():
+                return self._refused("the broker hangs up during the login")
             return (f"No Kafka broker answers on {self.servers} ({type(error).__name__}). Start one: docker compose up -d, "
                     f"or python3 local_kafka.py.")
         return (f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '

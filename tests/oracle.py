@@ -172,7 +172,9 @@ def leftover(record: dict, paths: list[list[str]]) -> dict:
 
 
 def as_rescued(value):
-    """The value with what JSON can't say of a double as a string."""
+    """The value as `_rescued_data` has it: a number of more than 38 digits as a double, an infinite one as a string."""
+    if isinstance(value, Whole) and abs(value) >= 10**38:
+        value = float(value)
     if isinstance(value, float) and math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):

@@ -51,7 +51,7 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     kafka = start_broker()
     # These make an outage of seconds what one of minutes is with Kafka's defaults.
     impatient = tmp_path / "impatient.properties"
-    impatient.write_text("default.api.timeout.ms=4000\nrequest.timeout.ms=3000\n")
+    impatient.write_text("default.api.timeout.ms=10000\nrequest.timeout.ms=8000\n")
     topic = ["--bootstrap-servers", broker, "--topic", "readings"]
     options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint", "--trigger", "1 second"]
     producer = produce(topic)

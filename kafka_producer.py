@@ -24,6 +24,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from functools import reduce
 from operator import getitem
+from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
@@ -68,7 +69,7 @@ def simulate(devices: int, invalid_fraction: float = 0, seed: int | None = None)
     A record has the fields of readings.py in their order; those that are unknown here have any value of their kind.
     """
     rng = random.Random(seed)
-    fleet = []
+    fleet: list[dict[str, Any]] = []
     for number in range(1, devices + 1):
         sensor_type, sensor = list(SENSOR_TYPES.items())[number % len(SENSOR_TYPES)]
         usual = rng.uniform(*sensor.typical)
@@ -81,14 +82,14 @@ def simulate(devices: int, invalid_fraction: float = 0, seed: int | None = None)
         # A random walk that is drawn back to where the device started, so that it never leaves the sanity range.
         device["value"] += rng.gauss(0, step) + (device["usual"] - device["value"]) / 20
         known = device | {"value": round(device["value"], 2)}
-        reading: dict = {}
+        reading: dict[str, Any] = {}
         for field in CONTRACT.fields:
             put(reading, field, known[field.name] if field.name in known else any_value(field, rng))
         is_broken = rng.random() < invalid_fraction
         yield device["device_id"], next(breaks)(reading) if is_broken else to_json(reading)
 
 
-def any_value(field: Field, rng: random.Random):
+def any_value(field: Field, rng: random.Random) -> Any:
     if isinstance(field, Timestamp):
         now = datetime.now(timezone.utc)
         return {"rfc3339": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "epoch_s": round(now.timestamp(), 3),
@@ -100,7 +101,7 @@ def any_value(field: Field, rng: random.Random):
     return f"{field.column}-{rng.randrange(10)}"
 
 
-def put(record: dict, field: Field, value) -> None:
+def put(record: dict, field: Field, value: Any) -> None:
     for name in field.path[:-1]:
         record = record.setdefault(name, {})
     record[field.path[-1]] = value
@@ -110,7 +111,7 @@ def to_json(reading: dict) -> bytes:
     return json.dumps(reading, ensure_ascii=False).encode()
 
 
-def replacing(field: Field, change: Callable) -> Callable[[dict], bytes]:
+def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict], bytes]:
     """A way to break a reading: by what `change` makes of the field's value."""
     def break_reading(reading: dict) -> bytes:
         broken = copy.deepcopy(reading)
@@ -119,16 +120,20 @@ def replacing(field: Field, change: Callable) -> Callable[[dict], bytes]:
     return break_reading
 
 
+def having(wrong: dict) -> Callable[[dict], bytes]:
+    """A way to break a reading: by the values `wrong`."""
+    return lambda reading: to_json(reading | wrong)
+
+
 # A way to break the contract for each reason, but for rules that are unknown here.
-WRONG_VALUES = {"unknown_type": {"type": "pressure"}, "wrong_unit": {"unit": "K"}, "out_of_range": {"value": 1e6}}
+WRONG_VALUES: dict[str, dict] = {"unknown_type": {"type": "pressure"}, "wrong_unit": {"unit": "K"}, "out_of_range": {"value": 1e6}}
 BREAKS: dict[str, Callable[[dict], bytes | None]] = {
     "empty_record": lambda reading: None,
     "invalid_encoding": lambda reading: to_json(reading)[:-1] + b', "note": "\xff"}',
     "malformed_json": lambda reading: to_json(reading)[:-1],
-    **{f"missing_{field.name}": replacing(field, lambda _: None) for field in CONTRACT.fields if field.required},
-    **{f"invalid_{field.name}": replacing(field, lambda value: [value]) for field in CONTRACT.fields},
-    **{reason: lambda reading, wrong=wrong: to_json(reading | wrong) for reason, wrong in WRONG_VALUES.items()
-       if reason in CONTRACT.rules},
+    **{f"missing_{field.name}": changing(field, lambda _: None) for field in CONTRACT.fields if field.required},
+    **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in CONTRACT.fields},
+    **{reason: having(wrong) for reason, wrong in WRONG_VALUES.items() if reason in CONTRACT.rules},
 }
 
 

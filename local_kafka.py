@@ -52,29 +52,22 @@ def main() -> None:
     class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
     zookeeper_port, docker_port = free_ports(2)
     environment = services["zookeeper"]["environment"]
-    zookeeper = Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
-                       zookeeper_properties(environment, zookeeper_port, options.data_dir), options.data_dir)
-    environment = services["kafka"]["environment"]
-    properties = kafka_properties(environment, options.port, docker_port, zookeeper_port, options.data_dir)
-    kafka = Server("Kafka", "kafka.Kafka", class_path, environment, properties, options.data_dir)
-
     stopping = threading.Event()
     on_stop_signal(stopping.set)
-    try:
-        zookeeper.start()
+    with Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
+                zookeeper_properties(environment, zookeeper_port, options.data_dir), options.data_dir) as zookeeper:
         while is_free(zookeeper_port) and not stopping.wait(0.2):
             zookeeper.keep_running()
-        kafka.start()
-        while not answers(options.port) and not stopping.wait(0.2):
-            kafka.keep_running()
-        if not stopping.is_set():
-            say(f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops.")
-        while not stopping.wait(0.5):
-            zookeeper.keep_running()
-            kafka.keep_running()
-    finally:
-        kafka.stop()
-        zookeeper.stop()
+        environment = services["kafka"]["environment"]
+        properties = kafka_properties(environment, options.port, docker_port, zookeeper_port, options.data_dir)
+        with Server("Kafka", "kafka.Kafka", class_path, environment, properties, options.data_dir) as kafka:
+            while not answers(options.port) and not stopping.wait(0.2):
+                kafka.keep_running()
+            if not stopping.is_set():
+                say(f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops.")
+            while not stopping.wait(0.5):
+                zookeeper.keep_running()
+                kafka.keep_running()
     say("Kafka and ZooKeeper have stopped.")
 
 
@@ -88,11 +81,11 @@ def parse_options() -> argparse.Namespace:
 
 def kafka_version(image: str) -> str:
     """The version of Apache Kafka inside a Confluent image ("confluentinc/cp-kafka:7.9.1")."""
-    line = re.search(r":(\d+\.\d+)", image)[1]
-    if line not in KAFKA_IN_CONFLUENT:
+    version = re.search(r":(\d+\.\d+)", image)
+    if not version or version[1] not in KAFKA_IN_CONFLUENT:
         raise PipelineError(f"{COMPOSE_FILE.name} has the image {image}, but local_kafka.py knows the Kafka of Confluent "
                             f"{', '.join(KAFKA_IN_CONFLUENT)} only. Add it to KAFKA_IN_CONFLUENT.")
-    return KAFKA_IN_CONFLUENT[line]
+    return KAFKA_IN_CONFLUENT[version[1]]
 
 
 def zookeeper_properties(environment: dict, port: int, data_dir: str) -> dict[str, object]:
@@ -117,7 +110,8 @@ def kafka_properties(environment: dict, port: int, docker_port: int, zookeeper_p
 
 
 class Server:
-    """A Java server as a process, with its properties in DATA_DIR/name.properties and its log in DATA_DIR/name.log."""
+    """A Java server as a process while `with` lasts, with its properties in DATA_DIR/name.properties and its log in
+    DATA_DIR/name.log."""
 
     def __init__(self, name: str, main_class: str, class_path: list[str], environment: dict, properties: dict,
                  data_dir: str):
@@ -129,13 +123,13 @@ class Server:
         self.command = [find_java().path, *shlex.split(environment["KAFKA_HEAP_OPTS"]),
                         "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(class_path), main_class,
                         str(settings)]
-        self.process: subprocess.Popen | None = None
         self.ends: list[float] = []  # when it ended, in the last minute
+        self.process = self._start()
 
-    def start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         with self.log.open("w") as output:
             # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
-            self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
     def keep_running(self) -> None:
         """Starts it again where it has ended, as `restart: on-failure` does; PipelineError where it can't stay up."""
@@ -153,12 +147,14 @@ class Server:
         if not self.ends:
             say(f"{self.name} has ended: {reason}. Starting it again …")
         self.ends.append(now)
-        self.start()
+        self.process = self._start()
 
-    def stop(self) -> None:
-        if self.process:
-            self.process.terminate()
-            self.process.wait()
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
 
 
 def answers(port: int) -> bool:

@@ -68,8 +68,8 @@ def show_overview(spark: SparkSession, lake: str) -> None:
     overview = []
     for name, path in sorted(tables.items()):
         table = DeltaTable.forPath(spark, path)
-        detail = table.detail().first()
-        commit = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).first()
+        [detail] = table.detail().collect()
+        [commit] = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).collect()
         line = {"table": name, "rows": table.toDF().count(), "live_files": detail["numFiles"],
                 "size_mb": round(detail["sizeInBytes"] / 1e6, 2), "version": commit["version"],
                 "last_commit": commit["operation"], "last_commit_time": commit["timestamp"]}
@@ -81,8 +81,8 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
     """Merges small files and removes old ones, as asked for; a stream may write to the table at the same time."""
     read_table(spark, options.table, STREAMS)
     if options.optimize:
-        metrics = DeltaTable.forPath(spark, options.table).optimize().executeCompaction().first()["metrics"]
-        say(f"Merged {metrics['numFilesRemoved']:,} files into {metrics['numFilesAdded']:,}.")
+        [done] = DeltaTable.forPath(spark, options.table).optimize().executeCompaction().collect()
+        say(f"Merged {done.metrics['numFilesRemoved']:,} files into {done.metrics['numFilesAdded']:,}.")
     if options.vacuum:
         clean_up(spark, options.table)
         say(f"Removed the files and log entries that no version of the last {time_travel(spark, options.table)} needs.")

@@ -95,7 +95,7 @@ class Part:
         self.printer.start()
 
     def _print_lines(self) -> None:
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             say(f"{self.script:<35}| {line.rstrip()}")
 
     def stop(self) -> None:

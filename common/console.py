@@ -22,7 +22,7 @@ class PipelineError(Exception):
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         """Names the default of an option that has one; a switch and an option that may be left out have none."""
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return (action.help or "") if action.default in (None, False) else super()._get_help_string(action) or ""
 
 
 def argument_parser(manual: str) -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def fraction(value: str) -> float:
 
 def port_number(value: str) -> int:
     """The type of an option that takes a TCP port."""
-    port = at_least(1)(value)
+    port = int(at_least(1)(value))
     if port > 65_535:
         raise argparse.ArgumentTypeError(f"{value!r} is more than 65535")
     return port

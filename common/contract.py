@@ -8,6 +8,7 @@ common/parsing.py reads records by it.
 import re
 import runpy
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
@@ -33,7 +34,7 @@ class ContractError(Exception):
 
 
 @dataclass(frozen=True)
-class Field:
+class Field(ABC):
     """A field of a record. `name`: as in the record; a dotted path such as "device.id" leads into nested objects.
 
     `column`: its column in the table, by default the name with "_" for ".". `required`: a record that lacks the field is
@@ -44,9 +45,20 @@ class Field:
     column: str = ""
     required: bool = True
 
-    type: ClassVar[str]  # of the column
-    json_types: ClassVar[tuple[str, ...]]  # those that its JSON value can have, as schema_of_variant names them
-    plain: ClassVar[str]  # pattern for its usual JSON; the one group is the text that `value` takes
+    @property
+    @abstractmethod
+    def type(self) -> str:
+        """The SQL type of its column."""
+
+    @property
+    @abstractmethod
+    def json_types(self) -> tuple[str, ...]:
+        """The types that its JSON value can have, as schema_of_variant names them."""
+
+    @property
+    @abstractmethod
+    def plain(self) -> str:
+        """A pattern for its usual JSON, with one group: the text that `value` takes."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(self.path):

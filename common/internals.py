@@ -1,17 +1,24 @@
 """All that reaches into private parts of Spark, Delta and Hadoop, with the reason for each; nothing else does."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, Row, SparkSession
+
+
+def _java(spark: SparkSession) -> Any:
+    """The classes of the session's JVM by their names: PySpark has no other way to what follows here."""
+    return spark._jvm
 
 
 class FileSystem:
     """The file system of a path, as Spark sees it: Python alone does not reach every one of them (`s3a://…`)."""
 
     def __init__(self, spark: SparkSession, path: str, **settings: str):
-        self._java = spark._jvm
+        self._java = _java(spark)
         hadoop = self._java.org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
         for name, value in settings.items():
             hadoop.set(name, value)
@@ -70,7 +77,7 @@ class FileSystem:
 
 def _delta_log(spark: SparkSession, table: str):
     """Delta's own view of a table. Its public API does not have the number of a stream's last batch."""
-    return spark._jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table)
+    return _java(spark).org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table)
 
 
 def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, int]:
@@ -83,6 +90,16 @@ def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, 
     return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
 
 
+def stream_of(batch: DataFrame) -> str:
+    """The id of the query that has given this micro-batch to `foreachBatch`: the query itself is not known there yet."""
+    return batch.sparkSession._jsc.sc().getLocalProperty("sql.streaming.queryId")
+
+
+def jvm_of(spark: SparkSession) -> subprocess.Popen:
+    """The process of the session's JVM: PySpark has no way to wait for its end."""
+    return cast(Any, spark.sparkContext._gateway).proc
+
+
 def files_of(spark: SparkSession, table: str) -> DataFrame:
     """The files of a table with their statistics, from its log: DeltaTable.detail() only counts them."""
     return DataFrame(_delta_log(spark, table).unsafeVolatileSnapshot().allFiles().toDF(), spark)
@@ -90,8 +107,8 @@ def files_of(spark: SparkSession, table: str) -> DataFrame:
 
 def remove_old_log_entries(spark: SparkSession, table: str) -> None:
     """Delta itself removes them by the day, which at a batch every two seconds is too coarse: 43,200 commits."""
-    log, none = _delta_log(spark, table), spark._jvm.scala.Option.empty()
-    by_the_minute = spark._jvm.org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
+    log, none = _delta_log(spark, table), _java(spark).scala.Option.empty()
+    by_the_minute = _java(spark).org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
     log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), none, none, by_the_minute)
 
 
@@ -105,14 +122,14 @@ def number_of_tasks(rows: DataFrame) -> int:
     return rows._jdf.queryExecution().toRdd().getNumPartitions()
 
 
-def observed(observation: Observation, seconds: int) -> Row | None:
+def observed(spark: SparkSession, observation: Observation, seconds: int) -> Row | None:
     """What an observation has seen, as a Row of Java; its own `get` waits without an end, and makes all of it Python's.
 
     None where it has not seen the end of a query for so many seconds.
     """
-    java = observation._jvm.scala.concurrent
+    java, observer = _java(spark).scala.concurrent, cast(Any, observation._jo)
     try:
-        return java.Await.result(observation._jo.future(), java.duration.Duration.create(seconds, "seconds"))
+        return java.Await.result(observer.future(), java.duration.Duration.create(seconds, "seconds"))
     except Py4JJavaError:
         return None
 

@@ -65,12 +65,13 @@ def with_elements(files: DataFrame) -> DataFrame:
 
 def find_multiline(batch: DataFrame, quarantine: str) -> list[str]:
     """Paths of the batch's files that hold one object or an array of them over several lines, or an array in one."""
+    [(arrival,)] = batch.select(F.unix_micros("ingest_time")).take(1)
     line = F.btrim(F.col("raw").cast("string"), F.lit(" \t\r\ufeff"))
     begins_object = line.startswith("{")
     suspects = (
         batch.sparkSession.read.format("delta").load(quarantine)
         .where(F.col("reject_reason") == "malformed_json")
-        .where(F.col("ingest_time") == F.timestamp_micros(F.lit(batch.select(F.unix_micros("ingest_time")).first()[0])))
+        .where(F.col("ingest_time") == F.timestamp_micros(F.lit(arrival)))
         .groupBy("source_file").agg(F.bool_or(line.startswith("[")).alias("is_array"),
                                     F.bool_or(begins_object).alias("begins"), F.bool_or(~begins_object).alias("goes_on"))
         .where("is_array OR begins AND goes_on"))

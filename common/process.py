@@ -5,6 +5,7 @@ what there is to clean up: it ends the process at once while modules are importe
 `common.console.run`, waits in `held_back`, and sets an event where a loop looks at one (`on_stop_signal(event.set)`).
 """
 
+import io
 import os
 import signal
 import sys
@@ -82,7 +83,8 @@ def _speak_utf8() -> None:
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
     os.environ["LC_ALL"] = "C.UTF-8"  # Java can neither list nor open a file whose name the locale's encoding lacks
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character
 
 
 if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:  # not in a test that imports a script

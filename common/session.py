@@ -80,8 +80,8 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
                         make_archive or use_archive(java, jars)]
         if not has_name():
             java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
-        launch.setAll((jvm | {"spark.driver.extraClassPath": os.pathsep.join(jars),
-                              "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items())
+        launch.setAll(list((jvm | {"spark.driver.extraClassPath": os.pathsep.join(jars),
+                              "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items()))
         # Not that of another Spark, which the user may have, too.
         os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
         # Nothing outside this machine has a reason to reach the driver of a local session.
@@ -146,8 +146,7 @@ def _start_jvm(launch: SparkConf, verbose: bool):
 
 
 def _end_jvm(jvm: subprocess.Popen) -> None:
-    jvm.stdin.close()  # at which it ends
     try:
-        jvm.wait(10)
+        jvm.communicate(timeout=10)  # closes its stdin, at which it ends
     except subprocess.TimeoutExpired:
         jvm.kill()

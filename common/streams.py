@@ -16,6 +16,7 @@ from pyspark.sql.streaming import StreamingQuery
 from common.checkpoints import check_places, check_start, exclusive, taken
 from common.console import PipelineError, first_line, location, root_cause, say, table_location
 from common.contract import Contract, in_file
+from common.internals import stream_of
 from common.process import REPOSITORY, on_stop_signal
 from common.source import Source
 from common.table_writer import BatchReport, TableWriter
@@ -95,8 +96,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
             try:
                 if stopping.is_set():
                     raise Stopped  # before anything of this batch was written; the next start repeats it
-                stream_id = batch.sparkSession.sparkContext.getLocalProperty("sql.streaming.queryId")
-                reports[batch_id] = writer.write(batch, batch_id, stream_id)
+                reports[batch_id] = writer.write(batch, batch_id, stream_of(batch))
                 written.append(batch_id)
             except Exception as error:
                 errors.append(error)
@@ -116,7 +116,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
     try:
-        while not stopping.is_set() and not query.awaitTermination(0.5):
+        while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
             report()
         with lock:
             last_batch = written[-1] if written else None
@@ -143,7 +143,7 @@ def _explain(error: Exception, table: str, checkpoint: str) -> str | None:
     next_start = "Nothing is lost: the next start goes on from the last committed offsets."
     if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
-        fullest = min(free, key=free.get, default=table)
+        fullest = min(free, key=lambda place: free[place], default=table)
         return f"There is no space left for {fullest} ({message}). Make some and start again. {next_start}"
     if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
                  message):

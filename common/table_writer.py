@@ -106,7 +106,7 @@ class TableWriter:
                 accepted.write.format("noop").mode("overwrite").save()
             else:
                 self._append(accepted, self.tables.table, self.tables.columns, batch_id, stream)
-        found = observed(seen, SEEN_WITHIN)
+        found = observed(spark, seen, SEEN_WITHIN)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
         if found.length() == 0:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
@@ -135,7 +135,7 @@ class TableWriter:
 def _code_generation(spark: SparkSession) -> Iterator[None]:
     """Generates code for all that is run meanwhile, as is Spark's default."""
     setting = "spark.sql.codegen.factoryMode"
-    usual = spark.conf.get(setting)
+    usual = spark.conf.get(setting) or "FALLBACK"
     spark.conf.set(setting, "FALLBACK")
     try:
         yield

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import OffsetSpec
@@ -54,8 +55,8 @@ class _Refusals(logging.Handler):
         self.has_hung_up = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.found += [value for value in record.args or () if "[SSL:" in str(value)
-                       or isinstance(value, (SaslAuthenticationFailedError, AuthorizationError))]
+        self.found += [value for value in record.args or () if isinstance(value, (SaslAuthenticationFailedError, AuthorizationError))
+                       or isinstance(value, Exception) and "[SSL:" in str(value)]
         self.has_hung_up |= "socket disconnected" in record.getMessage()
 
     def __enter__(self) -> None:
@@ -92,7 +93,7 @@ class Topic:
         return cls(options.bootstrap_servers, options.topic,
                    read_properties(options.kafka_config) if options.kafka_config else None)
 
-    def client(self, kind: type, **settings):
+    def client(self, kind: Any, **settings: Any) -> Any:
         """A client of kafka-python of this `kind`; the properties win over `settings`."""
         return kind(**settings | python_settings(self.properties, kind.DEFAULT_CONFIG),
                     bootstrap_servers=self.servers.split(","))

@@ -9,10 +9,10 @@ import tempfile
 import threading
 from contextlib import suppress
 
-from pyspark import SparkContext
 from pyspark.sql import functions as F
 
 from common.contract import load_contract
+from common.internals import jvm_of
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.streams import run_query
@@ -38,10 +38,10 @@ def main(make: str, archive: str) -> None:
         kafka = spark.read.format("kafka").option("kafka.bootstrap.servers", "127.0.0.1:1").option("subscribe", "none")
         with suppress(Exception):  # there is no such broker, but what would talk to it has been loaded
             kafka.option("kafka.default.api.timeout.ms", 1).option("kafka.request.timeout.ms", 1).load().count()
-    jvm = SparkContext._gateway.proc
+    jvm = jvm_of(spark)
     spark.stop()
-    jvm.stdin.close()
-    sys.exit(jvm.wait())
+    jvm.communicate()  # closes its stdin, at which it ends
+    sys.exit(jvm.returncode)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def secure_broker(tmp_path_factory):
     class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
     port, plain_port, zookeeper_port = free_ports(3)
     environment = services["zookeeper"]["environment"]
-    servers = [Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
-                      zookeeper_properties(environment, zookeeper_port, str(folder)), str(folder))]
+    zookeeper = Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
+                       zookeeper_properties(environment, zookeeper_port, str(folder)), str(folder))
     environment = services["kafka"]["environment"] | {
         "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "HOST:SASL_SSL,DOCKER:PLAINTEXT",
         "KAFKA_SASL_ENABLED_MECHANISMS": "SCRAM-SHA-512",
@@ -48,25 +48,20 @@ def secure_broker(tmp_path_factory):
             "org.apache.kafka.common.security.scram.ScramLoginModule required;",
         "KAFKA_SSL_KEYSTORE_TYPE": "PKCS12", "KAFKA_SSL_KEYSTORE_LOCATION": store, "KAFKA_SSL_KEYSTORE_PASSWORD": "changeit",
     }
-    servers.append(Server("Kafka", "kafka.Kafka", class_path, environment,
-                          kafka_properties(environment, port, plain_port, zookeeper_port, str(folder)), str(folder)))
-    try:
-        servers[0].start()
+    with zookeeper:
         while is_free(zookeeper_port):
             time.sleep(0.1)
-        servers[1].start()
-        while is_free(plain_port):
-            time.sleep(0.1)
-        with KafkaAdminClient(bootstrap_servers=f"localhost:{plain_port}") as admin:
-            admin.alter_user_scram_credentials([UserScramCredentialUpsertion(
-                "sensors", ScramMechanism.SCRAM_SHA_512, PASSWORD.encode())])
-        yield f"localhost:{port}", f"localhost:{plain_port}", {
-            "security.protocol": "SASL_SSL", "sasl.mechanism": "SCRAM-SHA-512",
-            "sasl.jaas.config": jaas("sensors", PASSWORD),
-            "ssl.truststore.type": "PEM", "ssl.truststore.location": str(certificate)}
-    finally:
-        for server in reversed(servers):
-            server.stop()
+        with Server("Kafka", "kafka.Kafka", class_path, environment,
+                    kafka_properties(environment, port, plain_port, zookeeper_port, str(folder)), str(folder)):
+            while is_free(plain_port):
+                time.sleep(0.1)
+            with KafkaAdminClient(bootstrap_servers=f"localhost:{plain_port}") as admin:
+                admin.alter_user_scram_credentials([UserScramCredentialUpsertion(
+                    "sensors", ScramMechanism.SCRAM_SHA_512, PASSWORD.encode())])
+            yield f"localhost:{port}", f"localhost:{plain_port}", {
+                "security.protocol": "SASL_SSL", "sasl.mechanism": "SCRAM-SHA-512",
+                "sasl.jaas.config": jaas("sensors", PASSWORD),
+                "ssl.truststore.type": "PEM", "ssl.truststore.location": str(certificate)}
 
 
 def jaas(user: str, password: str) -> str:

@@ -178,7 +178,8 @@ def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: ar
             if time.monotonic() - shown >= 1 or sent == 1:
                 shown = time.monotonic()
                 say(f"{sent:,} sent, {acknowledged:,} acknowledged; last: {(record or b'null').decode(errors='replace')}")
-        producer.flush()
+        if not failure:  # after which kafka-python may never be done with the rest (3.0.12)
+            producer.flush(timeout=producer.config["delivery_timeout_ms"] / 1000 + 10)
     except KafkaError as error:
         send_error = error
     finally:

@@ -49,18 +49,19 @@ def main() -> None:
     if "," in options.data_dir:
         raise PipelineError(f"Kafka takes a comma for the end of a folder's name: choose another --data-dir than "
                             f"{options.data_dir}.")
-    class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
+    jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
+    java = [find_java().path, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(jars)]
     zookeeper_port, docker_port = free_ports(2)
     environment = services["zookeeper"]["environment"]
     stopping = threading.Event()
     on_stop_signal(stopping.set)
-    with Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
+    with Server("ZooKeeper", [*java, "org.apache.zookeeper.server.quorum.QuorumPeerMain"], environment,
                 zookeeper_properties(environment, zookeeper_port, options.data_dir), options.data_dir) as zookeeper:
         while is_free(zookeeper_port) and not stopping.wait(0.2):
             zookeeper.keep_running()
         environment = services["kafka"]["environment"]
         properties = kafka_properties(environment, options.port, docker_port, zookeeper_port, options.data_dir)
-        with Server("Kafka", "kafka.Kafka", class_path, environment, properties, options.data_dir) as kafka:
+        with Server("Kafka", [*java, "kafka.Kafka"], environment, properties, options.data_dir) as kafka:
             while not answers(options.port) and not stopping.wait(0.2):
                 kafka.keep_running()
             if not stopping.is_set():
@@ -113,16 +114,13 @@ class Server:
     """A Java server as a process while `with` lasts, with its properties in DATA_DIR/name.properties and its log in
     DATA_DIR/name.log."""
 
-    def __init__(self, name: str, main_class: str, class_path: list[str], environment: dict, properties: dict,
-                 data_dir: str):
+    def __init__(self, name: str, command: list[str], environment: dict, properties: dict, data_dir: str):
         self.name = name
         self.log = Path(data_dir, f"{name.lower()}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         settings = self.log.with_suffix(".properties")
         settings.write_text(javaproperties.dumps({key: str(value) for key, value in properties.items()}))
-        self.command = [find_java().path, *shlex.split(environment["KAFKA_HEAP_OPTS"]),
-                        "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(class_path), main_class,
-                        str(settings)]
+        self.command = [command[0], *shlex.split(environment["KAFKA_HEAP_OPTS"]), *command[1:], str(settings)]
         self.ends: list[float] = []  # when it ended, in the last minute
         self.process = self._start()
 

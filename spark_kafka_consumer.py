@@ -78,6 +78,8 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
         .option("failOnDataLoss", not options.accept_data_loss)
         # A large batch is cut into many small parts, which TableWriter joins to files of one size for all cores.
         .option("maxRecordsPerPartition", 20_000)
+        # What a batch reads is there: two minutes, the default, would only hide that Kafka is away.
+        .option("kafkaConsumer.pollTimeoutMs", 60_000)
         # A broker that does not answer is waited for by `run_until_stopped`, which says so.
         .option("fetchOffset.numRetries", 1)
         .load()

@@ -1,7 +1,6 @@
 """A stream's checkpoint: one process at a time, and only with the tables that belong to it."""
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
 
 from common.console import PipelineError, say
@@ -30,18 +30,16 @@ def exclusive(path: str) -> Iterator[None]:
     if "://" in path:
         yield
         return
-    lock = Path(path).with_name(f".{Path(path).name}.lock")  # beside it, so that it may be deleted or moved
+    place = Path(path).with_name(f".{Path(path).name}.lock")  # beside it, so that it may be deleted or moved
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place, blocking=False).acquire()
+    except Timeout:
+        raise PipelineError(taken(path)) from None
     except OSError as error:
         raise PipelineError(f"The checkpoint {path} can't be made: {error.strerror}. Make room for it, give this user the "
                             f"right, or name another place with --checkpoint.") from error
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PipelineError(taken(path)) from None
+    with lock:
         yield
 
 

@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock
 
 from common.java import Java, cache_folder
 from common.process import REPOSITORY
@@ -28,15 +31,22 @@ def use_archive(java: Java, jars: list[str]) -> str:
     archive = cache_folder() / f"classes-{made_for}.jsa"
     if not archive.exists() and os.access(archive.parent, os.W_OK):  # Java starts without one, too
         print("First start: preparing Java's class archive, so that each later start takes half the time …", file=sys.stderr)
-        draft = archive.with_suffix(f".{os.getpid()}")
-        run = subprocess.Popen([sys.executable, "-m", "common.training_run", make, draft], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            if run.wait() or not draft.exists():  # this Java can't make one: it starts with an empty one, too
-                draft.write_bytes(b"")
-            os.replace(draft, archive)  # whole or not at all, also when two scripts start at once
-        finally:
-            with suppress(ProcessLookupError):  # after a Ctrl+C: that process and its JVM
-                os.killpg(run.pid, signal.SIGKILL)
-            draft.unlink(missing_ok=True)
+        with FileLock(archive.with_suffix(".lock")):
+            if not archive.exists():
+                _make(archive, make)
     return f"{use}={archive}"
+
+
+def _make(archive: Path, option: str) -> None:
+    """Makes the archive by a training run of which Java is told so by `option`."""
+    draft = archive.with_suffix(".draft")
+    run = subprocess.Popen([sys.executable, "-m", "common.training_run", option, draft], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        if run.wait() or not draft.exists():  # this Java can't make one: it starts with an empty one, too
+            draft.write_bytes(b"")
+        os.replace(draft, archive)  # whole or not at all
+    finally:
+        with suppress(ProcessLookupError):  # after a Ctrl+C: that process and its JVM
+            os.killpg(run.pid, signal.SIGKILL)
+        draft.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import quoteattr
 
 import pyspark
+from filelock import FileLock
 
 from common.console import PipelineError
 
@@ -93,14 +94,26 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
     coordinates = sorted(coordinates)
     cache = cache_folder()
     known = cache / ("_".join(coordinates).replace(":", "-") + ".classpath")
-    if known.exists():
-        jars = known.read_text(encoding="utf-8").strip().split(os.pathsep)
-        if all(map(os.path.exists, jars)):
-            return jars
+    if jars := _listed_in(known):
+        return jars
     if not os.access(cache, os.W_OK):
         raise PipelineError(f"This user may not write Spark's jars to {cache}. Give it the right, or name another folder: "
                             f"export PIPELINE_CACHE=/path/to/folder.")
     print(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …", file=sys.stderr)
+    with FileLock(cache / "first-start.lock"):  # Ivy's cache is no place for two
+        if not _listed_in(known):
+            _download(coordinates, without, known)
+        return _listed_in(known)
+
+
+def _listed_in(known: Path) -> list[str]:
+    """The jars on a list that `_download` has written; none where one of them is missing."""
+    jars = known.read_text(encoding="utf-8").strip().split(os.pathsep) if known.exists() else []
+    return jars if all(map(os.path.exists, jars)) else []
+
+
+def _download(coordinates: list[str], without: Iterable[str], known: Path) -> None:
+    """Downloads the jars into the folder of the file `known`, which is the list of them afterwards."""
     dependencies = "".join(
         '<dependency org={} name={} rev={} conf="default"/>'.format(*map(quoteattr, coordinate.split(":")))
         for coordinate in coordinates)
@@ -110,7 +123,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
         module.write_text('<ivy-module version="2.0"><info organisation="pipeline" module="jars"/>'
                           f"<dependencies>{dependencies}{exclusions}</dependencies></ivy-module>")
         ivy = subprocess.run(
-            [find_java().path, "-jar", *map(str, SPARK_JARS.glob("ivy-*.jar")), "-ivy", str(module), "-cache", str(cache),
+            [find_java().path, "-jar", *map(str, SPARK_JARS.glob("ivy-*.jar")), "-ivy", str(module), "-cache", str(known.parent),
              "-confs", "default", "-types", "jar", "bundle", "-cachepath", str(classpath)],
             capture_output=True, text=True, errors="replace")
         if ivy.returncode != 0 or not classpath.exists():
@@ -119,7 +132,6 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
             raise PipelineError(
                 f"Could not download {', '.join(coordinates)} from Maven Central ({'; '.join(problems[:2])}). Check the "
                 f"connection or the proxy (JAVA_TOOL_OPTIONS=-Dhttps.proxyHost=…) and start again.")
-        draft = known.with_suffix(f".{os.getpid()}")
+        draft = known.with_suffix(".draft")
         shutil.copy(classpath, draft)
-        os.replace(draft, known)  # whole or not at all, also when two scripts start at once
-    return known.read_text(encoding="utf-8").strip().split(os.pathsep)
+        os.replace(draft, known)  # whole or not at all

@@ -1,5 +1,6 @@
 """What the tests share: one SparkSession, one real broker made from docker-compose.yml, and scripts run as processes."""
 
+import argparse
 import itertools
 import os
 import re
@@ -15,15 +16,18 @@ from pathlib import Path
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
+from common.checkpoints import check_start
+from common.class_archive import use_archive
+from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from common.session import build_spark
+from common.streams import run_query
 from common.table_writer import Start, TableWriter
-from common.tables import bronze_tables
+from common.tables import bronze_tables, quarantine_of
 from local_kafka import free_ports
 from readings import CONTRACT
-from streaming_files_to_delta_bronze import FileSource
+from streaming_files_to_delta_bronze import FileSource, list_new_files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SOME_MEGABYTES = 30
 PATIENCE = 240  # seconds; a limit for what hangs, far above what any step takes
 
 
@@ -72,36 +76,34 @@ def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subpr
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often each stream is killed in tests/faults")
-    parser.addoption("--megabytes", type=int, default=SOME_MEGABYTES, help="how large the large files in tests/faults are")
-
-
-def pytest_collection_modifyitems(items):
-    """The fast tests of the rules and the files first, what breaks things last."""
-    items.sort(key=lambda item: (item.path.parent.name == "faults", item.path.name not in ("test_rules.py", "test_project.py")))
-
-
-ACCOUNT = pytest.StashKey[list]()
+    parser.addoption("--long", action="store_true", help="more kills, larger files and more hostile records, for half an hour")
 
 
 def pytest_configure(config):
-    config.stash[ACCOUNT] = []
-    if config.option.megabytes == SOME_MEGABYTES:
+    if not config.option.long:
         # A test runs for seconds, in which Java's best compiler (C2) takes the cores from what it compiles.
         os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if not config.stash[ACCOUNT]:
+def pytest_sessionstart(session):
+    """What a first start has to download and to prepare is there before several processes want it."""
+    if not hasattr(session.config, "workerinput"):
+        use_archive(find_java(), spark_jars(DELTA, KAFKA_SOURCE))
+
+
+def pytest_terminal_summary(terminalreporter):
+    lines = [line for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed") if report.when == "call"
+             for name, line in report.user_properties if name == "account"]
+    if not lines:
         return
     terminalreporter.section("nothing lost, nothing twice")
-    for line in [("fault", "sent", "table", "quarantine", "missing", "duplicates"), *config.stash[ACCOUNT]]:
+    for line in [("fault", "sent", "table", "quarantine", "missing", "duplicates"), *lines]:
         terminalreporter.write_line(f"{line[0]:<96}" + "".join(f"{cell:>12,}" if type(cell) is int else f"{cell:>12}"
                                                               for cell in line[1:]))
 
 
 @pytest.fixture
-def account(request):
+def account(record_property):
     """Notes what became of the records that were sent, prints it at the end of the run, and lets none be lost or doubled.
 
     A record goes by its origin: (topic, partition, offset) or (file, line).
@@ -112,8 +114,7 @@ def account(request):
         arrived = Counter(table + quarantine)
         missing = set(sent) - arrived.keys()
         duplicates = {origin for origin, times in arrived.items() if times > 1}
-        request.config.stash[ACCOUNT].append(
-            (fault, len(set(sent)), len(table), len(quarantine), len(missing), len(duplicates)))
+        record_property("account", [fault, len(set(sent)), len(table), len(quarantine), len(missing), len(duplicates)])
         assert (missing, duplicates, arrived.keys() - set(sent)) == (set(), set(), set())
 
     return note
@@ -176,6 +177,36 @@ class GivenRecords(FileSource):
 def bronze_writer(table: Path, contract=CONTRACT) -> TableWriter:
     """Writes batches of records to a Bronze table."""
     return TableWriter(bronze_tables(str(table), contract.columns), contract, GivenRecords(), Start({}, {}))
+
+
+def run_stream(spark, stream, source, tables, options, writer_type=TableWriter) -> None:
+    """Runs a stream over all that is there, as a start of its script with --once does."""
+    start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
+    _, error = run_query(stream, writer_type(tables, CONTRACT, source, start), options, threading.Event())
+    if error:
+        raise error
+
+
+@pytest.fixture
+def ingest(spark, tmp_path):
+    """A folder, and a function that runs the stream over all that is new in it: the rows that came to each table."""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    options = argparse.Namespace(input=str(folder), table=str(tmp_path / "bronze"), checkpoint=str(tmp_path / "checkpoint"),
+                                 once=True, max_files_per_trigger=1000)
+
+    def rows():
+        return [spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0
+                for path in (options.table, quarantine_of(options.table))]
+
+    def run(multiline: bool = False) -> tuple[int, int]:
+        before = rows()
+        run_stream(spark, list_new_files(spark, options), FileSource(multiline),
+                   bronze_tables(options.table, CONTRACT.columns), options)
+        accepted, rejected = (now - then for now, then in zip(rows(), before))
+        return accepted, rejected
+
+    return folder, run
 
 
 @pytest.fixture(scope="session")

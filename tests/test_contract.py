@@ -19,7 +19,6 @@ from common.checkpoints import check_start
 from common.console import PipelineError
 from common.contract import Boolean, Contract, ContractError, Integer, Number, Text, Timestamp, load_contract
 from common.parsing import parse
-from common.tables import bronze_tables
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 

@@ -1,4 +1,4 @@
-"""The README, the layout and the files around the code say what is true."""
+"""The README, the pages of docs, the layout and the files around the code say what is true."""
 
 import re
 import subprocess
@@ -11,22 +11,34 @@ from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS
 from common.tables import bronze_tables, silver_tables
 from readings import CONTRACT
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README, READINGS, *OTHERS = (path.read_text(encoding="utf-8") for path in (
+    REPOSITORY / "README.md", REPOSITORY / "docs" / "readings.md", *(REPOSITORY / "docs").glob("*.md")))
+PAGES = "\n".join([README, *OTHERS])
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_option_of_a_script_that_the_readme_names_exists(script):
+def test_every_option_of_a_script_that_the_pages_name_exists(script):
     assert script in README
-    named = {option for call in re.findall(rf"{re.escape(script)}((?: +[^\s`|&]+)*)", README)
+    named = {option for call in re.findall(rf"{re.escape(script)}((?: +[^\s`|&]+)*)", PAGES)
              for option in re.findall(r"--[a-z-]+", call)}
     manual = run_script(script, "--help").stdout
     assert named <= set(re.findall(r"--[a-z-]+", manual)), named
 
 
-def test_the_options_that_the_readme_names_alone_exist():
+def test_the_options_that_the_pages_name_alone_exist():
     known = {option for script in SCRIPTS for option in re.findall(r"--[a-z-]+", run_script(script, "--help").stdout)}
-    assert set(re.findall(r"`(--[a-z-]+)`", README)) <= known
+    assert set(re.findall(r"`(--[a-z-]+)`", PAGES)) <= known
+
+
+def test_what_the_pages_point_at_is_there():
+    for page in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 180
 
 
 def test_the_layout_is_the_one_of_the_readme():
@@ -38,8 +50,8 @@ def test_the_layout_is_the_one_of_the_readme():
         assert script in layout
 
 
-def test_the_readme_has_every_reason_and_every_column():
-    reasons = re.findall(r"^\| (`.*?) \|", README.split("## What a valid reading is")[1].split("##")[0], re.MULTILINE)
+def test_the_pages_have_every_reason_and_every_column():
+    reasons = re.findall(r"^\| (`.*?) \|", READINGS.split("## Why a record is rejected")[1].split("##")[0], re.MULTILINE)
     named = re.findall(r"`(\S+)`", " ".join(reasons))
     prefix, expanded = "", []
     for name in named:
@@ -59,7 +71,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 def test_the_readme_names_the_packages_that_the_scripts_use():
     [hadoop] = [jar.name.split("-")[-1].removesuffix(".jar") for jar in SPARK_JARS.glob("hadoop-client-api-*.jar")]
-    packages = re.search(r"^spark\.jars\.packages +(.*)", README, re.MULTILINE)[1].split(",")
+    packages = re.search(r"^spark\.jars\.packages +(.*)", PAGES, re.MULTILINE)[1].split(",")
     assert packages[:3] == [DELTA, KAFKA_SOURCE, f"org.apache.hadoop:hadoop-aws:{hadoop}"]
 
 

@@ -46,15 +46,19 @@ def messages(broker: str, topic: str) -> list:
         return list(consumer)
 
 
-def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(spark, own_broker, tmp_path, start, produce, account):
+def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
+        spark, own_broker, tmp_path, start, produce, account):
     start_broker, broker = own_broker
     kafka = start_broker()
     # These make an outage of seconds what one of minutes is with Kafka's defaults.
     impatient = tmp_path / "impatient.properties"
     impatient.write_text("default.api.timeout.ms=10000\nrequest.timeout.ms=8000\n")
+    # A batch that is just being read waits two minutes for Kafka, for which the producer, too, has two minutes by default.
+    patient = tmp_path / "patient.properties"
+    patient.write_text("delivery.timeout.ms=600000\n")
     topic = ["--bootstrap-servers", broker, "--topic", "readings"]
     options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint", "--trigger", "1 second"]
-    producer = produce(topic)
+    producer = produce([*topic, "--kafka-config", patient])
     consumer = start(CONSUMER, *options, "--kafka-config", impatient)
     consumer.wait_for("batch", times=2)
 
@@ -69,7 +73,7 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     kill(tmp_path, "kafka")
     kill(tmp_path, "zookeeper")
     consumer.wait_for("does not answer any more")
-    start_broker()
+    last_start = start_broker()
     consumer.wait_for("Going on from the last committed offsets")
     consumer.wait_for("batch", times=consumer.output.count("batch") + 2)
 
@@ -86,3 +90,11 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     assert len(times) == 12
     for of_device in times.values():
         assert of_device == sorted(of_device)
+
+    patient.write_text("delivery.timeout.ms=5000\nrequest.timeout.ms=3000\n")
+    producer = produce([*topic, "--kafka-config", patient])
+    producer.wait_for("acknowledged", times=3)
+    last_start.process.kill()
+    kill(tmp_path, "kafka")
+    assert producer.wait() == 1
+    assert re.search(r"error: [\d,]+ of [\d,]+ messages could not be delivered to the topic", producer.output), producer.output

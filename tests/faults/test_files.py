@@ -1,6 +1,6 @@
 """Files that are half written, grow, are renamed, replaced, very large or can't be read, on their way to Bronze.
 
-`--megabytes 1000` makes the large ones so large.
+The large ones have 30 MB, with `--long` 1 GB.
 """
 
 import gzip
@@ -64,7 +64,7 @@ def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(s
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pytestconfig, account):
-    folder, size = tmp_path / "input", pytestconfig.getoption("megabytes") * 1_000_000
+    folder, size = tmp_path / "input", 1_000_000_000 if pytestconfig.option.long else 30_000_000
     folder.mkdir()
     lines = size // (len(RECORD) + 1)
     with (folder / "large.json").open("wb") as file:

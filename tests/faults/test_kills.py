@@ -1,6 +1,6 @@
 """kill -9 of both streams, at random moments and between the two writes of a batch, while records keep coming.
 
-`--kills 20` kills each stream so often.
+Each stream is killed twice, with `--long` 20 times.
 """
 
 import json
@@ -59,7 +59,7 @@ def kill_again_and_again(start, command: list, table: str, kills: int) -> int:
 
 def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, start, produce, account, pytestconfig):
     topic, options = silver
-    kills = pytestconfig.getoption("kills")
+    kills = 20 if pytestconfig.option.long else 2
     producer = produce(topic)
     producer.wait_for("acknowledged")
     table = str(options[options.index("--table") + 1])
@@ -75,7 +75,7 @@ def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, s
 
 
 def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, account, pytestconfig):
-    folder, kills, sent, done = tmp_path / "input", pytestconfig.getoption("kills"), [], threading.Event()
+    folder, kills, sent, done = tmp_path / "input", 20 if pytestconfig.option.long else 2, [], threading.Event()
     folder.mkdir()
     table = str(tmp_path / "bronze")
     options = ["--input", folder, "--table", table, "--checkpoint", tmp_path / "checkpoint"]

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, origins, run_script
 from kafka import KafkaAdminClient
 from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
 
-from common.java import SCALA, resolve_jars
+from common.java import SCALA, find_java, resolve_jars
 from local_kafka import LOGGING, Server, free_ports, is_free, kafka_properties, kafka_version, zookeeper_properties
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
@@ -36,10 +36,11 @@ def secure_broker(tmp_path_factory):
     subprocess.run([*keytool, "-exportcert", "-rfc", "-file", certificate], check=True, capture_output=True)
 
     services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
-    class_path = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
+    jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
+    java = [find_java().path, "-cp", os.pathsep.join(jars)]
     port, plain_port, zookeeper_port = free_ports(3)
     environment = services["zookeeper"]["environment"]
-    zookeeper = Server("ZooKeeper", "org.apache.zookeeper.server.quorum.QuorumPeerMain", class_path, environment,
+    zookeeper = Server("ZooKeeper", [*java, "org.apache.zookeeper.server.quorum.QuorumPeerMain"], environment,
                        zookeeper_properties(environment, zookeeper_port, str(folder)), str(folder))
     environment = services["kafka"]["environment"] | {
         "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "HOST:SASL_SSL,DOCKER:PLAINTEXT",
@@ -51,7 +52,7 @@ def secure_broker(tmp_path_factory):
     with zookeeper:
         while is_free(zookeeper_port):
             time.sleep(0.1)
-        with Server("Kafka", "kafka.Kafka", class_path, environment,
+        with Server("Kafka", [*java, "kafka.Kafka"], environment,
                     kafka_properties(environment, port, plain_port, zookeeper_port, str(folder)), str(folder)):
             while is_free(plain_port):
                 time.sleep(0.1)

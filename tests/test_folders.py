@@ -1,0 +1,151 @@
+"""Folders and files of every shape, in one session of Spark through the stream's own functions."""
+
+import gzip
+import json
+import os
+import time
+
+import pytest
+from conftest import run_script
+from test_files_to_bronze import put
+from test_rules import reading
+
+from common.console import PipelineError
+
+VALID, BROKEN = reading(), b"{"
+
+
+@pytest.mark.parametrize("multiline", [False, True])
+@pytest.mark.parametrize("nothing", [[], [b""], [b"\n \r\n\n"], [b"", b"\t", b"\n"]], ids=["no file", "empty", "blank", "several"])
+def test_a_folder_with_nothing_in_it_stops_nothing_and_what_comes_later_is_read(ingest, nothing, multiline):
+    folder, run = ingest
+    for number, content in enumerate(nothing):
+        (folder / f"nothing{number}.json").write_bytes(content)
+    assert [run(multiline), run(multiline)] == [(0, 0), (0, 0)]
+    put(folder, "something.json", VALID)
+    assert run(multiline) == (1, 0)
+    (folder / "nothing again.json").touch()
+    assert run(multiline) == (0, 0)
+
+
+NAMES = ["2026-11-20T08:00:00Z.json", "2026-11-20T08:00:00Z[UTC].json", "a:b*?.jsonl.gz", "capital.JSON", "Capital.JsonL",
+         "capital.NDJSON.GZ", "größe é.json", "\U0001f600 \n.json", "100% + #&'\"\\.json", "sub:folder/deep er/x:y.ndjson",
+         "sub [a]{b}*/plain.json", "sub [a]{b}*/x:y.json"]
+
+
+@pytest.mark.parametrize("multiline", [False, True])
+def test_files_of_every_name_are_read(ingest, spark, tmp_path, multiline):
+    folder, run = ingest
+    for name in NAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(gzip.compress(VALID) if name.lower().endswith(".gz") else VALID)
+    assert run(multiline) == (len(NAMES), 0)
+    files = spark.read.format("delta").load(str(tmp_path / "bronze")).select("source_file").collect()
+    assert sorted(row.source_file for row in files) == sorted(f"file:{folder}/{name}" for name in NAMES)
+
+
+def test_a_batch_of_unreadable_files_alone_is_in_the_quarantine(ingest, capsys):
+    folder, run = ingest
+    (folder / "half.json.gz").write_bytes(gzip.compress(os.urandom(1000))[:500])
+    (folder / "long.json").write_bytes(b"x" * 9_000_000)
+    assert [run(), run()] == [(0, 2), (0, 0)]
+    said = capsys.readouterr().err
+    assert all(f"{folder}/{name} can't be read" in said for name in ("half.json.gz", "long.json"))
+    put(folder, "good.json", VALID)
+    assert run() == (1, 0)
+
+
+def test_a_file_whose_name_is_not_in_utf8_is_named(ingest, capsys):
+    folder, run = ingest
+    put(folder, "good.json", VALID)
+    (folder / os.fsdecode("größe.json".encode("latin-1"))).write_bytes(VALID)
+    assert run() == (1, 0)
+    assert r"gr\udcf6\udcdfe.json can't be read: its name is not in UTF-8" in capsys.readouterr().err
+
+
+def test_thousands_of_files_are_read(ingest):
+    folder, run = ingest
+    for number in range(5000):
+        (folder / f"{number}.json").write_bytes(VALID + b"\n\n" + (BROKEN if number % 100 == 0 else VALID) + b"\r\n")
+    assert run() == (9950, 50)
+
+
+def test_blank_lines_are_no_records(ingest):
+    folder, run = ingest
+    (folder / "blank.json").write_bytes(b"\r\n\n" + VALID + b"\r\n\r\n \t \n" + VALID + b"\n\n" + BROKEN + b"\n\n")
+    assert run() == (2, 1)
+
+
+PRETTY = json.dumps(json.loads(VALID), indent=2).encode()
+MULTILINE = {
+    "pretty.json": PRETTY,
+    "pretty, other style.json": VALID.replace(b", ", b",\n"),
+    "pretty, with a byte order mark.json": b"\xef\xbb\xbf" + PRETTY,
+    "pretty, of Windows.json": PRETTY.replace(b"\n", b"\r\n"),
+    "array.json": b"[" + VALID + b", " + VALID + b"]",
+    "array in lines.json": b"[\n" + VALID + b",\n" + VALID + b"\n]\n",
+    "pretty array.json": json.dumps([json.loads(VALID)] * 2, indent=2).encode(),
+}
+LINES = {
+    "broken lines.json": VALID + b"\n{\n" + VALID[:30] + b"\n}\n[\n",
+    "two values.json": PRETTY + b"\n" + PRETTY,
+    "strings.json": b'["a",\n"b"]',
+    "half.json": PRETTY[:-2],
+}
+
+
+def test_a_file_that_wants_multiline_is_named_once_and_no_other_is(ingest, capsys):
+    folder, run = ingest
+    for name, content in (MULTILINE | LINES).items():
+        (folder / name).write_bytes(content)
+    _, rejected = run()
+    named = [line for line in capsys.readouterr().err.splitlines() if "--multiline" in line]
+    assert sorted(line.split(" holds one JSON value")[0] for line in named) == sorted(f"file:{folder}/{name}" for name in MULTILINE)
+    assert rejected > len(MULTILINE | LINES)
+    assert run() == (0, 0) and capsys.readouterr().err == ""
+
+
+def test_what_a_file_that_wants_multiline_holds_is_read_with_it(ingest):
+    folder, run = ingest
+    for name, content in MULTILINE.items():
+        (folder / name).write_bytes(content)
+    assert run(multiline=True) == (10, 0)
+
+
+def test_old_files_and_files_of_the_future_are_read(ingest):
+    folder, run = ingest
+    put(folder, "first.json", VALID)
+    assert run() == (1, 0)
+    for name, days in (("restored from a backup.json", -60), ("of a clock that is ahead.json", 200), ("of today.json", 0)):
+        put(folder, name, VALID)
+        moment = time.time() + days * 86_400
+        os.utime(folder / name, (moment, moment))
+        assert run() == (1, 0), name
+
+
+def test_no_configuration_of_spark_makes_it_drop_what_it_cannot_read(spark, tmp_path):
+    folder, conf = tmp_path / "input", tmp_path / "conf"
+    folder.mkdir()
+    conf.mkdir()
+    (conf / "spark-defaults.conf").write_text("spark.sql.files.ignoreCorruptFiles true\nspark.sql.files.ignoreMissingFiles true\n")
+    (folder / "half.json.gz").write_bytes(gzip.compress(b"\n".join(reading(value=n / 100) for n in range(3000)))[:-500])
+    run = run_script(BRONZE, "--input", folder, "--table", tmp_path / "t", "--checkpoint", tmp_path / "c", "--once",
+                     env=os.environ | {"SPARK_CONF_DIR": str(conf)})
+    assert run.returncode == 0 and "half.json.gz can't be read" in run.stderr
+    assert "1 rows in, 0 accepted, 1 rejected (unreadable_file 1)" in run.stdout
+
+
+@pytest.mark.parametrize("place", ["a table of something else", "a folder with files"])
+def test_what_is_at_the_table_and_not_of_this_pipeline_is_left_alone(spark, ingest, tmp_path, place):
+    _, run = ingest
+    table = tmp_path / "bronze"
+    if place == "a folder with files":
+        table.mkdir()
+        (table / "thesis.pdf").touch()
+    else:
+        spark.range(3).write.format("delta").save(str(table))
+    before = sorted(table.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(PipelineError, match="There is something at .*bronze that no stream of this pipeline has made"):
+            run()
+    assert sorted(table.rglob("*")) == before

@@ -1,0 +1,139 @@
+"""The scripts in odd places and locales, without what they usually have, and stopped at any moment."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PATIENCE, REPOSITORY, Script, run_script
+from test_files_to_bronze import put
+from test_rules import reading
+
+from common.java import cache_folder
+from local_kafka import free_ports
+
+CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
+VALID, BROKEN = reading(), b"{"
+
+
+ODD = "größe é 'q\" $x [a]{b}"
+
+
+def test_every_place_may_have_blanks_quotes_and_other_letters_in_every_locale(tmp_path, spark):
+    """HOME, the folder of the jars, TMPDIR, JAVA_HOME, the repository, the input, the table and the checkpoint at once."""
+    places = {name: tmp_path / f"{name} {ODD}" for name in ("home", "cache", "tmp", "repository", "input")}
+    for place in places.values():
+        place.mkdir()
+    for file in cache_folder().iterdir():
+        os.symlink(file, places["cache"] / file.name)
+    java = Path(spark._jvm.System.getProperty("java.home"))
+    os.symlink(java, tmp_path / f"java {ODD}")
+    for name in ("common", "readings.py", BRONZE, "read_bronze.py"):
+        (shutil.copytree if "." not in name else shutil.copy)(REPOSITORY / name, places["repository"] / name)
+    readings = shutil.copy(REPOSITORY / "readings.py", tmp_path / f"readings {ODD}.py")
+    put(places["input"], "größe é.json", reading(device_id="größe"))
+    env = os.environ | {"HOME": str(places["home"]), "PIPELINE_CACHE": str(places["cache"]), "TMPDIR": str(places["tmp"]),
+                        "JAVA_HOME": str(tmp_path / f"java {ODD}"), "LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}
+    table, script = tmp_path / f"table {ODD}", places["repository"] / BRONZE
+    run = run_script(script, "--input", places["input"], "--table", table, "--checkpoint", tmp_path / f"checkpoint {ODD}",
+                     "--readings", readings, "--once", env=env)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "1 rows in, 1 accepted" in run.stdout
+    del env["PYTHONIOENCODING"]
+    shown = run_script(places["repository"] / "read_bronze.py", "--table", table, env=env, encoding="utf-8")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "größe é.json" in shown.stdout and f"1 rows in {table}\n" in shown.stdout
+    assert list(places["tmp"].iterdir()) == []
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"HOME": "/proc"}, ["The folder /proc/.ivy2 for Spark's jars can't be made", "export PIPELINE_CACHE="]),
+    ({"PIPELINE_CACHE": "/dev/null"}, ["The folder /dev/null for Spark's jars can't be made", "export PIPELINE_CACHE="]),
+    ({"PIPELINE_CACHE": "/tmp/a:b"}, ['has a ":" in its path', "export PIPELINE_CACHE="]),
+], ids=["home", "file", "colon"])
+def test_a_place_that_cannot_hold_the_jars_is_said_with_the_way_out(environment, words):
+    run = run_script("read_silver.py", env=os.environ | environment)
+    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    assert all(word in run.stderr for word in words), run.stderr
+
+
+@pytest.mark.parametrize("script, option", [(BRONZE, "--table"), (CONSUMER, "--table"), ("read_silver.py", "--table"),
+                                            ("read_delta.py", None)])
+@pytest.mark.parametrize("value, complaint", [("a`b", 'has a "`"'), ("a\udcff", "is not in UTF-8"), ("", "it is empty")],
+                         ids=["backtick", "no UTF-8", "empty"])
+def test_a_path_that_cannot_be_is_refused_at_the_start(script, option, value, complaint):
+    run = run_script(script, *filter(None, [option]), value)
+    assert run.returncode == 2 and complaint in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("table, checkpoint", [("t", "t"), ("t", "t/checkpoint"), ("t", "t_quarantine/checkpoint")])
+def test_a_checkpoint_that_a_clean_up_of_the_table_would_delete_is_refused(tmp_path, table, checkpoint):
+    run = run_script(BRONZE, "--table", tmp_path / table, "--checkpoint", tmp_path / checkpoint, "--once")
+    assert run.returncode == 1 and "must not be in the table" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_script_runs_without_its_standard_streams(closed, ingest, tmp_path):
+    folder, ingest_all = ingest
+    put(folder, "1.json", VALID)
+    ingest_all()
+    read = f"exec {sys.executable} {REPOSITORY}/read_bronze.py --table {tmp_path}/bronze {closed}"
+    run = subprocess.run(["bash", "-c", read], capture_output=True, text=True, timeout=PATIENCE)
+    assert (run.returncode, run.stderr) == (0, "") and ("1 rows in" in run.stdout) == (" >&-" not in f" {closed}")
+
+
+def test_a_terminal_that_is_closed_stops_the_scripts_and_nohup_keeps_them(tmp_path):
+    [port, other] = free_ports(2)
+    stopped = Script("local_kafka.py", "--port", port, "--data-dir", tmp_path / "stopped")
+    kept = Script("local_kafka.py", "--port", other, "--data-dir", tmp_path / "kept", interpreter=("nohup", sys.executable, "-u"))
+    for script in (stopped, kept):
+        script.wait_for("Kafka is ready")
+        script.process.send_signal(signal.SIGHUP)
+    assert stopped.wait() == 0 and "have stopped" in stopped.output
+    assert kept.process.poll() is None and kept.stop() == 0
+    assert [process for process in psutil.process_iter(["cmdline"])
+            if str(tmp_path) in " ".join(process.info["cmdline"] or [])] == []
+
+
+@pytest.mark.parametrize("moment", [0.3, 1, 2, 3.5, 6, 12])
+def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silver, tmp_path, moment):
+    """All of them at once, each with another signal and number of key presses at each moment."""
+    mark, (topic, options) = uuid.uuid4().hex, silver
+    env = os.environ | {"MARK": mark}
+    [port] = free_ports(1)
+    commands = [
+        [BRONZE, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"],
+        [CONSUMER, *options],
+        ["read_silver.py", "--table", tmp_path / "none"],
+        ["read_delta.py", "--lake", tmp_path],
+        [PRODUCER, *topic, "--create-topic"],
+        ["local_kafka.py", "--port", port, "--data-dir", tmp_path / "kafka"],
+    ]
+    scripts = [Script(*command, env=env) for command in commands]
+    time.sleep(moment)
+    for number, script in enumerate(scripts):
+        stop_signal = (signal.SIGINT, signal.SIGTERM)[(number + int(moment)) % 2]
+        for _ in range(1 + (number + int(moment * 2)) % 2):
+            if script.process.poll() is None:
+                # As a terminal or a service manager does, to all processes of the script.
+                (os.killpg if number % 3 else os.kill)(script.process.pid, stop_signal)
+            time.sleep(0.05)
+    for script in scripts:
+        code = script.wait()
+        assert code == 0 or code == 1 and "error: No " in script.output, (script.process.args, code, script.output)
+        assert "Traceback" not in script.output and "ignored" not in script.output, script.output
+    left = [process.cmdline() for process in psutil.process_iter() if process.pid != os.getpid() and is_marked(process, mark)]
+    assert left == []
+
+
+def is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get("MARK") == mark
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False

@@ -1,0 +1,253 @@
+"""Topics of every shape, in one session of Spark through the stream's own functions, and starts in every order."""
+
+import argparse
+import itertools
+import signal
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, origins, run_script, run_stream, tables
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from test_rules import reading
+
+from common.console import PipelineError
+from common.table_writer import TableWriter
+from common.tables import quarantine_of, silver_tables
+from common.topics import Topic
+from readings import CONTRACT
+from spark_kafka_consumer import KafkaSource, read_topic
+
+CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
+VALID, BROKEN = reading(), b"{"
+
+
+class World:
+    """A topic of its own with a table, and what is in both."""
+
+    def __init__(self, spark, broker: str, folder: Path, properties: dict[str, str]):
+        self.spark, self.broker = spark, broker
+        self.topic = Topic(broker, f"world_{uuid.uuid4().hex[:8]}", properties)
+        self.options = argparse.Namespace(table=str(folder / "silver"), checkpoint=str(folder / "checkpoint"), once=True,
+                                          accept_data_loss=False, max_offsets_per_trigger=100)
+
+    def make(self, partitions: int = 1, **configs: str) -> None:
+        with KafkaAdminClient(bootstrap_servers=self.broker) as admin:
+            admin.create_topics({self.topic.name: {"num_partitions": partitions, "replication_factor": 1, "configs": {
+                name.replace("_", "."): value for name, value in configs.items()}}}, wait_for_metadata=True)
+
+    def send(self, *records: bytes | None, partition: int = 0, key: bytes | None = None, **settings) -> None:
+        with KafkaProducer(bootstrap_servers=self.broker, **settings) as producer:
+            for record in records:
+                producer.send(self.topic.name, record, key=key, partition=partition)
+
+    def transaction(self) -> KafkaProducer:
+        """A producer with a transaction that has begun."""
+        producer = KafkaProducer(bootstrap_servers=self.broker, transactional_id=uuid.uuid4().hex)
+        producer.init_transactions()
+        producer.begin_transaction()
+        return producer
+
+    def consume(self, writer_type: type = TableWriter) -> tuple[int, int]:
+        """Runs the stream over all that is there, as a new start of the script does; the rows that came to each table."""
+        before = self.rows()
+        run_stream(self.spark, read_topic(self.spark, self.topic, self.options), KafkaSource(self.topic, accept_data_loss=False),
+                   silver_tables(self.options.table, CONTRACT.columns), self.options, writer_type)
+        accepted, rejected = (len(now) - len(then) for now, then in zip(self.rows(), before))
+        return accepted, rejected
+
+    def rows(self) -> tuple[list, list]:
+        """(partition, offset) of the rows of both tables."""
+        paths = (self.options.table, quarantine_of(self.options.table))
+        return tuple([tuple(row) for row in self.spark.read.format("delta").load(path).select("partition", "offset").collect()]
+                     if Path(path).exists() else [] for path in paths)
+
+    def check(self, account, what: str) -> None:
+        """Holds the tables against what a plain consumer finds in the topic."""
+        with KafkaConsumer(self.topic.name, bootstrap_servers=self.broker, auto_offset_reset="earliest",
+                           isolation_level=self.topic.isolation_level, consumer_timeout_ms=2000) as consumer:
+            account(what, [(message.partition, message.offset) for message in consumer], *self.rows())
+
+
+@pytest.fixture
+def world(spark, broker, tmp_path):
+    """A function that makes a World whose Kafka client has these properties."""
+    numbers = itertools.count()
+    return lambda **properties: World(spark, broker, tmp_path / str(next(numbers)), {
+        name.replace("_", "."): value for name, value in properties.items()})
+
+
+@pytest.mark.parametrize("partitions", [1, 3, 50])
+def test_an_empty_topic_stops_nothing_and_what_comes_later_is_read(world, account, partitions):
+    world = world()
+    world.make(partitions)
+    assert [world.consume(), world.consume()] == [(0, 0), (0, 0)]
+    world.send(VALID, BROKEN, partition=partitions - 1)
+    assert [world.consume(), world.consume()] == [(1, 1), (0, 0)]
+    world.send(VALID)
+    assert world.consume() == (1, 0)
+    world.check(account, f"a topic of {partitions} partitions, empty at first")
+
+
+def test_partitions_that_are_added_are_read(world, account):
+    world = world()
+    world.make(1)
+    world.send(VALID)
+    assert world.consume() == (1, 0)
+    with KafkaAdminClient(bootstrap_servers=world.broker) as admin:
+        admin.create_partitions({world.topic.name: 30})
+    assert world.consume() == (0, 0)
+    world.send(VALID, BROKEN, partition=29)
+    assert world.consume() == (1, 1)
+    world.check(account, "29 partitions added to a topic")
+
+
+def test_a_batch_that_failed_for_want_of_a_record_goes_on(world, account):
+    """As earlier versions left the checkpoint: the first batch is noted, and not done."""
+    world = world()
+    world.make(1)
+
+    class Failing(TableWriter):
+        def write(self, *batch):
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        world.consume(Failing)
+    world.send(VALID)
+    assert world.consume() == (1, 0)
+    world.check(account, "a checkpoint whose first batch failed")
+
+
+def test_compressed_messages_are_read(world, account):
+    for codec in ("gzip", "snappy", "lz4", "zstd"):
+        each = world()
+        each.make(1, compression_type=codec)  # the broker does it
+        each.send(*[VALID] * 20, BROKEN, linger_ms=50)
+        assert each.consume() == (20, 1)
+        # kafka-python reads gzip alone without another package.
+        account(f"messages compressed by {codec}", [(0, offset) for offset in range(21)], *each.rows())
+
+
+def test_tombstones_are_records_and_stop_nothing(world, account):
+    world = world()
+    world.make(2)
+    world.send(None, None, key=b"sensor-001")
+    assert world.consume() == (0, 2)
+    world.check(account, "tombstones only")
+
+
+def test_a_compacted_topic_is_read_over_its_gaps(world, account):
+    world = world()
+    # The newest segment is never compacted; a record that comes after 50 ms closes it.
+    world.make(1, cleanup_policy="compact", segment_ms="50", min_cleanable_dirty_ratio="0.01", max_compaction_lag_ms="50",
+               delete_retention_ms="0")
+    for key in (b"a", b"b", b"a", b"b", b"a", b"c"):
+        world.send(VALID, VALID, VALID, key=key)
+        time.sleep(0.1)
+    world.options.max_offsets_per_trigger = 4  # some batches then have a gap at their end, and others are nothing else
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with KafkaConsumer(world.topic.name, bootstrap_servers=world.broker, auto_offset_reset="earliest",
+                           consumer_timeout_ms=1000) as consumer:
+            kept = [message.offset for message in consumer]
+        if len(kept) < 10:
+            break
+        assert time.monotonic() < deadline
+    assert world.consume() == (len(kept), 0)
+    world.check(account, "a compacted topic")
+
+
+def test_only_what_a_transaction_has_committed_is_read(world, account):
+    world = world()
+    world.make(2)
+    with world.transaction() as producer:
+        for commit in (True, False, True):
+            for partition in (0, 0, 1):
+                producer.send(world.topic.name, VALID, partition=partition)
+            (producer.commit_transaction if commit else producer.abort_transaction)()
+            producer.begin_transaction()
+        assert world.consume() == (6, 0)
+        producer.send(world.topic.name, VALID, partition=0).get()
+        producer.abort_transaction()
+        assert [world.consume(), world.consume()] == [(0, 0), (0, 0)]  # a batch of aborted records alone, and none
+        producer.begin_transaction()
+        producer.send(world.topic.name, VALID, partition=0).get()
+        world.send(VALID, BROKEN, partition=0)  # has to wait for the transaction before it
+        world.send(VALID, partition=1)
+        assert world.consume() == (1, 0)
+        producer.commit_transaction()
+    assert world.consume() == (2, 1)
+    world.check(account, "transactions, committed, aborted and open")
+
+
+def test_a_first_batch_of_aborted_records_stops_nothing(world, account):
+    world = world()
+    world.make(1)
+    with world.transaction() as producer:
+        producer.send(world.topic.name, VALID).get()
+        producer.abort_transaction()
+    assert world.consume() == (0, 0)
+    world.send(VALID)
+    assert world.consume() == (1, 0)
+    world.check(account, "aborted records at first")
+
+
+def test_uncommitted_records_are_read_where_the_user_wants_them_and_committed_ones_wait_for_them(world, account):
+    world, committed = world(isolation_level="read_uncommitted"), world()
+    world.make(1)
+    committed.topic.name, committed.options = world.topic.name, world.options
+    world.send(VALID)
+    with world.transaction() as producer:
+        producer.send(world.topic.name, VALID).get()
+        assert world.consume() == (2, 0)
+        with pytest.raises(PipelineError, match="a transaction is still open in partition 0 from offset 1 on"):
+            committed.consume()
+        producer.abort_transaction()
+    world.send(VALID)
+    assert committed.consume() == (1, 0)
+    world.check(account, "uncommitted records")
+
+
+def test_an_isolation_level_that_there_is_not_is_said():
+    with pytest.raises(PipelineError, match="isolation.level is serializable; it can be read_committed or"):
+        Topic("localhost:9092", "t", {"isolation.level": "serializable"})
+
+
+@pytest.mark.parametrize("name", ["sénsor", "a b", "", ".", "x" * 250])
+def test_a_topic_that_cannot_be_is_refused_at_the_start(name):
+    run = run_script(PRODUCER, "--topic", name, "--create-topic")
+    assert run.returncode == 2 and "is no name of a topic" in run.stderr
+
+
+@pytest.mark.parametrize("servers", ["localhost", "localhost:kafka", "localhost:99999", "localhost:9092,other", "::1:9092"])
+def test_an_address_that_cannot_be_is_said(servers):
+    run = run_script(PRODUCER, "--bootstrap-servers", servers)
+    assert run.returncode == 1 and "is no address of a Kafka broker, which is HOST:PORT" in run.stderr
+
+
+def test_a_file_of_properties_may_come_from_windows(broker, silver, tmp_path):
+    (tmp_path / "kafka.properties").write_bytes(f"bootstrap.servers={broker}\r\nretries=3\r\n".encode("utf-8-sig"))
+    run = run_script(PRODUCER, *silver[0][2:], "--kafka-config", tmp_path / "kafka.properties", "--create-topic", "--count", 1)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver, start, account):
+    topic, options = silver
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before the topic
+    consumer.wait_for("No topic")
+    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    consumer.wait_for("Writing to")  # before the first message
+    while not Path(options[-1], "commits", "0").exists():
+        assert consumer.process.poll() is None, consumer.output
+        time.sleep(0.1)
+    consumer.stop(signal.SIGKILL)
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
+    consumer.wait_for("Writing to")
+    assert run_script(PRODUCER, *topic, "--count", 20, "--rate", 0, "--invalid-fraction", 0.5).returncode == 0
+    consumer.wait_for(" rows in")
+    assert consumer.stop() == 0 and "Traceback" not in consumer.output
+    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    in_topic, *arrived = origins(spark, broker, options)
+    account("a consumer before the topic and before the first message, killed in between", in_topic, *arrived)
+    assert len(in_topic) == 20 and sum(table.count() for table in tables(spark, options)) == 20

@@ -22,6 +22,7 @@ from common.source import Source
 from common.table_writer import BatchReport, TableWriter
 from common.tables import TablePair
 
+MOST_REASONS = 3  # in the line of a batch
 MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch between them
 
 
@@ -169,8 +170,10 @@ def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float
 
 
 def _line(report: BatchReport, progress: dict, lag: str) -> str:
-    rejected = {reason: rows for reason, rows in report.rows.items() if reason}
-    reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in sorted(rejected.items()))
+    rejected = sorted((-rows, reason) for reason, rows in report.rows.items() if reason)  # the most frequent reason first
+    reasons = ", ".join(f"{reason} {-rows:,}" for rows, reason in rejected[:MOST_REASONS])
+    if len(rejected) > MOST_REASONS:
+        reasons += f" and {len(rejected) - MOST_REASONS} more"
     return (f"batch {progress['batchId']}: {sum(report.rows.values()):,} rows in, {report.rows.get(None, 0):,} accepted, "
-            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s{lag}"
+            f"{-sum(rows for rows, _ in rejected):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s{lag}"
             + (f", {report.with_unknown:,} with fields unknown to the contract: {', '.join(report.unknown)}" if report.unknown else ""))

@@ -12,6 +12,7 @@ from test_rules import reading
 
 from common.console import PipelineError
 
+BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
 
 

@@ -35,7 +35,7 @@ def on_stop_signal(action: Callable[[], object]) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """For the end of a script, which takes a moment that a second key press must not break off."""
+    """For the end of a script: it takes a moment, and a second key press must not break it off."""
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
 

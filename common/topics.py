@@ -156,7 +156,7 @@ class Topic:
         return str(topic["topic_id"] or "")
 
     def lost(self, unread: dict[int, int]) -> str:
-        """Which of the offsets from `unread` on (partition: next offset) the topic no longer has; "" for none."""
+        """Offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
         first, end = (self._offsets(unread, spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
         gone = []
         for partition, next_offset in sorted(unread.items()):
@@ -169,7 +169,7 @@ class Topic:
         return ", ".join(gone)
 
     def read_too_far(self, unread: dict[int, int]) -> str:
-        """Where `unread` lies beyond the begin of a transaction that is still open, as text; "" if nowhere."""
+        """Where `unread` is past the start of a transaction that is still open, as text; "" if nowhere."""
         end = self._offsets(unread, OffsetSpec.LATEST)
         settled = self._offsets(unread, OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
         return ", ".join(f"partition {partition} from offset {settled[partition]} on"

@@ -1,7 +1,7 @@
 """The pipeline on a Spark cluster: two workers, the lake in a bucket, and a worker killed while each stream works.
 
 Starts an S3 server, a Kafka, a standalone master and two workers, each with one core and pinned to it, on free ports
-of this machine. Runs the lines and the settings of the README's "On a Spark cluster": both streams, whose second worker
+of this machine. Runs the lines and the settings of docs/cluster.md: both streams, whose second worker
 is killed with -9 and started again, and all readers. Each record has to be in a table or in its quarantine, once, as a
 reader without Spark sees them. Then it measures the Kafka stream on two workers and on one. Ends with exit code 1 and a
 sentence where a record is missing or there twice, or something does not work.
@@ -32,7 +32,7 @@ from common.process import REPOSITORY
 from common.tables import quarantine_of
 from local_kafka import free_ports, is_free
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
 BRONZE, CONSUMER = "streaming_files_to_delta_bronze.py", "spark_kafka_consumer.py"
 FILES, LINES, MESSAGES = 12, 5_000, 120_000  # what is read while a worker is killed
 BATCHES = 2  # of the backlog, as large as a stream's usually are; the first warms Spark up and does not count
@@ -74,7 +74,7 @@ class Cluster:
         self.s3_port, self.kafka_port, self.master_port = free_ports(3)
         self.s3, self.master = f"http://127.0.0.1:{self.s3_port}", f"spark://127.0.0.1:{self.master_port}"
         self.broker = f"localhost:{self.kafka_port}"
-        settings = re.search(r"^spark\.master .*?(?=^```)", README, re.MULTILINE | re.DOTALL)[0]
+        settings = re.search(r"^spark\.master .*?(?=^```)", PAGE, re.MULTILINE | re.DOTALL)[0]
         self.settings = folder / "cluster.conf"
         self.settings.write_text(settings.replace("spark://127.0.0.1:7077", self.master)
                                  .replace("http://127.0.0.1:9000", self.s3))
@@ -135,9 +135,9 @@ class Cluster:
         self.run("producer", "python3", "kafka_producer.py", "--bootstrap-servers", self.broker, "--topic", topic,
                  "--rate", 0, "--count", count, "--invalid-fraction", 0.05, see=lambda line: None)
 
-    def readme_line(self, script: str) -> list[str]:
-        """The command by which the README runs a script on a cluster, with the settings of this one."""
-        [line] = re.findall(rf"^spark-submit --properties-file cluster.conf {script}.*", README, re.MULTILINE)
+    def documented_line(self, script: str) -> list[str]:
+        """The command by which docs/cluster.md runs a script on a cluster, with the settings of this one."""
+        [line] = re.findall(rf"^spark-submit --properties-file cluster.conf {script}.*", PAGE, re.MULTILINE)
         return [str(self.settings) if word == "cluster.conf" else word for word in shlex.split(line)]
 
 
@@ -174,7 +174,7 @@ def run_with_a_kill(cluster: Cluster, script: str, *options) -> str:
             cluster.start_worker(2)
             say("Worker 2 was killed and started again.")
 
-    command = cluster.readme_line(script)
+    command = cluster.documented_line(script)
     cluster.run(script, *command, "--once", *options, see=kill_once)
     if "Lost executor" not in cluster.log(script).read_text():
         raise PipelineError(f"{script} has not missed the worker that was killed: it did no work there.")
@@ -192,11 +192,11 @@ def balance(cluster: Cluster, table: str, sent: set, origin: Callable[[dict], tu
 
 
 def run_readers(cluster: Cluster, account: dict[str, tuple[int, ...]]) -> None:
-    """Runs the README's lines of the readers. The numbers of rows that they print have to be those of the account."""
+    """Runs the lines of the readers in docs/cluster.md. The numbers of rows that they print have to be those of the account."""
     bronze, silver = (counts[1:3] for counts in account.values())
     for line, expected in {"read_bronze.py": bronze, "read_silver.py": silver, "read_delta.py --lake": bronze + silver,
                            "read_delta.py .* --history": (), "read_delta.py .* --version": ()}.items():
-        command = cluster.readme_line(line)
+        command = cluster.documented_line(line)
         say(f"\n{' '.join(command[3:])}")
         output = cluster.run("reader", *command).replace(",", "")
         if missing := [rows for rows in expected if not re.search(rf"\b{rows}\b", output)]:
@@ -210,7 +210,7 @@ def measure(cluster: Cluster, backlog: int) -> dict[int, float]:
     rates = {}
     for workers in (2, 1):
         say(f"A backlog of {backlog:,} messages, {workers} of the workers:")
-        output = cluster.run(CONSUMER, *cluster.readme_line(CONSUMER), "--once", "--bootstrap-servers", cluster.broker,
+        output = cluster.run(CONSUMER, *cluster.documented_line(CONSUMER), "--once", "--bootstrap-servers", cluster.broker,
                              "--topic", "backlog", "--max-offsets-per-trigger", batch,
                              "--table", f"s3a://lake/by_{workers}", "--checkpoint", f"s3a://lake/checkpoint_{workers}")
         warm = re.findall(r"^batch \d+: ([\d,]+) rows in.*, ([\d.]+) s, ", output, re.MULTILINE)[1:]

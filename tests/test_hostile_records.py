@@ -124,7 +124,7 @@ def test_the_rules_and_the_oracle_agree_on_what_hypothesis_makes(spark, pytestco
 
     collect()
     verdicts = check_rows(spark, records)  # all at once: a job of Spark's for each would take hours
-    assert min(verdicts.values()) > 100, verdicts
+    assert min(verdicts.values()) > len(records) / 16, verdicts
 
 
 def test_the_rules_and_the_oracle_agree_on_a_corpus_of_mutated_records(spark):

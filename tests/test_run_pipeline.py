@@ -52,7 +52,7 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
     assert processes_of(str(clone)) == [] and not answers(port)
 
 
-@pytest.mark.parametrize("moment, presses", [(1, 1), (5, 2)])
+@pytest.mark.parametrize("moment, presses", [(1, 1), (5, 2), (14, 1)])
 def test_it_stops_at_any_moment_and_leaves_nothing_behind(clone, moment, presses):
     pipeline = Script("run_pipeline.py", "--port", free_ports(1)[0], folder=clone)
     time.sleep(moment)

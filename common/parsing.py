@@ -82,7 +82,8 @@ def _strict_reading(contract: Contract) -> str:
 
     Spark analyses each level of `_let` anew for each batch, so there are few.
     """
-    objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}  # SQL of each object, by its path, that has fields of the contract in it: a map of variants
+    # SQL of each object that has fields of the contract in it, by its path: a map of variants.
+    objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
     levels = {"json": "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
                       "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))"}
     for depth in range(1, max(len(field.path) for field in contract.fields)):

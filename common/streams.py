@@ -170,10 +170,11 @@ def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float
 
 
 def _line(report: BatchReport, progress: dict, lag: str) -> str:
-    rejected = sorted((-rows, reason) for reason, rows in report.rows.items() if reason)  # the most frequent reason first
-    reasons = ", ".join(f"{reason} {-rows:,}" for rows, reason in rejected[:MOST_REASONS])
+    rejected = {reason: rows for reason, rows in report.rows.items() if reason}
+    most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
+    reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)
     if len(rejected) > MOST_REASONS:
         reasons += f" and {len(rejected) - MOST_REASONS} more"
     return (f"batch {progress['batchId']}: {sum(report.rows.values()):,} rows in, {report.rows.get(None, 0):,} accepted, "
-            f"{-sum(rows for rows, _ in rejected):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s{lag}"
+            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s{lag}"
             + (f", {report.with_unknown:,} with fields unknown to the contract: {', '.join(report.unknown)}" if report.unknown else ""))

@@ -38,35 +38,73 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
         if isinstance(field, Timestamp):  # the one kind of which more is plain than is valid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
+    has_rest = f"get(_parts, {len(contract.fields) + 1}) <> ''"
     reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.rules)})"
+    # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
+    is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
+    in_order, any_order = _plain_parts(contract)
     return (
         records
-        .withColumn("_parts", _plain_parts(contract))
-        # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
-        .withColumn("_parts", F.expr("CASE WHEN _parts[0] = '' AND startswith(raw::STRING, '{') THEN _parts END"))
-        .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL THEN {_strict_reading(contract)} END"))
-        .select(*(f"`{column}`" for column in records.columns), "_parts", "_strict", *values.values())
+        .withColumn("_parts", in_order)
+        .withColumn("_parts", F.when(F.expr(is_plain), F.col("_parts")).otherwise(any_order))
+        .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
+        .withColumn("_rest", F.expr(f"CASE WHEN {has_rest} THEN {_plain_rest(contract)} END"))
+        .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL OR {has_rest} AND coalesce({_has_twice('_rest')}, true) "
+                                      f"THEN {_strict_reading(contract)} END"))
+        .select(*(f"`{column}`" for column in records.columns), "_parts", "_rest", "_strict", *values.values())
         .select(*others, *(f"`{column}`" for column in values), F.expr(reason).alias("reject_reason"),
-                F.col("_strict.rescued").alias("_rescued_data"), F.col("_strict.unknown").alias("_unknown_fields"))
+                F.expr("if(_strict IS NULL, to_json(_rest), _strict.rescued)").alias("_rescued_data"),
+                F.expr("if(_strict IS NULL, map_keys(_rest), _strict.unknown)").alias("_unknown_fields"))
     )
 
 
-# A plain record, as nearly all should be, is an object of the contract's fields and no others, in their order, each with its
-# usual JSON and without an escape; one that is not required may be left out, or null. One pass of a pattern takes out the
-# values. No quantifier gives back what it has taken: it would do so in vain.
+# A plain record, as nearly all should be, is an object of the contract's fields, each with its usual JSON and without an escape;
+# one that is not required may be left out, or null. One pass of a pattern takes out the values. The one for the contract's order
+# is the quickest; the other one takes any order, and unknown fields. No quantifier gives back what it has taken: it would do
+# so in vain.
 
-def _plain_parts(contract: Contract) -> Column:
-    """Of a plain record an empty string and the text of each field's value, of another one the record."""
+SPACE = r"[ \t\r\n]*+"
+SEPARATOR = "\x01"  # which no JSON has outside an escape
+CHARACTERS = r"[ !#-\[\]-\x{fffc}]*+"  # of a string without an escape; less U+FFFD, as which Java sees what is not UTF-8
+UNKNOWN = rf'(?:"{CHARACTERS}"|-?(?:0|[1-9]\d{{0,14}}+)(?:\.\d{{1,15}}+)?+|true|false|null)'
+
+
+def _plain_parts(contract: Contract) -> tuple[Column, Column]:
+    """Of a plain record an empty string, the text of each field's value and, where there are unknown fields, a quote; of
+    another one the record. The first takes the contract's order only."""
     if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields):  # nested, or with an escape
-        return F.lit(None).cast("ARRAY<STRING>")
-    space, separator = r"[ \t\r\n]*+", "\x01"  # which no JSON has outside an escape
-    pattern = r"\A\{"
+        nothing = F.lit(None).cast("ARRAY<STRING>")
+        return nothing, nothing
+    in_order, any_order, seen = "", "", ""
     for number, field in enumerate(contract.fields):
         comma = "" if number == 0 else "," if any(earlier.required for earlier in contract.fields[:number]) else r"(?:(?<=\A\{)|(?<!\A\{),)"
-        named = rf'{comma}{space}"\Q{field.name}\E"{space}:{space}'
-        pattern += f"{named}{field.plain}{space}" if field.required else f"(?:{named}(?:null|{field.plain}){space})?+"
-    parts = "".join(f"{separator}${number}" for number in range(1, len(contract.fields) + 1))
-    return F.split(F.regexp_replace(F.col("raw").cast("string"), rf"{pattern}\}}{space}\z", parts), separator)
+        name, value = rf'{SPACE}"\Q{field.name}\E"', f"{SPACE}:{SPACE}{field.plain if field.required else f'(?:null|{field.plain})'}{SPACE}"
+        in_order += f"{comma}{name}{value}" if field.required else f"(?:{comma}{name}{value})?+"
+        any_order += rf"{name}(?<f{number}>(?!\k<f{number}>)){value}|"  # the group matches once: before, nothing can refer to it
+        seen += rf"\k<f{number}>" if field.required else ""
+    known = "|".join(rf"\Q{field.name}\E" for field in contract.fields)
+    any_order += rf'{SPACE}(")(?!(?:{known})"){CHARACTERS}"{SPACE}:{SPACE}{UNKNOWN}{SPACE}'
+    numbers = range(1, len(contract.fields) + 1)
+    return (_replaced(rf"\A\{{{in_order}\}}{SPACE}\z", [*numbers]),
+            _replaced(rf'\A\{{(?:(?:{any_order})(?:,(?={SPACE}")|(?=\}})))*+{SPACE}\}}{seen}{SPACE}\z',
+                      [*(2 * number for number in numbers), 2 * len(numbers) + 1]))
+
+
+def _replaced(pattern: str, groups: list[int]) -> Column:
+    """The groups of the pattern as an array after an empty string, or the record where the pattern does not match."""
+    template = "".join(f"{SEPARATOR}${group}" for group in groups)
+    return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR)
+
+
+def _plain_rest(contract: Contract) -> str:
+    """SQL: the fields of a plain record that the contract does not name, as a map of variants; a name may be there twice."""
+    names = ", ".join(_quoted(field.name) for field in contract.fields)
+    return f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
+
+
+def _has_twice(fields: str) -> str:
+    """SQL: whether a map has a name twice."""
+    return f"size(array_distinct(map_keys({fields}))) < size({fields})"
 
 
 # Any other record is read by `from_json`, which reads the first JSON value and ignores what follows, and takes the last of
@@ -95,7 +133,7 @@ def _strict_reading(contract: Contract) -> str:
     levels["seen"] = _struct(type=[f"coalesce(schema_of_variant({variant}), 'VOID')" for variant in found],
                              string=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
                              rest=[_unnamed(objects, contract, path) for path in objects],
-                             twice=["size(array_distinct(map_keys(get(json, 0)))) < size(get(json, 0))"])  # a name
+                             twice=[_has_twice("get(json, 0)")])
     levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, number)} THEN {field.value(f'seen.string{number}')} END"
                                  for number, field in enumerate(contract.fields, 1)])
     names = ", ".join(f"transform(coalesce(map_keys({rest}), array()), name -> concat({_quoted(''.join(f'{step}.' for step in path))}, "

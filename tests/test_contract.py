@@ -1,5 +1,6 @@
 """Contracts of any kind: how their records are read, what can't be one, and what becomes of the tables when one changes."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -122,6 +123,23 @@ def test_a_value_is_of_its_fields_kind_or_the_record_is_rejected(spark, escape):
         name = r"\u0078" if escape else "x"
         [row] = read(spark, Contract((field,)), [f'{{"{name}": {text}}}'.encode()])
         assert (row.reject_reason or row.x) == right, (field, text)
+
+
+def test_a_plain_record_has_the_same_values_in_any_order_and_among_unknown_fields(spark):
+    contract = Contract((Text("t", required=False), Integer("i", required=False), Number("x"), Boolean("b", required=False)))
+    pairs = ['"t":"7"', '"i":11', '"x":2.5', '"b":true']
+    raws = []
+    for order in itertools.permutations(pairs):
+        for count, extra in itertools.product((2, 3, 4), ([], ['"T":1.50'], ['"u":"é"', '"v":null'], ['"u":1', '"u":1'], ['"x":1'])):
+            for place in range(count + 1):
+                raws.append(f"{{{','.join((*order[:place], *extra, *order[place:count]))}}}".encode())
+    raws = list(dict.fromkeys(raws))
+    for raw, row in zip(raws, read(spark, contract, raws), strict=True):
+        reason, values, rest = oracle.read(contract, raw, ARRIVAL_MICROS)
+        assert row.reject_reason == reason, raw
+        if not reason:
+            assert ({column: row[column] for column in contract.columns}, json.loads(row["_rescued_data"] or "{}")) == (values, rest), raw
+            assert list(row["_unknown_fields"] or []) == list(rest), raw
 
 
 NESTED = Contract((Text("device.id"), Text("device.model", required=False), Number("device.at.lat", required=False), Number("value")))

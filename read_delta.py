@@ -5,12 +5,15 @@
     python3 read_delta.py lake/silver/sensor_data --version 0
     python3 read_delta.py lake/silver/sensor_data --timestamp "2026-11-20 08:00:00"
     python3 read_delta.py lake/silver/sensor_data --history
+    python3 read_delta.py --sql "SELECT type, avg(value) FROM silver.sensor_data GROUP BY type"
     python3 read_delta.py lake/silver/sensor_data --optimize --vacuum
 """
 
 import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
+import re
+import tempfile
 from functools import reduce
 
 from delta.tables import DeltaTable
@@ -21,7 +24,7 @@ from common.console import PipelineError, argument_parser, at_least, location, r
 from common.internals import FileSystem
 from common.session import READER_JVM, build_spark
 from common.tables import LAKE, clean_up, time_travel
-from common.viewer import read_table, show
+from common.viewer import add_reader_options, read_table, show
 
 STREAMS = "python3 spark_kafka_consumer.py or python3 streaming_files_to_delta_bronze.py"
 
@@ -29,8 +32,10 @@ STREAMS = "python3 spark_kafka_consumer.py or python3 streaming_files_to_delta_b
 def main() -> None:
     options = parse_options()
     spark = build_spark("read-delta", READER_JVM, options.verbose)
-    if options.table is None:
-        show_overview(spark, options.lake)
+    if options.sql:
+        show(query(spark, options), options.limit, options.format)
+    elif options.table is None:
+        show_overview(spark, options)
     elif options.optimize or options.vacuum:
         tidy(spark, options)
     elif options.history:
@@ -42,7 +47,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("table", type=table_location, nargs="?", metavar="TABLE", help="path of a Delta table")
-    parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
+    parser.add_argument("--sql", metavar="QUERY", help="a query over all tables of the lake, as FOLDER.TABLE")
     parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
     parser.add_argument("--history", action="store_true", help="the table's commits, newest first")
     parser.add_argument("--optimize", action="store_true", help="merge the table's small files now")
@@ -52,21 +57,40 @@ def parse_options() -> argparse.Namespace:
     moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
     moment.add_argument("--timestamp", metavar="T", help='the table as of this time, UTC: "2026-11-20 08:00:00"')
     parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, without TABLE")
-    parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
+    add_reader_options(parser)
     options = parser.parse_args()
     if options.table is None and (options.history or options.optimize or options.vacuum or options.sort_by
                                   or options.timestamp or options.version is not None):
         parser.error("--history, --optimize, --vacuum, --sort-by, --version and --timestamp need a TABLE")
+    if options.table and options.sql:
+        parser.error("--sql names its tables itself, in the folder of --lake")
     return options
 
 
-def show_overview(spark: SparkSession, lake: str) -> None:
-    """Prints a line for each table under the folder `lake`: rows, live files, size, last commit."""
-    tables = find_tables(spark, lake)
-    if not tables:
-        raise PipelineError(f"No Delta table under {lake} yet. Tables appear with the first records; start {STREAMS}.")
+def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
+    """The rows of --sql, which knows each table of the lake by its path, as `folder.table`."""
+    with tempfile.TemporaryDirectory() as folder:  # a database has a place, though nothing is written there
+        place = re.sub(r"(['\\])", r"\\\1", folder)
+        for name, path in lake_tables(spark, options.lake).items():
+            database, _, table = name.rpartition("/")
+            database = database.replace("/", "_") or "default"
+            spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}` LOCATION '{place}'")
+            spark.catalog.createTable(f"`{database}`.`{table}`", path, source="delta")
+    # In brackets it can only read.
+    return spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")
+
+
+def lake_tables(spark: SparkSession, lake: str) -> dict[str, str]:
+    """The paths of the tables under the folder `lake` by their names there. Raises PipelineError where there is none."""
+    if tables := find_tables(spark, lake):
+        return dict(sorted(tables.items()))
+    raise PipelineError(f"No Delta table under {lake} yet. Tables appear with the first records; start {STREAMS}.")
+
+
+def show_overview(spark: SparkSession, options: argparse.Namespace) -> None:
+    """Prints a line for each table under the folder --lake: rows, live files, size, last commit."""
     overview = []
-    for name, path in sorted(tables.items()):
+    for name, path in lake_tables(spark, options.lake).items():
         table = DeltaTable.forPath(spark, path)
         [detail] = table.detail().collect()
         [commit] = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).collect()
@@ -74,7 +98,7 @@ def show_overview(spark: SparkSession, lake: str) -> None:
                 "size_mb": round(detail["sizeInBytes"] / 1e6, 2), "version": commit["version"],
                 "last_commit": commit["operation"], "last_commit_time": commit["timestamp"]}
         overview.append(spark.range(1).select(*[F.lit(value).alias(name) for name, value in line.items()]))
-    show(reduce(DataFrame.union, overview), len(overview), whole=True)
+    show(reduce(DataFrame.union, overview), len(overview), options.format)
 
 
 def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
@@ -106,8 +130,9 @@ def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
     read_table(spark, options.table, STREAMS)
     history = DeltaTable.forPath(spark, options.table).history(options.limit)
-    show(history.select("version", "timestamp", "operation", F.expr("operationMetrics['numOutputRows']").alias("rows"),
-                        F.expr("operationMetrics['numFiles']").alias("files")), options.limit)
+    # To the millisecond, as --timestamp takes it.
+    show(history.select("version", F.col("timestamp").cast("string"), "operation", F.expr("operationMetrics['numOutputRows']").alias("rows"),
+                        F.expr("operationMetrics['numFiles']").alias("files")), options.limit, options.format)
 
 
 def show_rows(spark: SparkSession, options: argparse.Namespace) -> None:
@@ -121,8 +146,9 @@ def show_rows(spark: SparkSession, options: argparse.Namespace) -> None:
         if options.sort_by not in rows.columns:
             raise PipelineError(f"{options.table} has no column {options.sort_by}; it has {', '.join(rows.columns)}.")
         rows = rows.orderBy(F.desc(f"`{options.sort_by}`"))
-    show(rows, options.limit)
-    say(f"{rows.count():,} rows in {options.table}")
+    show(rows, options.limit, options.format)
+    if options.format == "table":
+        say(f"{rows.count():,} rows in {options.table}")
 
 
 if __name__ == "__main__":

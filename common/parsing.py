@@ -38,7 +38,6 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
         if isinstance(field, Timestamp):  # the one kind of which more is plain than is valid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
-    has_rest = f"get(_parts, {len(contract.fields) + 1}) <> ''"
     reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.rules)})"
     # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
     is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
@@ -48,13 +47,10 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         .withColumn("_parts", in_order)
         .withColumn("_parts", F.when(F.expr(is_plain), F.col("_parts")).otherwise(any_order))
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
-        .withColumn("_rest", F.expr(f"CASE WHEN {has_rest} THEN {_plain_rest(contract)} END"))
-        .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL OR {has_rest} AND coalesce({_has_twice('_rest')}, true) "
-                                      f"THEN {_strict_reading(contract)} END"))
-        .select(*(f"`{column}`" for column in records.columns), "_parts", "_rest", "_strict", *values.values())
+        .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL OR {_has_rest(contract)} THEN {_slow_reading(contract)} END"))
+        .select(*(f"`{column}`" for column in records.columns), "_parts", "_strict", *values.values())
         .select(*others, *(f"`{column}`" for column in values), F.expr(reason).alias("reject_reason"),
-                F.expr("if(_strict IS NULL, to_json(_rest), _strict.rescued)").alias("_rescued_data"),
-                F.expr("if(_strict IS NULL, map_keys(_rest), _strict.unknown)").alias("_unknown_fields"))
+                F.col("_strict.rescued").alias("_rescued_data"), F.col("_strict.unknown").alias("_unknown_fields"))
     )
 
 
@@ -96,10 +92,19 @@ def _replaced(pattern: str, groups: list[int]) -> Column:
     return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR)
 
 
-def _plain_rest(contract: Contract) -> str:
-    """SQL: the fields of a plain record that the contract does not name, as a map of variants; a name may be there twice."""
+def _has_rest(contract: Contract) -> str:
+    """SQL: whether a plain record has unknown fields."""
+    return f"get(_parts, {len(contract.fields) + 1}) <> ''"
+
+
+def _slow_reading(contract: Contract) -> str:
+    """SQL: what `_strict_reading` gives; of a plain record, whose values are known, only its unknown fields."""
     names = ", ".join(_quoted(field.name) for field in contract.fields)
-    return f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
+    rest = f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
+    types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
+    return _let({"rest": f"CASE WHEN {_has_rest(contract)} THEN {rest} END"},
+                f"CASE WHEN NOT {_has_twice('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
+                f"to_json(rest) AS rescued, map_keys(rest) AS unknown) ELSE {_strict_reading(contract)} END")
 
 
 def _has_twice(fields: str) -> str:

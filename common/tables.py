@@ -17,7 +17,7 @@ FILE_ORIGIN = {"source_file": "STRING"}
 KAFKA_ORIGIN = {"topic": "STRING", "partition": "INT", "offset": "BIGINT", "kafka_timestamp": "TIMESTAMP", "kafka_key": "BINARY"}
 # What no column of a contract can be called, in lower case: the tables' own, and those by which the records get there.
 RESERVED_COLUMNS = {*FILE_ORIGIN, *KAFKA_ORIGIN, "ingest_time", "raw_json", "raw", "reject_reason", "_rescued_data",
-                    "_unknown_fields", "_parts", "_rest", "_strict"}
+                    "_unknown_fields", "_parts", "_strict"}
 
 PROPERTIES = {
     # A stream appends a small file per batch: they are merged once there are 50 of them.

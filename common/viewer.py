@@ -1,8 +1,17 @@
-"""Printing Delta tables for people."""
+"""Printing Delta tables: for people as a table that fits the terminal, for programs as JSON or CSV."""
+
+import argparse
+import csv
+import sys
 
 from delta.tables import DeltaTable
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from common.console import PipelineError, argument_parser, at_least, say, table_location
 from common.internals import files_of
@@ -10,6 +19,10 @@ from common.session import READER_JVM, build_spark
 from common.tables import quarantine_of
 
 CUT_AT = 120  # characters of a value, unless all of it is asked for
+FOLD_AT = 30  # columns of the terminal that a long value gets, where not all have room on a line
+# What a terminal too narrow for all columns does without, the first first: the tables' own columns before the contract's.
+LEAST_NEEDED = ("raw_json", "_rescued_data", "kafka_key", "topic", "kafka_timestamp", "source_file", "partition", "offset", "ingest_time")
+ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"
 
 
 def show_latest(manual: str, default_table: str, written_by: str) -> None:
@@ -19,10 +32,9 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     """
     parser = argument_parser(manual)
     parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
-    parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
     parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
     parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")
-    parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
+    add_reader_options(parser)
     options = parser.parse_args()
 
     spark = build_spark("reader", READER_JVM, options.verbose)
@@ -33,11 +45,20 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
         rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
     times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
     newest_first = [F.desc(f"`{column}`") for column in ("ingest_time", *times[:1])]
-    if not options.raw:
+    if options.format == "table" and not options.raw:
         rows = rows.drop("raw_json")
-    show(rows.orderBy(*newest_first), options.limit, whole=options.raw)
-    say(f"{accepted.count():,} rows in {options.table}")
-    say(f"{rejected.count():,} rows in {quarantine_of(options.table)}")
+    show(rows.orderBy(*newest_first), options.limit, options.format, whole=options.raw)
+    if options.format == "table":
+        say(f"{accepted.count():,} rows in {options.table}")
+        say(f"{rejected.count():,} rows in {quarantine_of(options.table)}")
+
+
+def add_reader_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all readers have: --limit, --format, --verbose."""
+    parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
+    parser.add_argument("--format", choices=("table", "json", "csv"), default="table",
+                        help="a table for people, or for programs all columns: json, an object per line, or csv")
+    parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
 
 
 def read_table(spark: SparkSession, path: str, written_by: str, **time_travel) -> DataFrame:
@@ -67,13 +88,58 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
     return None
 
 
-def show(rows: DataFrame, limit: int, whole: bool = False) -> None:
-    """Prints the first `limit` rows. Binary is shown as text; control and format characters as "�".
+def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) -> None:
+    """Prints the first `limit` rows in the `form` of --format. `whole`: a table with no value cut and no column left out."""
+    rows = rows.limit(limit)
+    if form == "json":
+        options = {"ignoreNullFields": "false", "timestampFormat": ISO_8601}
+        texts = [_text(name, kind) if kind == "binary" else F.col(f"`{name}`") for name, kind in rows.dtypes]
+        for [line] in rows.select(F.to_json(F.struct(*texts), options)).collect():
+            say(line)
+    elif form == "csv":
+        times = [F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
+                 for name, kind in rows.dtypes]
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(rows.columns)
+        writer.writerows(rows.select(*times).collect())
+    else:
+        cells = rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).collect()
+        _print_table(dict(rows.dtypes), cells, whole)
 
-    A record may hold anything, and what it holds must not steer the terminal.
-    """
-    def printable(name: str, kind: str):
-        text = F.col(f"`{name}`").cast("string") if kind in ("string", "binary") else F.col(f"`{name}`")
-        return (F.regexp_replace(text, r"\p{C}", "\ufffd") if kind in ("string", "binary") else text).alias(name)
 
-    rows.select(*[printable(name, kind) for name, kind in rows.dtypes]).show(limit, truncate=0 if whole else CUT_AT)
+def _text(name: str, kind: str) -> Column:
+    """The column as text; of bytes that are not UTF-8 "�"."""
+    value = F.col(f"`{name}`").cast("string")
+    return (F.make_valid_utf8(value) if kind == "binary" else value).alias(name)
+
+
+def _cell(name: str, kind: str, whole: bool) -> Column:
+    """The column as people read it. What a record holds must not steer the terminal: control characters are "�"."""
+    value = F.regexp_replace(_text(name, kind), r"\p{C}", "\ufffd")
+    if kind == "timestamp":
+        value = F.date_format(f"`{name}`", "yyyy-MM-dd HH:mm:ss")
+    elif not whole:
+        value = F.when(F.length(value) > CUT_AT, F.concat(F.left(value, F.lit(CUT_AT)), F.lit("…"))).otherwise(value)
+    return value.alias(name)
+
+
+def _print_table(kinds: dict[str, str], rows: list, whole: bool) -> None:
+    """Prints rows, whose columns are of these `kinds`. On a terminal, the columns that it has no room for are only named."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
+    widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in rows)))) for name in kinds}
+    shown, left_out = list(kinds), []
+    for name in () if whole else (*filter(kinds.__contains__, LEAST_NEEDED), *reversed(kinds)):
+        if name in shown[1:] and sum(min(widths[each], FOLD_AT) + 2 for each in shown) > console.width:
+            shown.remove(name)
+            left_out.append(name)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in shown:
+        is_number = kinds[name] in ("tinyint", "smallint", "int", "bigint", "float", "double") or kinds[name].startswith("decimal")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=widths[name] <= FOLD_AT)
+    for row in rows:
+        table.add_row(*(Text("null", style="dim") if row[name] is None else Text(row[name]) for name in shown))
+    with console.capture() as printed:  # which leaves the end of a pipe to `run`
+        console.print(table)
+    say(printed.get().rstrip("\n"))
+    if left_out:
+        say(f"No room for {', '.join(name for name in kinds if name in left_out)}; --format json has all columns.")

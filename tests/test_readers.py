@@ -1,12 +1,21 @@
 """The reader scripts on real tables."""
 
+import csv
+import fcntl
+import json
 import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import bronze_writer, run_script
+from conftest import REPOSITORY, bronze_writer, run_script
 from pyspark.sql import functions as F
 from test_rules import reading
 
@@ -37,10 +46,10 @@ def lake(spark, tmp_path_factory):
     return folder
 
 
-def column(output: str, name: str) -> list[str]:
-    """The values of a column in a printed table."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line.startswith("|")]
-    return [row[rows[0].index(name)] for row in rows[1:]]
+def column(run: subprocess.CompletedProcess, name: str) -> list:
+    """The values of a column, of a run with --format json."""
+    assert (run.returncode, run.stderr) == (0, "")
+    return [json.loads(line)[name] for line in run.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("script, layer", [("read_bronze.py", "bronze"), ("read_silver.py", "silver")])
@@ -48,36 +57,90 @@ def test_the_newest_readings_come_first_with_the_counts_under_them(lake, script,
     table = lake / layer / "sensor_data"
     run = run_script(script, "--table", table, "--limit", 12)
     assert (run.returncode, run.stderr) == (0, "")
-    assert column(run.stdout, "device_id") == [f"d{20 + n}" for n in range(10)] + ["d10", "d11"]
+    assert re.findall(r"d\d\d", run.stdout) == [f"d{20 + n}" for n in range(10)] + ["d10", "d11"]
     assert run.stdout.endswith(f"30 rows in {table}\n3 rows in {table}_quarantine\n")
     assert "raw_json" not in run.stdout and "\x1b" not in run.stdout and "A\ufffd[31m" in run.stdout
+    header, first = (line for line in run.stdout.splitlines() if "device_id" in line or "d20" in line)
+    assert first.rindex("0.0") + 3 == header.rindex("value") + 5 and "2025-11-20 00:53:19  " in first  # numbers to the right, times short
 
 
 def test_raw_and_rejected_records_are_shown_when_asked_for(lake):
     table = lake / "silver" / "sensor_data"
-    assert column(run_script("read_silver.py", "--table", table, "--raw").stdout, "raw_json") == ['{"whole": "record"}'] * 20
+    assert run_script("read_silver.py", "--table", table, "--raw").stdout.count('{"whole": "record"}') == 20
     run = run_script("read_silver.py", "--table", table, "--rejected")
-    assert column(run.stdout, "reject_reason") == ["malformed_json"] * 3
-    assert column(run.stdout, "raw") == ["{\ufffd"] * 3
+    assert run.stdout.count("malformed_json  {\ufffd  ") == 3
+
+
+def test_programs_get_all_columns_as_json_or_csv(lake):
+    table = lake / "silver" / "sensor_data"
+    run = run_script("read_silver.py", "--table", table, "--limit", 2, "--format", "json")
+    assert column(run, "building") == ["A\x1b[31m"] * 2 and column(run, "floor") == [None] * 2 and column(run, "value") == [0.0, 1.0]
+    assert column(run, "event_time") == ["2025-11-20T00:53:20.000000Z", "2025-11-20T00:53:19.999999Z"]
+    assert column(run, "raw_json") == ['{"whole": "record"}'] * 2
+    columns = list(silver_tables("", CONTRACT.columns).columns)
+    assert list(json.loads(run.stdout.splitlines()[0])) == columns
+    run = run_script("read_silver.py", "--table", table, "--limit", 2, "--format", "csv")
+    header, first, second = csv.reader(run.stdout.splitlines())
+    assert header == columns and (first[0], first[1], second[header.index("value")], first[3]) == (
+        "2025-11-20T00:53:20.000000Z", "d20", "1.0", "")
+
+
+def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
+    """A terminal of 80 columns, and one of 400."""
+    for width, names in ((80, ["event_time", "device_id", "building", "value", "No room for"]),
+                         (400, ["event_time", "kafka_timestamp", "_rescued_data", "ingest_time"])):
+        output = on_terminal(width, "read_silver.py", "--table", lake / "silver" / "sensor_data", "--limit", "2")
+        text = re.sub(r"\x1b\[[\d;]*m", "", output)
+        assert all(name in text for name in names) and ("No room for" in text) == (width == 80), text
+        rows = [line for line in text.splitlines() if "d20" in line or "device_id" in line]
+        assert len(rows) == 2 and max(map(len, rows)) <= width, text
+
+
+def on_terminal(width: int, script: str, *arguments) -> str:
+    """What a script prints on a terminal of so many columns."""
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, REPOSITORY / script, *map(str, arguments)], stdin=terminal, stdout=terminal,
+                          stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        output = b""
+        with suppress(OSError):  # the terminal's end
+            while chunk := os.read(ours, 65_536):
+                output += chunk
+    os.close(ours)
+    assert process.returncode == 0, output
+    return output.decode()
 
 
 def test_read_delta_shows_what_tables_there_are(lake):
-    run = run_script("read_delta.py", "--lake", lake)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert column(run.stdout, "table") == [f"{layer}/sensor_data{suffix}" for layer in ("bronze", "silver")
-                                           for suffix in ("", "_quarantine")]
-    assert column(run.stdout, "rows") == ["30", "3", "30", "3"]
-    assert column(run.stdout, "last_commit") == ["WRITE"] * 4
-    assert all(int(files) >= 1 for files in column(run.stdout, "live_files"))
+    run = run_script("read_delta.py", "--lake", lake, "--format", "json")
+    assert column(run, "table") == [f"{layer}/sensor_data{suffix}" for layer in ("bronze", "silver")
+                                    for suffix in ("", "_quarantine")]
+    assert column(run, "rows") == [30, 3, 30, 3]
+    assert column(run, "last_commit") == ["WRITE"] * 4
+    assert all(files >= 1 for files in column(run, "live_files"))
+
+
+def test_sql_goes_over_all_tables_of_the_lake_and_can_only_read(lake):
+    run = run_script("read_delta.py", "--lake", lake, "--format", "csv", "--sql",
+                     "SELECT building, count(*) AS n, max(b.value) FROM silver.sensor_data JOIN bronze.sensor_data b USING (building) "
+                     "GROUP BY ALL -- all;")
+    assert (run.returncode, run.stdout) == (0, "building,n,max(value)\nA\x1b[31m,900,9.0\n")
+    before = sorted(lake.rglob("*"))
+    for sql, complaint in (("SELECT * FROM gold.sensor_data", "gold"), ("DELETE FROM silver.sensor_data", "syntax")):
+        run = run_script("read_delta.py", "--lake", lake, "--sql", sql)
+        assert run.returncode == 1 and complaint in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert sorted(lake.rglob("*")) == before
 
 
 def test_read_delta_sorts_and_travels_in_time(lake):
     table = lake / "silver" / "sensor_data"
-    run = run_script("read_delta.py", table, "--sort-by", "value", "--limit", 4, "--version", 2)
-    assert column(run.stdout, "value") == ["9.0", "9.0", "8.0", "8.0"]
-    assert run.stdout.endswith(f"20 rows in {table}\n")
-    history = run_script("read_delta.py", table, "--history").stdout
-    assert column(history, "version") == ["3", "2", "1", "0"]
+    run = run_script("read_delta.py", table, "--sort-by", "value", "--limit", 4, "--version", 2, "--format", "json")
+    assert column(run, "value") == [9.0, 9.0, 8.0, 8.0]
+    assert run_script("read_delta.py", table, "--version", 2).stdout.endswith(f"20 rows in {table}\n")
+    history = run_script("read_delta.py", table, "--history", "--format", "json")
+    assert column(history, "version") == [3, 2, 1, 0]
     assert column(history, "rows")[:3] == ["10", "10", "10"]
     when = column(history, "timestamp")[2]
     assert run_script("read_delta.py", table, "--timestamp", when).stdout.endswith(f"10 rows in {table}\n")

@@ -17,10 +17,11 @@ import tempfile
 from functools import reduce
 
 from delta.tables import DeltaTable
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError, argument_parser, at_least, location, run, say, table_location
+from common.console import PipelineError, argument_parser, at_least, first_line, location, run, say, table_location
 from common.internals import FileSystem
 from common.session import READER_JVM, build_spark
 from common.tables import LAKE, clean_up, time_travel
@@ -76,8 +77,11 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
             database = database.replace("/", "_") or "default"
             spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}` LOCATION '{place}'")
             spark.catalog.createTable(f"`{database}`.`{table}`", path, source="delta")
-    # In brackets it can only read.
-    return spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")
+    try:
+        return spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")  # which can only read
+    except PySparkException as error:
+        problem = re.sub(r"^\[\w+\.?\w*\] |\.? SQLSTATE.*", "", first_line(str(error).strip()))
+        raise PipelineError(f"--sql takes one query, and Spark can't follow this one: {problem}.") from error
 
 
 def lake_tables(spark: SparkSession, lake: str) -> dict[str, str]:

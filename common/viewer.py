@@ -132,7 +132,7 @@ def _print_table(kinds: dict[str, str], rows: list, whole: bool) -> None:
         if name in shown[1:] and sum(min(widths[each], FOLD_AT) + 2 for each in shown) > console.width:
             shown.remove(name)
             left_out.append(name)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in shown:
         is_number = kinds[name] in ("tinyint", "smallint", "int", "bigint", "float", "double") or kinds[name].startswith("decimal")
         table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=widths[name] <= FOLD_AT)
@@ -140,6 +140,6 @@ def _print_table(kinds: dict[str, str], rows: list, whole: bool) -> None:
         table.add_row(*(Text("null", style="dim") if row[name] is None else Text(row[name]) for name in shown))
     with console.capture() as printed:  # which leaves the end of a pipe to `run`
         console.print(table)
-    say(printed.get().rstrip("\n"))
+    say("\n".join(map(str.rstrip, printed.get().splitlines())))
     if left_out:
         say(f"No room for {', '.join(name for name in kinds if name in left_out)}; --format json has all columns.")

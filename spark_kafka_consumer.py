@@ -28,7 +28,7 @@ from kafka.errors import KafkaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError, argument_parser, at_least, first_line, run, say
+from common.console import PipelineError, argument_parser, at_least, first_line, run, say, warn
 from common.contract import load_contract
 from common.kafka_config import spark_options
 from common.process import REPOSITORY
@@ -47,7 +47,8 @@ def main() -> None:
     topic.wait(options.wait)
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
     messages = read_topic(spark, topic, options)
-    source = KafkaSource(topic, options.accept_data_loss)
+    table = options.table.rstrip("/").rpartition("/")[2]
+    source = KafkaSource(topic, options.accept_data_loss, options.group_id or topic.properties.get("group.id", f"pipeline-{table}"))
     run_until_stopped(messages, source, silver_tables(options.table, contract.columns), contract, options)
 
 
@@ -57,6 +58,9 @@ def parse_options() -> argparse.Namespace:
     add_stream_options(parser, SILVER, str(REPOSITORY / "checkpoints" / "silver_sensor_data"), trigger="2 seconds")
     parser.add_argument("--max-offsets-per-trigger", type=at_least(1), metavar="N", default=2_000_000,
                         help="the most records that one batch takes")
+    parser.add_argument("--group-id", metavar="NAME",
+                        help="consumer group under which Kafka's own tools show how far the stream is; it never reads that itself "
+                             "(default: group.id of --kafka-config, or pipeline- and the table's name)")
     parser.add_argument("--accept-data-loss", action="store_true",
                         help="go on where Kafka no longer has records that were not read, or has a new topic of this name")
     return parser.parse_args()
@@ -97,10 +101,14 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
 
 
 class KafkaSource:
-    """The topic as the source of a stream (common/source.py). `accept_data_loss`: goes on where it has lost records."""
+    """The topic as the source of a stream (common/source.py). `accept_data_loss`: goes on where it has lost records.
 
-    def __init__(self, topic: Topic, accept_data_loss: bool):
-        self.topic, self.accept_data_loss = topic, accept_data_loss
+    `group`: the consumer group under which it notes how far it is.
+    """
+
+    def __init__(self, topic: Topic, accept_data_loss: bool, group: str):
+        self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group
+        self.has_warned = False  # that it can't note it
 
     def __str__(self) -> str:
         return str(self.topic)
@@ -146,6 +154,18 @@ class KafkaSource:
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         pass
+
+    def note(self, progress: dict) -> None:
+        [kafka] = progress["sources"]
+        end = json.loads(kafka["endOffset"])[self.topic.name]
+        try:
+            self.topic.note_offsets(self.group, {int(partition): offset for partition, offset in end.items()})
+        except Exception as error:  # whatever it is, it is no reason to stop
+            if not self.has_warned:
+                warn(f"Kafka does not note how far the stream is ({type(error).__name__}), so that its tools can't show the lag of the "
+                     f"group {self.group}. The stream goes on without. It takes the right to read that group, and no other member "
+                     f"of it; another name: --group-id.")
+            self.has_warned = True
 
     def lag(self, progress: dict) -> str:
         [kafka] = progress["sources"]

@@ -129,6 +129,9 @@ class FileSource:
                 warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
                      f"--multiline, and give the file a new name.")
 
+    def note(self, progress: dict) -> None:
+        pass
+
     def lag(self, progress: dict) -> str:
         return ""
 

@@ -36,5 +36,8 @@ class Source(Protocol):
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Warns of what a user should know of a batch, of which records are in the table `quarantine` for these `reasons`."""
 
+    def note(self, progress: dict) -> None:
+        """Tells the source how far the stream has come, after a batch of which Spark reports `progress`: for those who look there."""
+
     def lag(self, progress: dict) -> str:
         """What is left to read after a batch, of which Spark reports `progress`, for the batch's line."""

@@ -109,6 +109,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
                 continue
             if (batch := reports.pop(progress["batchId"], None)) and batch.rows:
                 say(_line(batch, progress, writer.source.lag(progress)))
+                writer.source.note(progress)
 
     trigger = {"availableNow": True} if options.once else {"processingTime": options.trigger}
     try:

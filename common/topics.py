@@ -11,8 +11,9 @@ from typing import Any
 
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import OffsetSpec
-from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError, TopicAlreadyExistsError
+from kafka.errors import AuthorizationError, KafkaError, NoError, SaslAuthenticationFailedError, TopicAlreadyExistsError
 from kafka.protocol.consumer.offsets import IsolationLevel
+from kafka.structs import OffsetAndMetadata
 
 from common.console import PipelineError, at_least, first_line, location, root_cause, say
 from common.kafka_config import python_settings, read_properties
@@ -20,6 +21,7 @@ from common.kafka_config import python_settings, read_properties
 TOPIC = "sensor_data"
 PARTITIONS = 3
 SERVERS = "localhost:9092"
+NOTE_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
 OUTAGE = 300  # seconds that a running stream waits for its broker to come back
 
 
@@ -184,6 +186,25 @@ class Topic:
         return {place.partition: found.offset
                 for place, found in self._admin.list_partition_offsets(places, **options).items()}
 
+    @cached_property
+    def _notes(self) -> KafkaAdminClient:
+        """A client of its own: the stream asks the other one at the same time."""
+        return self.client(KafkaAdminClient, request_timeout_ms=NOTE_SECONDS * 1000, bootstrap_timeout_ms=NOTE_SECONDS * 1000)
+
+    def note_offsets(self, group: str, offsets: dict[int, int]) -> None:
+        """Notes in Kafka that the consumer group `group` goes on at these offsets (partition: next offset). Raises KafkaError."""
+        places = {TopicPartition(self.name, partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
+        deadline = time.monotonic() + NOTE_SECONDS
+        while True:
+            try:
+                for error in set(self._notes.alter_group_offsets(group, places).values()) - {NoError}:
+                    raise error()
+                return
+            except KafkaError as error:
+                if not error.retriable or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
     def wait_out(self, error: Exception, stopping: threading.Event) -> None:
         """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
 
@@ -207,5 +228,6 @@ class Topic:
         else:
             say(f"Kafka on {self.servers} does not answer any more.")
             self.wait(OUTAGE, stopping=stopping)
-        self._admin.close()  # it does not recover from a long outage
-        del self._admin
+        for name in ("_admin", "_notes"):  # which do not recover from a long outage
+            if client := self.__dict__.pop(name, None):
+                client.close()

@@ -52,7 +52,7 @@ class World:
     def consume(self, writer_type: type = TableWriter) -> tuple[int, int]:
         """Runs the stream over all that is there, as a new start of the script does; the rows that came to each table."""
         before = self.rows()
-        run_stream(self.spark, read_topic(self.spark, self.topic, self.options), KafkaSource(self.topic, accept_data_loss=False),
+        run_stream(self.spark, read_topic(self.spark, self.topic, self.options), KafkaSource(self.topic, accept_data_loss=False, group=self.topic.name),
                    silver_tables(self.options.table, CONTRACT.columns), self.options, writer_type)
         accepted, rejected = (len(now) - len(then) for now, then in zip(self.rows(), before))
         return accepted, rejected
@@ -212,6 +212,32 @@ def test_uncommitted_records_are_read_where_the_user_wants_them_and_committed_on
 def test_an_isolation_level_that_there_is_not_is_said():
     with pytest.raises(PipelineError, match="isolation.level is serializable; it can be read_committed or"):
         Topic("localhost:9092", "t", {"isolation.level": "serializable"})
+
+
+def test_kafka_knows_how_far_the_stream_is_and_where_it_must_not_be_told_the_stream_goes_on(world, account, capsys):
+    each = world()
+
+    def noted() -> dict[int, int]:
+        with KafkaAdminClient(bootstrap_servers=each.broker) as admin:
+            [places] = admin.list_group_offsets([each.topic.name]).values()
+        return {place.partition: offset.offset for place, offset in places.items()}
+
+    each.make(2)
+    each.send(VALID, BROKEN)
+    each.send(VALID, partition=1)
+    assert each.consume() == (2, 1) and noted() == {0: 2, 1: 1}
+    each.send(VALID)
+    assert each.consume() == (1, 0) and noted() == {0: 3, 1: 1}
+    with KafkaConsumer(each.topic.name, bootstrap_servers=each.broker, group_id=each.topic.name, enable_auto_commit=False,
+                       max_poll_interval_ms=600_000) as member:
+        deadline = time.monotonic() + PATIENCE
+        while not member.assignment() and time.monotonic() < deadline:
+            member.poll(100)
+        assert capsys.readouterr().err == ""
+        each.send(*[VALID] * 250)  # three batches
+        assert each.consume() == (250, 0) and noted() == {0: 3, 1: 1}
+        assert capsys.readouterr().err.count(f"the lag of the group {each.topic.name}") == 1
+    each.check(account, "a consumer group that has another member")
 
 
 @pytest.mark.parametrize("name", ["sénsor", "a b", "", ".", "x" * 250])

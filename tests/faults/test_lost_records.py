@@ -121,7 +121,7 @@ def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broke
     (_, _, _, name), _ = silver
     make_topic(admin, name)
     topic = Topic(broker, name)
-    source = KafkaSource(topic, accept_data_loss=False)
+    source = KafkaSource(topic, accept_data_loss=False, group="lost")
 
     def make_it_again(batch):
         admin.delete_topics([name])

@@ -167,11 +167,10 @@ class KafkaSource:
                      f"of it; another name: --group-id.")
             self.has_warned = True
 
-    def lag(self, progress: dict) -> str:
+    def lag(self, progress: dict) -> dict[str, int]:
         [kafka] = progress["sources"]
         end, latest = (json.loads(kafka[which] or "null") or {} for which in ("endOffset", "latestOffset"))
-        unread = sum(latest[topic][partition] - offset for topic in latest for partition, offset in end[topic].items())
-        return f", {max(0, unread):,} behind" if latest else ""
+        return {partition: max(0, latest[topic][partition] - offset) for topic in latest for partition, offset in end[topic].items()}
 
     def _lose(self, problem: str, what_follows: str) -> None:
         """Says what is lost where that was accepted, else raises PipelineError."""

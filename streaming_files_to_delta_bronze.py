@@ -132,8 +132,8 @@ class FileSource:
     def note(self, progress: dict) -> None:
         pass
 
-    def lag(self, progress: dict) -> str:
-        return ""
+    def lag(self, progress: dict) -> dict[str, int]:
+        return {}
 
 
 if __name__ == "__main__":

@@ -39,5 +39,5 @@ class Source(Protocol):
     def note(self, progress: dict) -> None:
         """Tells the source how far the stream has come, after a batch of which Spark reports `progress`: for those who look there."""
 
-    def lag(self, progress: dict) -> str:
-        """What is left to read after a batch, of which Spark reports `progress`, for the batch's line."""
+    def lag(self, progress: dict) -> dict[str, int]:
+        """Records left to read after a batch of which Spark reports `progress`, by partition; {} where that is not known."""

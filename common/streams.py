@@ -14,12 +14,12 @@ from pyspark.sql import DataFrame
 from pyspark.sql.streaming import StreamingQuery
 
 from common.checkpoints import check_places, check_start, exclusive, taken
-from common.console import PipelineError, first_line, location, root_cause, say, table_location
+from common.console import PipelineError, first_line, location, port_number, root_cause, say, table_location
 from common.contract import Contract, in_file
 from common.internals import stream_of
 from common.process import REPOSITORY, on_stop_signal
 from common.source import Source
-from common.table_writer import BatchReport, TableWriter
+from common.table_writer import BatchReport, TableWriter, Unwatched
 from common.tables import TablePair
 
 MOST_REASONS = 3  # in the line of a batch
@@ -27,7 +27,7 @@ MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch
 
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
-    """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --verbose."""
+    """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --metrics-port, --verbose."""
     parser.add_argument("--readings", type=location, default=str(REPOSITORY / "readings.py"), metavar="FILE",
                         help="Python file with the CONTRACT that says what a valid record is")
     parser.add_argument("--table", type=table_location, default=table,
@@ -37,6 +37,9 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: 
     parser.add_argument("--trigger", type=_interval, default=trigger, metavar='"N seconds"',
                         help='how often a batch starts; "0 seconds": as soon as the last one is done')
     parser.add_argument("--once", action="store_true", help="process what is there now, then exit")
+    parser.add_argument("--metrics-port", type=port_number, metavar="N",
+                        help="serve Prometheus' metrics at http://HOST:N/metrics, and /healthz")
+    parser.add_argument("--metrics-host", metavar="HOST", default="127.0.0.1", help="address of this machine that they are served on")
     parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
 
 
@@ -61,9 +64,10 @@ def run_until_stopped(stream: DataFrame, source: Source, tables: TablePair, cont
             contract.check_rules(spark)
         with exclusive(options.checkpoint):
             start = check_start(spark, source, tables, contract, options.checkpoint)
+            metrics = _metrics(options)
             say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
             while not stopping.is_set():
-                batches, error = run_query(stream, TableWriter(tables, contract, source, start), options, stopping)
+                batches, error = run_query(stream, TableWriter(tables, contract, source, start), options, stopping, metrics)
                 if not error:
                     break
                 if explanation := _explain(error, tables.table, options.checkpoint):
@@ -81,8 +85,15 @@ def run_until_stopped(stream: DataFrame, source: Source, tables: TablePair, cont
         say("Stopped. The next start goes on from here.")
 
 
-def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace,
-              stopping: threading.Event) -> tuple[int, Exception | None]:
+def _metrics(options: argparse.Namespace) -> Unwatched:
+    if not options.metrics_port:
+        return Unwatched()
+    from common.metrics import Metrics  # its libraries are only for those who ask for it
+    return Metrics(options.metrics_host, options.metrics_port)
+
+
+def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace, stopping: threading.Event,
+              metrics: Unwatched) -> tuple[int, Exception | None]:
     """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
 
     Prints a line for each batch that has taken in records.
@@ -108,7 +119,9 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
             if "addBatch" not in progress["durationMs"]:  # a look that found nothing, under the number of the next batch
                 continue
             if (batch := reports.pop(progress["batchId"], None)) and batch.rows:
-                say(_line(batch, progress, writer.source.lag(progress)))
+                lag = writer.source.lag(progress)
+                say(_line(batch, progress, lag))
+                metrics.batch(batch, progress, lag)
                 writer.source.note(progress)
 
     trigger = {"availableNow": True} if options.once else {"processingTime": options.trigger}
@@ -117,6 +130,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
                  .trigger(**trigger).start())
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
+    metrics.working(True)
     try:
         while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
             report()
@@ -128,6 +142,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
         if not errors or not isinstance(errors[-1], Stopped):
             return len(written), errors[-1] if errors else error
     finally:
+        metrics.working(False)
         report()
     return len(written), None
 
@@ -170,12 +185,13 @@ def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float
         time.sleep(0.05)
 
 
-def _line(report: BatchReport, progress: dict, lag: str) -> str:
+def _line(report: BatchReport, progress: dict, lag: dict[str, int]) -> str:
     rejected = {reason: rows for reason, rows in report.rows.items() if reason}
     most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
     reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)
     if len(rejected) > MOST_REASONS:
         reasons += f" and {len(rejected) - MOST_REASONS} more"
     return (f"batch {progress['batchId']}: {sum(report.rows.values()):,} rows in, {report.rows.get(None, 0):,} accepted, "
-            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s{lag}"
+            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s"
+            + (f", {sum(lag.values()):,} behind" if lag else "")
             + (f", {report.with_unknown:,} with fields unknown to the contract: {', '.join(report.unknown)}" if report.unknown else ""))

@@ -44,6 +44,16 @@ class BatchReport(NamedTuple):
     unknown: list[str]
 
 
+class Unwatched:
+    """Metrics that nobody asks for; common/metrics.py has the others, and needs a library for them."""
+
+    def working(self, works: bool) -> None:
+        """Whether the query runs."""
+
+    def batch(self, report: BatchReport, progress: dict, lag: dict[str, int]) -> None:
+        """A batch with records, of which Spark reports `progress`; `lag`: records left to read, by partition."""
+
+
 class TableWriter:
     """Writes each micro-batch of `source` to `tables`, by the contract: every record to one of the two, exactly once."""
 

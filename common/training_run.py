@@ -16,7 +16,7 @@ from common.internals import jvm_of
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.streams import run_query
-from common.table_writer import Start, TableWriter
+from common.table_writer import Start, TableWriter, Unwatched
 from common.tables import bronze_tables
 from common.viewer import newest_since, read_table, show
 from streaming_files_to_delta_bronze import FileSource, list_new_files
@@ -31,7 +31,7 @@ def main(make: str, archive: str) -> None:
         contract = load_contract(f"{REPOSITORY}/readings.py")
         tables = bronze_tables(f"{folder}/table", contract.columns)
         writer = TableWriter(tables, contract, FileSource(is_multiline=False), Start({}, {}))
-        run_query(list_new_files(spark, options), writer, options, threading.Event())
+        run_query(list_new_files(spark, options), writer, options, threading.Event(), Unwatched())
         for table in (tables.table, tables.quarantine):
             newest_since(spark, table, 5)
             show(read_table(spark, table, "").orderBy(F.desc("ingest_time")), 5)

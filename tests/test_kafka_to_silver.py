@@ -2,13 +2,24 @@
 
 import re
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
-from conftest import origins, run_script, tables
+import pytest
+from conftest import PATIENCE, REPOSITORY, origins, run_script, tables
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from prometheus_client.parser import text_string_to_metric_families
 from pyspark.sql import functions as F
 from test_rules import reading
 
+from common.console import PipelineError
+from common.metrics import Metrics
 from common.tables import silver_tables
+from local_kafka import free_ports
 from readings import CONTRACT
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
@@ -27,8 +38,16 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     consumer.wait_for("batch", times=2)
     consumer.stop(signal.SIGKILL)
 
-    consumer = start(CONSUMER, *options, "--max-offsets-per-trigger", 700, "--trigger", "1 second")
+    [port] = free_ports(1)
+    consumer = start(CONSUMER, *options, "--max-offsets-per-trigger", 700, "--trigger", "1 second", "--metrics-port", port)
     consumer.wait_for("batch", times=2)
+    assert urlopen(f"http://127.0.0.1:{port}/healthz").status == 200
+    figures = {sample.name + str(sample.labels): sample.value for family in text_string_to_metric_families(
+        urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()) for sample in family.samples}
+    assert figures["pipeline_accepted_records_total{}"] > 0 and figures["pipeline_batch_seconds_count{}"] >= 1
+    assert 0 <= time.time() - figures["pipeline_newest_record_timestamp_seconds{}"] < PATIENCE
+    assert figures["pipeline_rejected_records_total{'reason': 'empty_record'}"] > 0
+    assert {f"pipeline_lag_records{{'partition': '{partition}'}}" for partition in range(3)} < figures.keys()
     assert consumer.stop(signal.SIGTERM) == 0 and "Traceback" not in consumer.output
 
     assert producer.stop(signal.SIGINT) == 0
@@ -43,6 +62,26 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     accepted, rejected = tables(spark, options)
     assert {row.reject_reason for row in rejected.select("reject_reason").distinct().collect()} == set(CONTRACT.reasons)
     assert accepted.where("device_id IS NULL OR event_time IS NULL OR kafka_key <> CAST(device_id AS BINARY)").count() == 0
+
+
+def test_a_stream_that_does_not_run_is_unhealthy_and_a_port_in_use_is_said():
+    [port] = free_ports(1)
+    metrics = Metrics("127.0.0.1", port)
+    for works in (False, True, False):
+        metrics.working(works)
+        with suppress(HTTPError):
+            assert urlopen(f"http://127.0.0.1:{port}/healthz").read() == b"ok\n" and works
+            continue
+        assert not works
+    with pytest.raises(PipelineError, match=f"can't be served on 127.0.0.1:{port}: .* Choose another --metrics-port"):
+        Metrics("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("script", ["spark_kafka_consumer", "streaming_files_to_delta_bronze"])
+def test_a_stream_imports_no_library_of_what_nobody_asks_for(script):
+    code = f"import sys, {script}; sys.exit(str({{'prometheus_client', 'rich'}} & sys.modules.keys()).replace('set()', '') or 0)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):

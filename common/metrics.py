@@ -1,0 +1,65 @@
+"""A stream's figures for Prometheus, and whether it works, over HTTP: `--metrics-port`."""
+
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
+
+from common.console import PipelineError, say
+from common.table_writer import BatchReport, Unwatched
+
+
+class Metrics(Unwatched):
+    """Answers on http://HOST:PORT: /metrics with the figures, /healthz with 200 while the stream works, else 503."""
+
+    def __init__(self, host: str, port: int):
+        self.works = False
+        disable_created_metrics()  # when each series began, which nothing here asks for
+        registry = CollectorRegistry()
+        self.accepted = Counter("pipeline_accepted_records", "Records written to the table", registry=registry)
+        self.rejected = Counter("pipeline_rejected_records", "Records written to the quarantine", ["reason"], registry=registry)
+        self.seconds = Histogram("pipeline_batch_seconds", "Duration of a batch", registry=registry,
+                                 buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300))
+        self.lag = Gauge("pipeline_lag_records", "Records of the partition that were not read yet", ["partition"], registry=registry)
+        self.newest = Gauge("pipeline_newest_record_timestamp_seconds", "Start of the last batch that had records", registry=registry)
+        self.commit = Gauge("pipeline_last_commit_timestamp_seconds", "End of the last batch", registry=registry)
+        self.metrics = make_wsgi_app(registry)
+        try:
+            server = make_server(host, port, self._answer, _Server, _SilentHandler)
+        except OSError as error:
+            raise PipelineError(f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another --metrics-port.") from error
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        say(f"Metrics: http://{host}:{port}/metrics")
+
+    def _answer(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/healthz":
+            return self.metrics(environ, start_response)
+        start_response("200 OK" if self.works else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if self.works else b"the stream does not run\n"]
+
+    def working(self, works: bool) -> None:
+        self.works = works
+
+    def batch(self, report: BatchReport, progress: dict, lag: dict[str, int]) -> None:
+        self.accepted.inc(report.rows.get(None, 0))
+        for reason, rows in report.rows.items():
+            if reason:
+                self.rejected.labels(reason).inc(rows)
+        self.seconds.observe(progress["batchDuration"] / 1000)
+        for partition, records in lag.items():
+            self.lag.labels(partition).set(records)
+        self.newest.set(datetime.fromisoformat(progress["timestamp"].replace("Z", "+00:00")).timestamp())
+        self.commit.set(time.time())
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -8,6 +8,10 @@ is an error.
     python3 kafka_producer.py --create-topic
     python3 kafka_producer.py --rate 200 --invalid-fraction 0.05
     python3 kafka_producer.py --rate 0 --count 1000000 --seed 1
+
+With --to-folder the readings come as files instead, as from a gateway: one of JSON lines every five seconds.
+
+    python3 kafka_producer.py --to-folder input/sensor_data
 """
 
 import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
@@ -24,12 +28,13 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
-from common.console import PipelineError, argument_parser, at_least, fraction, run, say
+from common.console import PipelineError, argument_parser, at_least, fraction, location, run, say
 from common.contract import Boolean, Field, Integer, Number, Timestamp
 from common.process import on_stop_signal
 from common.topics import Topic, add_topic_options
@@ -37,20 +42,27 @@ from readings import CONTRACT, SENSOR_TYPES
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
+FILE_SECONDS, FILE_RECORDS = 5, 10_000  # of --to-folder: whichever comes first
 
 
 def main() -> None:
     options = parse_options()
-    topic = Topic.of(options)
-    topic.wait(options.wait, create=options.create_topic)
+    messages = simulate(options.devices, options.invalid_fraction, options.seed)
     stopping = threading.Event()
-    on_stop_signal(stopping.set)
-    send(simulate(options.devices, options.invalid_fraction, options.seed), topic, options, stopping)
+    if options.to_folder:
+        on_stop_signal(stopping.set)
+        write_files(messages, Path(options.to_folder), options, stopping)
+    else:
+        topic = Topic.of(options)
+        topic.wait(options.wait, create=options.create_topic)
+        on_stop_signal(stopping.set)
+        send(messages, topic, options, stopping)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_topic_options(parser)
+    parser.add_argument("--to-folder", type=folder, metavar="FOLDER", help="write files of JSON lines there, not to Kafka")
     parser.add_argument("--rate", type=at_least(0, float), default=1, metavar="PER_SECOND",
                         help="messages per second; 0: as fast as it goes")
     parser.add_argument("--count", type=at_least(0), metavar="N", help="stop after so many messages")
@@ -61,6 +73,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--create-topic", action="store_true", help="make the topic, with 3 partitions, if it is missing")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
+
+
+def folder(value: str) -> str:
+    """The type of an option that takes a folder of this machine."""
+    if "://" in value:
+        raise argparse.ArgumentTypeError(f"{value!r} is no folder of this machine")
+    return location(value)
 
 
 def simulate(devices: int, invalid_fraction: float = 0, seed: int | None = None) -> Iterator[tuple[str, bytes | None]]:
@@ -146,6 +165,41 @@ def ticks(rate: float, stopping: threading.Event) -> Iterator[None]:
         if stopping.is_set():
             return
         yield
+
+
+def write_files(messages: Iterator[tuple[str, bytes | None]], folder: Path, options: argparse.Namespace,
+                stopping: threading.Event) -> None:
+    """Writes `messages` at the rate and up to the count asked for, or until `stopping` is set, as files of JSON lines.
+
+    A file gets its name, its time, when it is complete. A message without a value is no line. Raises PipelineError.
+    """
+    files = records = 0
+    lines: list[bytes] = []
+
+    def write() -> None:
+        nonlocal files, records, lines
+        name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}.json"
+        draft = folder / f"_{name}"
+        draft.write_bytes(b"\n".join(lines) + b"\n")
+        draft.rename(folder / name)
+        files, records, lines = files + 1, records + len(lines), []
+        say(f"{records:,} records in {files:,} file{'s' * (files != 1)}; last: {folder / name}")
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        say(f"Writing to {folder}. Ctrl+C stops.")
+        begun = time.monotonic()
+        for _, (_, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
+            lines += [record] if record else []
+            if time.monotonic() - begun >= FILE_SECONDS or len(lines) >= FILE_RECORDS:
+                write()
+                begun = time.monotonic()
+        if lines:
+            write()
+    except OSError as error:
+        raise PipelineError(f"{folder} can't be written to: {error.strerror}. Give this user the right, make room, or name another "
+                            f"folder.") from error
+    say(f"{records:,} records in {files:,} file{'s' * (files != 1)} written.")
 
 
 def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: argparse.Namespace,

@@ -1,12 +1,12 @@
 """The whole pipeline in one command, without Docker where there is none.
 
-    input/sensor_data/*.json ──> streaming_files_to_delta_bronze.py ──> lake/bronze/sensor_data
-    kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ──────────> lake/silver/sensor_data
+    kafka_producer.py ──> input/sensor_data/*.json ──> streaming_files_to_delta_bronze.py ──> lake/bronze/sensor_data
+    kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ────────────────────────────────> lake/silver/sensor_data
 
-It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic
-if it is missing, starts the producer and both streams, and marks each line they print with the script's name. Ctrl+C,
-or the end of --duration, stops what it started, in order, and shows the newest rows of both tables. When a part dies,
-it says which, stops the others and ends with exit code 1.
+It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic if
+it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and marks each line they print with the
+script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the newest rows of both tables. When a
+part dies, it says which, stops the others and ends with exit code 1.
 
     python3 run_pipeline.py
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1
@@ -51,8 +51,9 @@ def main() -> None:
             Topic(broker).wait(seconds=30, create=True)
             parts.append(Part("streaming_files_to_delta_bronze.py"))
             parts.append(Part("spark_kafka_consumer.py", "--bootstrap-servers", broker))
-            parts.append(Part("kafka_producer.py", "--bootstrap-servers", broker, "--rate", str(options.rate),
-                              "--invalid-fraction", str(options.invalid_fraction)))
+            readings = ("--rate", str(options.rate), "--invalid-fraction", str(options.invalid_fraction))
+            parts.append(Part("kafka_producer.py", "--to-folder", str(REPOSITORY / "input" / "sensor_data"), *readings))
+            parts.append(Part("kafka_producer.py", "--bootstrap-servers", broker, *readings))
         end = time.monotonic() + (options.duration or float("inf"))
         while not stopping.wait(0.5) and time.monotonic() < end:
             require_alive(parts)

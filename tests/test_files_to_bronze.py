@@ -1,8 +1,10 @@
 """JSON files -> Bronze, the script as a process on real files."""
 
 import gzip
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from test_rules import VALID, reading
 
 from common.java import DELTA, KAFKA_SOURCE, spark_jars
 from common.tables import bronze_tables, quarantine_of
+from kafka_producer import simulate
 from readings import CONTRACT
 from conftest import run_script
 
@@ -124,6 +127,25 @@ def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bron
     again = run_script(SCRIPT, *options, "--once", "--max-files-per-trigger", 1)
     assert again.returncode == 0, again.stderr
     assert rows_of(spark, tmp_path / "bronze", ["value"]) == [(1.0,), (2.0,), (3.0,)]
+
+
+def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path, start):
+    run = run_script("kafka_producer.py", "--to-folder", tmp_path / "new" / "folder", "--rate", 0, "--count", 25_000, "--seed", 1,
+                     "--invalid-fraction", 0.1)
+    assert (run.returncode, run.stderr) == (0, "")
+    records = sum(bool(record) for _, record in itertools.islice(simulate(12, 0.1, seed=1), 25_000))  # a blank line is none
+    files = sorted((tmp_path / "new" / "folder").iterdir())
+    assert [file.read_bytes().count(b"\n") for file in files] == [10_000, 10_000, records - 20_000]
+    assert run.stdout.endswith(f"{records:,} records in 3 files written.\n") and all(file.suffix == ".json" for file in files)
+
+    simulator = start("kafka_producer.py", "--to-folder", tmp_path, "--rate", 50)
+    simulator.wait_for("records in 1 file; last: ")
+    assert simulator.stop(signal.SIGINT) == 0
+    [records] = re.findall(r"^(\d+) records in 2 files written\.$", simulator.output, re.MULTILINE)
+    assert sum(file.read_bytes().count(b"\n") for file in tmp_path.glob("2*.json")) == int(records)
+
+    run = run_script("kafka_producer.py", "--to-folder", "/proc/none", "--count", 1)
+    assert run.returncode == 1 and run.stderr.startswith("error: /proc/none can't be written to: ") and run.stderr.count("\n") == 1
 
 
 def test_ctrl_c_under_spark_submit_lets_the_batch_finish(bronze, start):

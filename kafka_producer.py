@@ -21,7 +21,6 @@ import copy
 import itertools
 import json
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -36,7 +35,7 @@ from kafka.errors import KafkaError
 
 from common.console import PipelineError, argument_parser, at_least, fraction, location, run, say
 from common.contract import Boolean, Field, Integer, Number, Timestamp
-from common.process import on_stop_signal
+from common.process import StopFlag, on_stop_signal
 from common.topics import Topic, add_topic_options
 from readings import CONTRACT, SENSOR_TYPES
 
@@ -48,7 +47,7 @@ FILE_SECONDS, FILE_RECORDS = 5, 10_000  # of --to-folder: whichever comes first
 def main() -> None:
     options = parse_options()
     messages = simulate(options.devices, options.invalid_fraction, options.seed)
-    stopping = threading.Event()
+    stopping = StopFlag()
     if options.to_folder:
         on_stop_signal(stopping.set)
         write_files(messages, Path(options.to_folder), options, stopping)
@@ -156,7 +155,7 @@ BREAKS: dict[str, Callable[[dict], bytes | None]] = {
 }
 
 
-def ticks(rate: float, stopping: threading.Event) -> Iterator[None]:
+def ticks(rate: float, stopping: StopFlag) -> Iterator[None]:
     """Comes up `rate` times a second, or without a pause for 0, until `stopping` is set."""
     begin = time.monotonic()
     for number in itertools.count():
@@ -168,7 +167,7 @@ def ticks(rate: float, stopping: threading.Event) -> Iterator[None]:
 
 
 def write_files(messages: Iterator[tuple[str, bytes | None]], folder: Path, options: argparse.Namespace,
-                stopping: threading.Event) -> None:
+                stopping: StopFlag) -> None:
     """Writes `messages` at the rate and up to the count asked for, or until `stopping` is set, as files of JSON lines.
 
     A file gets its name, its time, when it is complete. A message without a value is no line. Raises PipelineError.
@@ -203,7 +202,7 @@ def write_files(messages: Iterator[tuple[str, bytes | None]], folder: Path, opti
 
 
 def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: argparse.Namespace,
-         stopping: threading.Event) -> None:
+         stopping: StopFlag) -> None:
     """Sends `messages` at the rate and up to the count asked for, or until `stopping` is set; delivers all it has sent.
 
     Raises PipelineError where one can't be delivered.

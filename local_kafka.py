@@ -17,7 +17,6 @@ import re
 import shlex
 import socket
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from kafka.errors import KafkaError
 
 from common.console import PipelineError, argument_parser, location, port_number, run, say
 from common.java import SCALA, find_java, resolve_jars
-from common.process import REPOSITORY, on_stop_signal
+from common.process import REPOSITORY, StopFlag, on_stop_signal
 
 COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
 # Which Kafka is inside Confluent's images: https://docs.confluent.io/platform/current/installation/versions-interoperability.html
@@ -53,7 +52,7 @@ def main() -> None:
     java = [find_java().path, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(jars)]
     zookeeper_port, docker_port = free_ports(2)
     environment = services["zookeeper"]["environment"]
-    stopping = threading.Event()
+    stopping = StopFlag()
     on_stop_signal(stopping.set)
     with Server("ZooKeeper", [*java, "org.apache.zookeeper.server.quorum.QuorumPeerMain"], environment,
                 zookeeper_properties(environment, zookeeper_port, options.data_dir), options.data_dir) as zookeeper:

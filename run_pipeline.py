@@ -25,7 +25,7 @@ import time
 from common.class_archive import use_archive
 from common.console import PipelineError, argument_parser, at_least, fraction, port_number, run, say
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
-from common.process import REPOSITORY, Interrupt, on_stop_signal
+from common.process import REPOSITORY, Interrupt, StopFlag, on_stop_signal
 from common.tables import BRONZE, SILVER
 from common.topics import Topic
 from local_kafka import answers
@@ -36,7 +36,7 @@ STOP_SECONDS = 120  # what a stream may need to finish its batch
 def main() -> None:
     options = parse_options()
     use_archive(find_java(), spark_jars(DELTA, KAFKA_SOURCE))  # once, before both streams need them at the same time
-    stopping = threading.Event()
+    stopping = StopFlag()
     on_stop_signal(stopping.set)
 
     parts = []

@@ -20,7 +20,6 @@ import common.process  # isort: skip  # before all else: a Ctrl+C during the oth
 
 import argparse
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,7 +30,7 @@ from pyspark.sql import functions as F
 from common.console import PipelineError, argument_parser, at_least, first_line, run, say, warn
 from common.contract import load_contract
 from common.kafka_config import spark_options
-from common.process import REPOSITORY
+from common.process import REPOSITORY, StopFlag
 from common.session import build_spark
 from common.streams import add_stream_options, run_until_stopped
 from common.tables import SILVER, silver_tables
@@ -149,7 +148,7 @@ class KafkaSource:
             raise PipelineError(f"Of {self.topic} more was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
 
-    def wait_out(self, error: Exception, stopping: threading.Event) -> None:
+    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         self.topic.wait_out(error.__cause__ if isinstance(error.__cause__, KafkaError) else error, stopping)
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:

@@ -22,7 +22,6 @@ import common.process  # isort: skip  # before all else: a Ctrl+C during the oth
 import argparse
 import os
 import re
-import threading
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -31,7 +30,7 @@ from common.console import PipelineError, argument_parser, at_least, location, r
 from common.contract import load_contract
 from common.internals import FileSystem
 from common.json_files import escape_glob, find_multiline, read_lines, read_values
-from common.process import REPOSITORY
+from common.process import REPOSITORY, StopFlag
 from common.session import build_spark
 from common.streams import add_stream_options, run_until_stopped
 from common.tables import BRONZE, bronze_tables
@@ -114,7 +113,7 @@ class FileSource:
     def check_unread(self, unread: dict, checkpoint: str) -> None:
         pass
 
-    def wait_out(self, error: Exception, stopping: threading.Event) -> None:
+    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         raise error
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:

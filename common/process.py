@@ -2,11 +2,12 @@
 
 Each script imports this before all else, because the other imports take a second. What a signal does then changes with
 what there is to clean up: it ends the process at once while modules are imported, raises KeyboardInterrupt under
-`common.console.run`, waits in `held_back`, and sets an event where a loop looks at one (`on_stop_signal(event.set)`).
+`common.console.run`, waits in `held_back`, and sets a StopFlag where a loop looks at one (`on_stop_signal(stopping.set)`).
 """
 
 import io
 import os
+import select
 import signal
 import sys
 import time
@@ -32,6 +33,28 @@ def on_stop_signal(action: Callable[[], object]) -> None:
 
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, handle)
+
+
+class StopFlag:
+    """What threading.Event is, for the handler of a signal: that one's `set` waits for a lock, which the very thread that the
+    signal interrupts may hold."""
+
+    def __init__(self):
+        self._is_set = False
+        self._reader, self._writer = os.pipe()
+
+    def set(self) -> None:
+        if not self._is_set:
+            self._is_set = True
+            os.write(self._writer, b".")
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def wait(self, seconds: float) -> bool:
+        """Returns when the flag is set, or after so many seconds: whether it is set."""
+        select.select([self._reader], [], [], max(0, seconds))
+        return self._is_set
 
 
 def ignore_stop_signals() -> None:

@@ -1,9 +1,10 @@
 """What a stream needs to know of its source, whatever it is."""
 
-import threading
 from typing import Protocol
 
 from pyspark.sql import DataFrame
+
+from common.process import StopFlag
 
 
 class Source(Protocol):
@@ -30,7 +31,7 @@ class Source(Protocol):
     def check_unread(self, unread: dict, checkpoint: str) -> None:
         """Raises PipelineError where the source no longer has what comes after the offsets `unread` of the checkpoint."""
 
-    def wait_out(self, error: Exception, stopping: threading.Event) -> None:
+    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:

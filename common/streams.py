@@ -17,7 +17,7 @@ from common.checkpoints import check_places, check_start, exclusive, taken
 from common.console import PipelineError, first_line, location, port_number, root_cause, say, table_location
 from common.contract import Contract, in_file
 from common.internals import stream_of
-from common.process import REPOSITORY, on_stop_signal
+from common.process import REPOSITORY, StopFlag, on_stop_signal
 from common.source import Source
 from common.table_writer import BatchReport, TableWriter, Unwatched
 from common.tables import TablePair
@@ -56,7 +56,7 @@ def run_until_stopped(stream: DataFrame, source: Source, tables: TablePair, cont
     Where the source stops answering, it waits for it and goes on. Raises PipelineError where it can't start or can't go on.
     """
     spark, failures = stream.sparkSession, 0
-    stopping = threading.Event()
+    stopping = StopFlag()
     on_stop_signal(stopping.set)
     check_places(options)
     try:
@@ -92,7 +92,7 @@ def _metrics(options: argparse.Namespace) -> Unwatched:
     return Metrics(options.metrics_host, options.metrics_port)
 
 
-def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace, stopping: threading.Event,
+def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace, stopping: StopFlag,
               metrics: Unwatched) -> tuple[int, Exception | None]:
     """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
 

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import re
-import threading
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -17,6 +16,7 @@ from kafka.structs import OffsetAndMetadata
 
 from common.console import PipelineError, at_least, first_line, location, root_cause, say
 from common.kafka_config import python_settings, read_properties
+from common.process import StopFlag
 
 TOPIC = "sensor_data"
 PARTITIONS = 3
@@ -100,7 +100,7 @@ class Topic:
         return kind(**settings | python_settings(self.properties, kind.DEFAULT_CONFIG),
                     bootstrap_servers=self.servers.split(","))
 
-    def wait(self, seconds: float, create: bool = False, stopping: threading.Event | None = None) -> None:
+    def wait(self, seconds: float, create: bool = False, stopping: StopFlag | None = None) -> None:
         """Returns once the topic is there, or `stopping` is set; `create` makes it where it is missing.
 
         Raises PipelineError where no broker answers, or there is no topic, for so many seconds.
@@ -205,7 +205,7 @@ class Topic:
                     raise
                 time.sleep(0.2)
 
-    def wait_out(self, error: Exception, stopping: threading.Event) -> None:
+    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
 
         Raises PipelineError where Kafka stays away or waiting is of no use; `error` where it is not Kafka's.

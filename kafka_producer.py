@@ -61,7 +61,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_topic_options(parser)
-    parser.add_argument("--to-folder", type=folder, metavar="FOLDER", help="write files of JSON lines there, not to Kafka")
+    parser.add_argument("--to-folder", type=local_folder, metavar="FOLDER", help="write files of JSON lines there, not to Kafka")
     parser.add_argument("--rate", type=at_least(0, float), default=1, metavar="PER_SECOND",
                         help="messages per second; 0: as fast as it goes")
     parser.add_argument("--count", type=at_least(0), metavar="N", help="stop after so many messages")
@@ -74,7 +74,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def folder(value: str) -> str:
+def local_folder(value: str) -> str:
     """The type of an option that takes a folder of this machine."""
     if "://" in value:
         raise argparse.ArgumentTypeError(f"{value!r} is no folder of this machine")

@@ -22,7 +22,7 @@ CUT_AT = 120  # characters of a value, unless all of it is asked for
 FOLD_AT = 30  # columns of the terminal that a long value gets, where not all have room on a line
 # What a terminal too narrow for all columns does without, the first first: the tables' own columns before the contract's.
 LEAST_NEEDED = ("raw_json", "_rescued_data", "kafka_key", "topic", "kafka_timestamp", "source_file", "partition", "offset", "ingest_time")
-ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"
+ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
 
 def show_latest(manual: str, default_table: str, written_by: str) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
-from common.console import PipelineError, argument_parser, at_least, fraction, location, run, say
+from common.console import PipelineError, argument_parser, at_least, fraction, local_folder, run, say
 from common.contract import Boolean, Field, Integer, Number, Timestamp
 from common.process import StopFlag, on_stop_signal
 from common.topics import Topic, add_topic_options
@@ -41,6 +41,7 @@ from readings import CONTRACT, SENSOR_TYPES
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
+SHOW_SECONDS = 5  # from one line about what was sent to the next
 FILE_SECONDS, FILE_RECORDS = 5, 10_000  # of --to-folder: whichever comes first
 
 
@@ -72,13 +73,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--create-topic", action="store_true", help="make the topic, with 3 partitions, if it is missing")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
-
-
-def local_folder(value: str) -> str:
-    """The type of an option that takes a folder of this machine."""
-    if "://" in value:
-        raise argparse.ArgumentTypeError(f"{value!r} is no folder of this machine")
-    return location(value)
 
 
 def simulate(devices: int, invalid_fraction: float = 0, seed: int | None = None) -> Iterator[tuple[str, bytes | None]]:
@@ -228,7 +222,7 @@ def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: ar
             producer.send(topic.name, key=key.encode(), value=record).add_callback(count_delivery).add_errback(
                 note_failure)
             sent += 1
-            if time.monotonic() - shown >= 1 or sent == 1:
+            if time.monotonic() - shown >= SHOW_SECONDS or sent == 1:
                 shown = time.monotonic()
                 say(f"{sent:,} sent, {acknowledged:,} acknowledged; last: {(record or b'null').decode(errors='replace')}")
         if not failure:  # after which kafka-python may never be done with the rest (3.0.12)

@@ -4,9 +4,11 @@
     kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ────────────────────────────────> lake/silver/sensor_data
 
 It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic if
-it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and marks each line they print with the
-script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the newest rows of both tables. When a
-part dies, it says which, stops the others and ends with exit code 1.
+it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py where what that
+needs is installed. On a terminal it shows what each does, in place; in a pipe, or with --plain, each line they print, marked
+with the script's name. Ctrl+C, or the end of --duration, stops what it
+started, in order, and shows the newest rows of both tables. When a part dies, it says which, stops the others and ends with
+exit code 1.
 
     python3 run_pipeline.py
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1
@@ -16,11 +18,22 @@ import common.process  # isort: skip  # before all else: a Ctrl+C during the oth
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
+from typing import IO
+
+from rich import box
+from rich.live import Live
+from rich.table import Column, Table
+from rich.text import Text
 
 from common.class_archive import use_archive
 from common.console import PipelineError, argument_parser, at_least, fraction, port_number, run, say
@@ -28,7 +41,7 @@ from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from common.process import REPOSITORY, Interrupt, StopFlag, on_stop_signal
 from common.tables import BRONZE, SILVER
 from common.topics import Topic
-from local_kafka import answers
+from local_kafka import answers, is_free
 
 STOP_SECONDS = 120  # what a stream may need to finish its batch
 
@@ -39,28 +52,19 @@ def main() -> None:
     stopping = StopFlag()
     on_stop_signal(stopping.set)
 
-    parts = []
-    try:
-        if not answers(options.port):
-            parts.append(Part("local_kafka.py", "--port", str(options.port)))
-            while not answers(options.port) and not stopping.is_set():
+    parts: list[Part] = []
+    in_place = sys.stdout.isatty() and not options.plain
+    with Live(get_renderable=lambda: overview(parts), refresh_per_second=2) if in_place else nullcontext():
+        try:
+            for part in start_parts(options, stopping, in_place):
+                parts.append(part)
+            end = time.monotonic() + (options.duration or float("inf"))
+            while not stopping.wait(0.5) and time.monotonic() < end:
                 require_alive(parts)
-                stopping.wait(0.5)
-        if not stopping.is_set():
-            broker = f"localhost:{options.port}"
-            Topic(broker).wait(seconds=30, create=True)
-            parts.append(Part("streaming_files_to_delta_bronze.py"))
-            parts.append(Part("spark_kafka_consumer.py", "--bootstrap-servers", broker))
-            readings = ("--rate", str(options.rate), "--invalid-fraction", str(options.invalid_fraction))
-            parts.append(Part("kafka_producer.py", "--to-folder", str(REPOSITORY / "input" / "sensor_data"), *readings))
-            parts.append(Part("kafka_producer.py", "--bootstrap-servers", broker, *readings))
-        end = time.monotonic() + (options.duration or float("inf"))
-        while not stopping.wait(0.5) and time.monotonic() < end:
-            require_alive(parts)
-    finally:
-        say("Stopping …")
-        for part in reversed(parts):  # the producer first, Kafka last
-            part.stop()
+        finally:
+            say("Stopping …")
+            for part in reversed(parts):  # what only looks on and the producers first, Kafka last
+                part.stop()
     on_stop_signal(Interrupt())
     for script, table in (("read_bronze.py", BRONZE), ("read_silver.py", SILVER)):
         if os.path.exists(table):  # not where it was stopped before the first batch
@@ -81,23 +85,70 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--invalid-fraction", type=fraction, default=0, metavar="F",
                         help="share of the producer's messages that break a rule")
     parser.add_argument("--port", type=port_number, default=9092, help="port of this machine that Kafka listens on")
+    parser.add_argument("--plain", action="store_true", help="on a terminal too, print each line of the parts, as in a pipe")
     return parser.parse_args()
 
 
-class Part:
-    """A script of the pipeline as a process of its own, each line of its output marked with its name."""
+def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool) -> Iterator["Part"]:
+    """Starts the parts one after the other, as far as it gets before `stopping` is set."""
+    if not answers(options.port):
+        yield (kafka := Part("local_kafka.py", "--port", str(options.port), is_quiet=in_place))
+        while not answers(options.port) and not stopping.wait(0.5):
+            require_alive([kafka])
+    if stopping.is_set():
+        return
+    broker = f"localhost:{options.port}"
+    Topic(broker).wait(seconds=30, create=True)
+    yield Part("streaming_files_to_delta_bronze.py", is_quiet=in_place)
+    yield Part("spark_kafka_consumer.py", "--bootstrap-servers", broker, is_quiet=in_place)
+    readings = ("--rate", str(options.rate), "--invalid-fraction", str(options.invalid_fraction))
+    yield Part("kafka_producer.py", "--to-folder", str(REPOSITORY / "input" / "sensor_data"), *readings, is_quiet=in_place)
+    yield Part("kafka_producer.py", "--bootstrap-servers", broker, *readings, is_quiet=in_place)
+    if find_spec("streamlit"):
+        port = next(filter(is_free, range(8501, 65_536)))
+        yield Part("dashboard.py", "--bootstrap-servers", broker, "--port", str(port), is_quiet=in_place)
 
-    def __init__(self, script: str, *arguments: str):
-        self.script = script
+
+class Part:
+    """A script of the pipeline as a process of its own. Each line of its output is printed with its name, unless it `is_quiet`:
+    then it is what `overview` shows."""
+
+    def __init__(self, script: str, *arguments: str, is_quiet: bool):
+        self.script, self.is_quiet = script, is_quiet
+        self.lines: deque[str] = deque(maxlen=20)
+        self.error = self.behind = self.rate = ""
+        self.total, self.counted_at = 0, time.monotonic()
         # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
         self.process = subprocess.Popen([sys.executable, "-u", REPOSITORY / script, *arguments], stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-        self.printer = threading.Thread(target=self._print_lines, daemon=True)
-        self.printer.start()
+                                        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+        self.readers = [threading.Thread(target=self._read, args=[stream], daemon=True)
+                        for stream in (self.process.stdout, self.process.stderr)]
+        for reader in self.readers:
+            reader.start()
 
-    def _print_lines(self) -> None:
-        for line in self.process.stdout or ():
-            say(f"{self.script:<35}| {line.rstrip()}")
+    def _read(self, stream: IO[str]) -> None:
+        for line in map(str.rstrip, stream):
+            if not self.is_quiet:
+                say(f"{self.script:<35}| {line}")
+            self.lines.append(line)
+            if stream is self.process.stderr:
+                self.error = line
+            if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
+                records, now = int(count[1].replace(",", "")), time.monotonic()
+                total = self.total + records if count[2] == "rows in" else records
+                self.rate = f"{(total - self.total) / (now - self.counted_at):,.1f}"
+                self.total, self.counted_at = total, now
+            if behind := re.search(r"([\d,]+) behind", line):
+                self.behind = behind[1]
+
+    def state(self) -> str:
+        if self.process.returncode is None:
+            return "running" if self.lines else "starting"
+        return "stopped" if self.process.returncode == 0 else f"exit code {self.process.returncode}"
+
+    def wait_for_output(self) -> None:
+        for reader in self.readers:
+            reader.join(timeout=5)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -107,13 +158,26 @@ class Part:
         except subprocess.TimeoutExpired:
             say(f"{self.script} did not stop within {STOP_SECONDS} s and is killed; its next start goes on from there.")
             self.process.kill()
-        self.printer.join(timeout=5)
+        self.wait_for_output()
+
+
+def overview(parts: list[Part]) -> Table:
+    """What the parts do, and what each of them said last, to be shown in place."""
+    table = Table("part", "state", Column("a second", justify="right"), Column("behind", justify="right"),
+                  Column("last line", no_wrap=True, ratio=1), box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    for part in parts:
+        table.add_row(part.script, part.state(), part.rate, part.behind, Text(part.lines[-1] if part.lines else ""))
+        if part.error:
+            table.add_row("", "", "", "", Text(part.error, style="red", overflow="fold"))
+    return table
 
 
 def require_alive(parts: list[Part]) -> None:
     for part in parts:
         if part.process.poll() is not None:
-            part.printer.join(timeout=5)
+            part.wait_for_output()
+            for line in part.lines if part.is_quiet else ():
+                say(f"{part.script:<35}| {line}")
             raise PipelineError(f"{part.script} has ended with exit code {part.process.returncode}; what it said stands "
                                 f"above. The other parts are stopped.")
 

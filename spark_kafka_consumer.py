@@ -46,8 +46,7 @@ def main() -> None:
     topic.wait(options.wait)
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
     messages = read_topic(spark, topic, options)
-    table = options.table.rstrip("/").rpartition("/")[2]
-    source = KafkaSource(topic, options.accept_data_loss, options.group_id or topic.properties.get("group.id", f"pipeline-{table}"))
+    source = KafkaSource(topic, options.accept_data_loss, options.group_id or topic.group_of(options.table))
     run_until_stopped(messages, source, silver_tables(options.table, contract.columns), contract, options)
 
 

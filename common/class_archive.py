@@ -13,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from common.console import in_progress
 from common.java import Java, cache_folder
 from common.process import REPOSITORY
 
@@ -30,10 +31,11 @@ def use_archive(java: Java, jars: list[str]) -> str:
     made_for = hashlib.sha256("\n".join([path, str(os.path.getmtime(path)), *jars]).encode()).hexdigest()[:16]
     archive = cache_folder() / f"classes-{made_for}.jsa"
     if not archive.exists() and os.access(archive.parent, os.W_OK):  # Java starts without one, too
-        print("First start: preparing Java's class archive, so that each later start takes half the time …", file=sys.stderr)
-        with FileLock(archive.with_suffix(".lock")):
-            if not archive.exists():
-                _make(archive, make)
+        with in_progress() as note:
+            note("First start: preparing Java's class archive, so that each later start takes half the time …")
+            with FileLock(archive.with_suffix(".lock")):
+                if not archive.exists():
+                    _make(archive, make)
     return f"{use}={archive}"
 
 

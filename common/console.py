@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from py4j.protocol import Py4JNetworkError
 
@@ -41,6 +42,13 @@ def location(value: str) -> str:
     if uri := re.fullmatch(r"([a-zA-Z][\w+.-]+):/(?!/)(.*)", value, re.DOTALL):  # file:/data, as Java writes it
         return f"{uri[1]}:///{uri[2]}"
     return value if "://" in value else os.path.abspath(os.path.expanduser(value))
+
+
+def local_folder(value: str) -> str:
+    """The type of an option that takes a folder of this machine."""
+    if "://" in value:
+        raise argparse.ArgumentTypeError(f"{value!r} is no folder of this machine")
+    return location(value)
 
 
 def table_location(value: str) -> str:
@@ -105,6 +113,31 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a line to stderr. It may quote a file's name or an error, so no control character of it reaches the screen."""
     print(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None]]:
+    """A function that says on stderr what takes its time now, "" for nothing: on a terminal in place, with the time that it has
+    taken, else a line for each thing that it has not said before."""
+    if not sys.stderr.isatty():
+        said = {""}
+
+        def note(what: str) -> None:
+            if what not in said and not only_on_terminal:
+                said.add(what)
+                print(what, file=sys.stderr, flush=True)
+        yield note
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        task = progress.add_task("", visible=False)
+
+        def show(what: str) -> None:
+            if what != progress.tasks[0].description:
+                progress.reset(task, description=what, visible=bool(what))
+        yield show
 
 
 def run(main: Callable[[], None]) -> None:

@@ -234,7 +234,7 @@ class Contract:
     def check_rules(self, spark: SparkSession) -> None:
         """Raises ContractError where a rule is no SQL over the columns, or not the same for the same record."""
         columns = self.columns | {"ingest_time": "TIMESTAMP"}
-        empty = spark.createDataFrame([], ", ".join(f"`{name}` {kind}" for name, kind in columns.items()))
+        empty = spark.range(0).selectExpr(*(f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in columns.items()))
         for reason, sql in self.rules.items():
             try:
                 broken = empty.where(sql)

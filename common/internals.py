@@ -1,12 +1,32 @@
 """All that reaches into private parts of Spark, Delta and Hadoop, with the reason for each; nothing else does."""
 
+import importlib
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, Row, SparkSession
+
+
+def without_pandas(module: str) -> None:
+    """Imports a module as if pandas and what it needs were not installed."""
+    hidden = ("numpy", "pandas", "pyarrow")
+    there = {name: sys.modules.get(name) for name in hidden}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
+    importlib.import_module(module)
+    for name, found in there.items():
+        if found:
+            sys.modules[name] = found
+        else:
+            del sys.modules[name]
+
+
+# F.lit imports this module, only to know whether it may have been given something of theirs. Where they are installed, for
+# dashboard.py, that would take a second of each start and print a warning about their versions.
+without_pandas("pyspark.testing.utils")
 
 
 def _java(spark: SparkSession) -> Any:

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from xml.sax.saxutils import quoteattr
 import pyspark
 from filelock import FileLock
 
-from common.console import PipelineError
+from common.console import PipelineError, in_progress
 
 SPARK_JARS = Path(pyspark.__file__).parent / "jars"
 SCALA = "2.13"  # the Scala that the pyspark package is built with
@@ -99,11 +98,12 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
     if not os.access(cache, os.W_OK):
         raise PipelineError(f"This user may not write Spark's jars to {cache}. Give it the right, or name another folder: "
                             f"export PIPELINE_CACHE=/path/to/folder.")
-    print(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …", file=sys.stderr)
-    with FileLock(cache / "first-start.lock"):  # Ivy's cache is no place for two
-        if not _listed_in(known):
-            _download(coordinates, without, known)
-        return _listed_in(known)
+    with in_progress() as note:
+        note(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …")
+        with FileLock(cache / "first-start.lock"):  # Ivy's cache is no place for two
+            if not _listed_in(known):
+                _download(coordinates, without, known)
+            return _listed_in(known)
 
 
 def _listed_in(known: Path) -> list[str]:

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql.streaming import StreamingQuery
 
 from common.checkpoints import check_places, check_start, exclusive, taken
-from common.console import PipelineError, first_line, location, port_number, root_cause, say, table_location
+from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
 from common.contract import Contract, in_file
 from common.internals import stream_of
 from common.process import REPOSITORY, StopFlag, on_stop_signal
@@ -131,9 +131,13 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
     metrics.working(True)
+    halves = 0  # of a second that a batch is being written for
     try:
-        while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
-            report()
+        with in_progress(only_on_terminal=True) as note:
+            while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
+                report()
+                halves = halves + 1 if lock.locked() else 0
+                note("A batch is being written …" if halves > 6 else "")
         with lock:
             last_batch = written[-1] if written else None
         _wait_for_commit(query, last_batch)
@@ -191,7 +195,9 @@ def _line(report: BatchReport, progress: dict, lag: dict[str, int]) -> str:
     reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)
     if len(rejected) > MOST_REASONS:
         reasons += f" and {len(rejected) - MOST_REASONS} more"
-    return (f"batch {progress['batchId']}: {sum(report.rows.values()):,} rows in, {report.rows.get(None, 0):,} accepted, "
-            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {progress['batchDuration'] / 1000:.1f} s"
-            + (f", {sum(lag.values()):,} behind" if lag else "")
+    rows, seconds = sum(report.rows.values()), progress["batchDuration"] / 1000
+    left = sum(lag.values()) * seconds / rows
+    return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
+            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
+            + (f", {sum(lag.values()):,} behind" if lag else "") + (f" ({left:,.0f} s at this rate)" if left > 3 else "")
             + (f", {report.with_unknown:,} with fields unknown to the contract: {', '.join(report.unknown)}" if report.unknown else ""))

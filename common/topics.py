@@ -14,7 +14,7 @@ from kafka.errors import AuthorizationError, KafkaError, NoError, SaslAuthentica
 from kafka.protocol.consumer.offsets import IsolationLevel
 from kafka.structs import OffsetAndMetadata
 
-from common.console import PipelineError, at_least, first_line, location, root_cause, say
+from common.console import PipelineError, at_least, first_line, in_progress, location, root_cause, say
 from common.kafka_config import python_settings, read_properties
 from common.process import StopFlag
 
@@ -25,13 +25,18 @@ NOTE_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first
 OUTAGE = 300  # seconds that a running stream waits for its broker to come back
 
 
-def add_topic_options(parser: argparse.ArgumentParser) -> None:
-    """The options --bootstrap-servers, --topic, --kafka-config and --wait."""
+def add_broker_options(parser: argparse.ArgumentParser) -> None:
+    """The options --bootstrap-servers and --kafka-config."""
     parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,…",
                         help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})")
-    parser.add_argument("--topic", type=topic_name, default=TOPIC, help="Kafka topic")
     parser.add_argument("--kafka-config", type=location, metavar="FILE",
                         help="properties of a Kafka client, such as security.protocol and sasl.jaas.config")
+
+
+def add_topic_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `add_broker_options`, --topic and --wait."""
+    add_broker_options(parser)
+    parser.add_argument("--topic", type=topic_name, default=TOPIC, help="Kafka topic")
     parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
                         help="how long to wait for a broker or a topic that is not there yet")
 
@@ -91,9 +96,14 @@ class Topic:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Topic":
-        """The topic that the options of `add_topic_options` name."""
-        return cls(options.bootstrap_servers, options.topic,
+        """The topic that the options of `add_topic_options` name; with those of `add_broker_options` alone, the default one."""
+        return cls(options.bootstrap_servers, getattr(options, "topic", TOPIC),
                    read_properties(options.kafka_config) if options.kafka_config else None)
+
+    def group_of(self, table: str) -> str:
+        """The consumer group under which a stream into `table` notes how far it is, unless --group-id says another."""
+        name = table.rstrip("/").rpartition("/")[2]
+        return self.properties.get("group.id", f"pipeline-{name}")
 
     def client(self, kind: Any, **settings: Any) -> Any:
         """A client of kafka-python of this `kind`; the properties win over `settings`."""
@@ -106,18 +116,16 @@ class Topic:
         Raises PipelineError where no broker answers, or there is no topic, for so many seconds.
         """
         deadline = time.monotonic() + seconds
-        said = None
-        while problem := self._what_is_missing(create):
-            if time.monotonic() >= deadline:
-                raise PipelineError(problem)
-            if problem != said:
-                say(f"{problem} Waiting up to {seconds:g} s for it …")
-                said = problem
-            if stopping:
-                if stopping.wait(0.5):
-                    return
-            else:
-                time.sleep(0.5)
+        with in_progress() as note:
+            while problem := self._what_is_missing(create):
+                if time.monotonic() >= deadline:
+                    raise PipelineError(problem)
+                note(f"{problem} Waiting up to {seconds:g} s for it …")
+                if stopping:
+                    if stopping.wait(0.5):
+                        return
+                else:
+                    time.sleep(0.5)
 
     def _what_is_missing(self, create: bool) -> str | None:
         """A sentence on the broker or the topic that is not there; None where both are. `create` makes the topic."""
@@ -204,6 +212,13 @@ class Topic:
                 if not error.retriable or time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
+
+    def unread(self, group: str) -> int | None:
+        """How many records come after the offsets that the consumer group has noted; None if it has noted none. Raises KafkaError."""
+        with self.client(KafkaAdminClient, bootstrap_timeout_ms=1000) as admin:
+            noted = admin.list_group_offsets([group])[group]
+            ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))
+        return sum(max(0, ends[place].offset - note.offset) for place, note in noted.items()) if noted else None
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.

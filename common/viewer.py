@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import io
 import sys
+from collections.abc import Iterable, Iterator
 
 from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -34,23 +36,39 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
     parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
     parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")
+    parser.add_argument("--follow", action="store_true",
+                        help="go on: on a terminal the newest rows in place, else each new row as a line; Ctrl+C ends it")
     add_reader_options(parser)
     options = parser.parse_args()
 
     spark = build_spark("reader", READER_JVM, options.verbose)
+    if options.follow:
+        from common.follow import follow
+        follow(spark, options)
+        return
     accepted = read_table(spark, options.table, written_by)
     rejected = read_table(spark, quarantine_of(options.table), written_by)
-    rows = rejected if options.rejected else accepted
-    if (since := newest_since(spark, quarantine_of(options.table) if options.rejected else options.table, options.limit)):
-        rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
-    times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
-    newest_first = [F.desc(f"`{column}`") for column in ("ingest_time", *times[:1])]
-    if options.format == "table" and not options.raw:
-        rows = rows.drop("raw_json")
-    show(rows.orderBy(*newest_first), options.limit, options.format, whole=options.raw)
+    show(newest_rows(spark, options), options.limit, options.format, whole=options.raw)
     if options.format == "table":
         say(f"{accepted.count():,} rows in {options.table}")
         say(f"{rejected.count():,} rows in {quarantine_of(options.table)}")
+
+
+def rows_of(spark: SparkSession, options: argparse.Namespace) -> tuple[DataFrame, list[str]]:
+    """The rows that the options of a reader ask for, not yet in order, and the times by which they are."""
+    rows = spark.read.format("delta").load(quarantine_of(options.table) if options.rejected else options.table)
+    if options.format == "table" and not options.raw:
+        rows = rows.drop("raw_json")
+    times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
+    return rows, ["ingest_time", *times[:1]]
+
+
+def newest_rows(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
+    """The newest rows that the options of a reader ask for, the newest first."""
+    rows, times = rows_of(spark, options)
+    if since := newest_since(spark, quarantine_of(options.table) if options.rejected else options.table, options.limit):
+        rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
+    return rows.orderBy(*(F.desc(f"`{time}`") for time in times)).limit(options.limit)
 
 
 def add_reader_options(parser: argparse.ArgumentParser) -> None:
@@ -91,20 +109,42 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
 def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) -> None:
     """Prints the first `limit` rows in the `form` of --format. `whole`: a table with no value cut and no column left out."""
     rows = rows.limit(limit)
+    if form == "table":
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
+        table, left_out = as_table(rows, console.width, whole)
+        with console.capture() as printed:  # which leaves the end of a pipe to `run`
+            console.print(table)
+        say("\n".join(map(str.rstrip, printed.get().splitlines())))
+        if left_out:
+            say(f"No room for {', '.join(left_out)}; --format json has all columns.")
+    else:
+        if form == "csv":
+            say(csv_line(rows.columns))
+        for line in lines(rows, form):
+            say(line)
+
+
+def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
+    """The rows as lines, in the `form` of --format."""
     if form == "json":
         options = {"ignoreNullFields": "false", "timestampFormat": ISO_8601}
         texts = [_text(name, kind) if kind == "binary" else F.col(f"`{name}`") for name, kind in rows.dtypes]
-        for [line] in rows.select(F.to_json(F.struct(*texts), options)).collect():
-            say(line)
-    elif form == "csv":
-        times = [F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
-                 for name, kind in rows.dtypes]
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(rows.columns)
-        writer.writerows(rows.select(*times).collect())
+        for [line] in rows.select(F.to_json(F.struct(*texts), options)).toLocalIterator():
+            yield line
+    elif form == "table":
+        for row in rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).toLocalIterator():
+            yield "  ".join("null" if text is None else text for text in row)
     else:
-        cells = rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).collect()
-        _print_table(dict(rows.dtypes), cells, whole)
+        texts = [F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
+                 for name, kind in rows.dtypes]
+        for row in rows.select(*texts).toLocalIterator():
+            yield csv_line(row)
+
+
+def csv_line(values: Iterable[str | None]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    return line.getvalue()
 
 
 def _text(name: str, kind: str) -> Column:
@@ -123,23 +163,19 @@ def _cell(name: str, kind: str, whole: bool) -> Column:
     return value.alias(name)
 
 
-def _print_table(kinds: dict[str, str], rows: list, whole: bool) -> None:
-    """Prints rows, whose columns are of these `kinds`. On a terminal, the columns that it has no room for are only named."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
-    widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in rows)))) for name in kinds}
-    shown, left_out = list(kinds), []
+def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, list[str]]:
+    """The rows as a table of at most `width` columns of the terminal, and the names of the columns that have no room there."""
+    kinds = dict(rows.dtypes)
+    cells = rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).collect()
+    widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in cells)))) for name in kinds}
+    shown = list(kinds)
     for name in () if whole else (*filter(kinds.__contains__, LEAST_NEEDED), *reversed(kinds)):
-        if name in shown[1:] and sum(min(widths[each], FOLD_AT) + 2 for each in shown) > console.width:
+        if name in shown[1:] and sum(min(widths[each], FOLD_AT) + 2 for each in shown) > width:
             shown.remove(name)
-            left_out.append(name)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in shown:
         is_number = kinds[name] in ("tinyint", "smallint", "int", "bigint", "float", "double") or kinds[name].startswith("decimal")
         table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=widths[name] <= FOLD_AT)
-    for row in rows:
+    for row in cells:
         table.add_row(*(Text("null", style="dim") if row[name] is None else Text(row[name]) for name in shown))
-    with console.capture() as printed:  # which leaves the end of a pipe to `run`
-        console.print(table)
-    say("\n".join(map(str.rstrip, printed.get().splitlines())))
-    if left_out:
-        say(f"No room for {', '.join(name for name in kinds if name in left_out)}; --format json has all columns.")
+    return table, [name for name in kinds if name not in shown]

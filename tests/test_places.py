@@ -106,12 +106,14 @@ def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silv
     """All of them at once, each with another signal and number of key presses at each moment."""
     mark, (topic, options) = uuid.uuid4().hex, silver
     env = os.environ | {"MARK": mark}
-    [port] = free_ports(1)
+    port, page_port = free_ports(2)
     commands = [
         [BRONZE, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"],
         [CONSUMER, *options],
         ["read_silver.py", "--table", tmp_path / "none"],
         ["read_delta.py", "--lake", tmp_path],
+        ["read_bronze.py", "--table", tmp_path / "bronze", "--follow"],
+        ["dashboard.py", "--lake", tmp_path, "--port", page_port],
         [PRODUCER, *topic, "--create-topic"],
         ["local_kafka.py", "--port", port, "--data-dir", tmp_path / "kafka"],
     ]

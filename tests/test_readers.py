@@ -6,11 +6,14 @@ import json
 import os
 import pty
 import re
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,8 +99,8 @@ def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
         assert len(rows) == 2 and max(map(len, rows)) <= width, text
 
 
-def on_terminal(width: int, script: str, *arguments) -> str:
-    """What a script prints on a terminal of so many columns."""
+def on_terminal(width: int, script: str, *arguments, watch: Callable = lambda text, process: None) -> str:
+    """What a script prints on a terminal of so many columns; `watch` sees what it has printed, and may end it."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
@@ -108,9 +111,58 @@ def on_terminal(width: int, script: str, *arguments) -> str:
         with suppress(OSError):  # the terminal's end
             while chunk := os.read(ours, 65_536):
                 output += chunk
+                watch(output.decode(errors="replace"), process)
     os.close(ours)
     assert process.returncode == 0, output
     return output.decode()
+
+
+def append(spark, table) -> None:
+    """Ten more rows, which have arrived now."""
+    readings = spark.range(10).selectExpr("concat('new-', id) AS device_id", "double(id) AS value", "now() AS event_time",
+                                          "now() AS ingest_time")
+    readings.coalesce(1).write.format("delta").mode("append").save(str(table))
+
+
+def test_follow_shows_the_newest_rows_in_place_and_leaves_a_clean_terminal(spark, lake, tmp_path):
+    shutil.copytree(lake, tmp_path / "lake")
+    table = tmp_path / "lake" / "silver" / "sensor_data"
+    waits_for = iter([("30 accepted, 0.0 a second; the newest row is ", lambda _: append(spark, table)),
+                      ("40 accepted, ", lambda process: process.send_signal(signal.SIGINT)), ("never", None)])
+    step = [next(waits_for)]
+
+    def watch(text: str, process: subprocess.Popen) -> None:
+        if step[0][0] in text:
+            step[0][1](process)
+            step[0] = next(waits_for)
+
+    output = on_terminal(100, "read_silver.py", "--table", table, "--follow", "--limit", "3", watch=watch)
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")  # the cursor is back
+    last = re.sub(r"\x1b\[[\d;?]*\w", "", output[output.rfind("40 accepted"):])
+    assert re.findall(r"new-\d", last) == ["new-0", "new-1", "new-2"] and "3 rejected" in last and "Traceback" not in output
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_follow_in_a_pipe_gives_each_new_row_once_as_a_line(spark, lake, tmp_path, start, form):
+    shutil.copytree(lake, tmp_path / "lake")
+    table = tmp_path / "lake" / "silver" / "sensor_data"
+    follower = start("read_silver.py", "--table", table, "--follow", "--limit", 3, "--format", form)
+    follower.wait_for("d22")
+    for times in (1, 2):
+        append(spark, table)
+        follower.wait_for("new-9", times)
+    assert follower.stop() == 0
+    devices = re.findall(r"d2\d|new-\d", follower.output)
+    assert (devices[:3], sorted(devices[3:13]), sorted(devices[13:])) == (["d22", "d21", "d20"], *[[f"new-{n}" for n in range(10)]] * 2)
+    assert len(follower.lines) == 23 + (form != "json")
+
+
+def test_follow_waits_for_a_table_that_is_not_there_yet(spark, lake, tmp_path, start):
+    follower = start("read_silver.py", "--table", tmp_path / "silver" / "sensor_data", "--follow")
+    follower.wait_for("No Delta table at ")
+    shutil.copytree(lake / "silver", tmp_path / "silver")
+    follower.wait_for("d22")
+    assert follower.stop() == 0 and "Traceback" not in follower.output
 
 
 def test_read_delta_shows_what_tables_there_are(lake):

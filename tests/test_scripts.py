@@ -15,11 +15,12 @@ OPTIONS = {
                                "--max-offsets-per-trigger --accept-data-loss",
     "streaming_files_to_delta_bronze.py":
         "--input --table --checkpoint --trigger --once --max-files-per-trigger --multiline",
-    "read_bronze.py": "--table --limit --rejected",
-    "read_silver.py": "--table --limit --rejected",
+    "read_bronze.py": "--table --limit --rejected --follow --format",
+    "read_silver.py": "--table --limit --rejected --follow --format",
     "read_delta.py": "--limit --sort-by --version --timestamp --history",
     "local_kafka.py": "--port --data-dir",
-    "run_pipeline.py": "--duration",
+    "run_pipeline.py": "--duration --plain",
+    "dashboard.py": "--lake --port --bootstrap-servers --kafka-config",
 }
 
 
@@ -46,6 +47,7 @@ BAD_OPTIONS = [
     ["read_delta.py", "table", "--version", "1", "--timestamp", "2026-11-20"],
     ["local_kafka.py", "--port", "99999"],
     ["run_pipeline.py", "--duration", "0"],
+    ["dashboard.py", "--lake", "s3a://bucket/lake"],
 ]
 
 

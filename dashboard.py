@@ -1,0 +1,66 @@
+"""A live page of the tables for the browser: the newest readings, their course, what was rejected and why, how far behind
+the streams are and how long their batches take, and how large each table is.
+
+    lake/*/* ──> http://127.0.0.1:8501
+
+It reads the Delta tables under --lake without Spark, whatever their contract, and refreshes by itself. How many records
+wait in Kafka it asks the broker. Only this machine sees the page, and it takes nothing from another one. Ctrl+C stops it.
+It needs more than the other scripts:
+
+    pip install -r requirements-dashboard.txt
+    python3 dashboard.py
+    python3 dashboard.py --lake /data/lake --port 8600
+"""
+
+import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+
+from common.console import PipelineError, argument_parser, local_folder, port_number, run, say
+from common.process import REPOSITORY, on_stop_signal
+from common.tables import LAKE
+from common.topics import add_broker_options
+from local_kafka import is_free
+
+STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/config.toml
+    "server.address": "127.0.0.1",
+    "server.headless": "true",  # else it opens a browser, and asks for an e-mail address
+    "server.fileWatcherType": "none",
+    "browser.gatherUsageStats": "false",
+    "client.toolbarMode": "minimal",
+    "logger.hideWelcomeMessage": "true",
+    "logger.level": "warning",
+}
+
+
+def main() -> None:
+    options = parse_options()
+    if not all(map(find_spec, ("streamlit", "deltalake", "duckdb"))):
+        raise PipelineError("The page needs libraries that are not installed: pip install -r requirements-dashboard.txt")
+    if not is_free(options.port):
+        raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
+    say(f"The page of {options.lake}: http://127.0.0.1:{options.port} Ctrl+C stops.")
+    on_stop_signal(lambda: os._exit(0))  # until Streamlit has handlers of its own, there is nothing to end in order
+    from streamlit.web.cli import main as streamlit
+    settings = [f"--{name}={value}" for name, value in (STREAMLIT | {"server.port": options.port}).items()]
+    streamlit(["run", str(REPOSITORY / "dashboard.py"), *settings, "--", *sys.argv[1:]], standalone_mode=False)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--lake", type=local_folder, default=str(LAKE), help="folder of the tables")
+    parser.add_argument("--port", type=port_number, default=8501, help="port of this machine that the page is served on")
+    add_broker_options(parser)
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    if "streamlit.runtime.scriptrunner" in sys.modules:  # somebody opens the page
+        from common.page import show_page
+        show_page(parse_options())
+    else:
+        run(main)

@@ -1,0 +1,134 @@
+"""dashboard.py's page in a browser, headless Chromium, on tables that are written, broken, empty or not there."""
+
+import json
+import shutil
+import socket
+import time
+
+import pytest
+from conftest import REPOSITORY, bronze_writer, run_script
+from playwright.sync_api import expect, sync_playwright
+from pyspark.sql import functions as F
+from test_rules import reading
+
+from common.contract import load_contract
+from local_kafka import free_ports
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the PATH")
+HOSTILE = '<script>document.title="gone"</script> **bold** $x$ [a](http://example.org) \x1b[31m'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        # As root, in a container, Chromium has no sandbox; what it asks of Google's hosts by itself is of no interest here.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, start):
+    """Opens the page of a lake: the page, and the hosts that it has asked for something."""
+    def open_page(lake):
+        [port] = free_ports(1)
+        dashboard = start("dashboard.py", "--lake", lake, "--port", port, "--bootstrap-servers", "localhost:1")
+        dashboard.wait_for(f"http://127.0.0.1:{port} ")
+        return visit_page(browser, port)
+    return open_page
+
+
+def visit_page(browser, port: int):
+    hosts = set()
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+    while True:
+        try:
+            page.goto(f"http://127.0.0.1:{port}")
+            return page, hosts
+        except Exception as error:
+            assert "ERR_CONNECTION_REFUSED" in str(error)
+            time.sleep(0.2)
+
+
+def write(spark, writer, batch: int, *records: bytes) -> None:
+    rows = spark.range(1).select(F.explode(F.array(*map(F.lit, map(bytearray, records)))).alias("raw"), F.lit("f").alias("source_file"),
+                                 F.current_timestamp().alias("ingest_time"))
+    writer.write(rows, batch, "test")
+
+
+def shown(page, name: str):
+    """The figure of this name at the top of the page."""
+    return page.get_by_test_id("stMetric").filter(has_text=name).get_by_test_id("stMetricValue")
+
+
+def cells(page, place: int) -> str:
+    """The text of the table of the page in this place."""
+    return page.get_by_test_id("stDataFrame").nth(place).locator("table").text_content()
+
+
+def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_elsewhere(spark, tmp_path, visit):
+    writer = bronze_writer(tmp_path / "bronze" / "readings")
+    write(spark, writer, 0, reading(), reading(device_id=HOSTILE), reading(value=1e6), HOSTILE.encode() + b"\xff")
+    page, hosts = visit(tmp_path)
+    expect(shown(page, "Accepted")).to_have_text("2")
+    expect(shown(page, "Rejected")).to_have_text("2")
+    expect(shown(page, "Waiting in Kafka")).to_have_text("–")
+    write(spark, writer, 1, *[reading()] * 998, b"{")
+    expect(shown(page, "Accepted")).to_have_text("1,000")
+    expect(shown(page, "Rejected")).to_have_text("3")
+    expect(shown(page, "A batch takes")).to_contain_text(" s")
+    expect(page.get_by_text("unit: ")).to_be_visible()  # of the chart of the field, which has a line for each device
+    expect(page.locator("canvas, svg.marks").first).to_be_attached()
+    newest, reasons, rejected, overview = (cells(page, place) for place in range(4))
+    assert HOSTILE[:30] in newest and "<script>" in rejected and "\ufffd" in rejected
+    assert all(reason in reasons for reason in ("out_of_range", "invalid_encoding", "malformed_json"))
+    assert "bronze/readings_quarantine" in overview and "1000" in overview and "WRITE" in overview
+    assert page.title() == "Sensor pipeline" and len(hosts) == 1
+
+
+def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):
+    contract = load_contract(f"{REPOSITORY}/examples/zigbee2mqtt.py")
+    writer = bronze_writer(tmp_path / "home", contract)
+    records = (REPOSITORY / "examples" / "zigbee2mqtt" / "sample.jsonl").read_bytes().splitlines()
+    write(spark, writer, 0, *records)
+    page, _ = visit(tmp_path)
+    expect(page.get_by_text("Newest records")).to_be_visible()
+    names = {name for record in records for name in [json.loads(record).get("device", {}).get("friendlyName")] if name}
+    assert any(name in cells(page, 0) for name in names)
+
+
+def test_no_lake_and_an_empty_one_are_waited_for_until_a_table_comes(spark, tmp_path, visit):
+    page, _ = visit(tmp_path / "lake")
+    expect(page.get_by_text("No table yet.")).to_be_visible()
+    write(spark, bronze_writer(tmp_path / "lake" / "readings"), 0, b"{")  # so that the table has no row
+    expect(shown(page, "Accepted")).to_have_text("0")
+    expect(shown(page, "Rejected")).to_have_text("1")
+
+
+@pytest.mark.parametrize("damage", ["the log", "a data file"])
+def test_a_broken_table_is_named_and_the_others_are_shown(spark, tmp_path, visit, damage):
+    for name in ("a_good", "b_broken"):
+        write(spark, bronze_writer(tmp_path / name), 0, reading())
+    if damage == "the log":
+        for part in (tmp_path / "b_broken" / "_delta_log").glob("*.json"):
+            part.write_text("{")
+    else:
+        for part in (tmp_path / "b_broken").glob("*.parquet"):
+            part.unlink()
+    page, _ = visit(tmp_path)
+    expect(page.get_by_text("This table can't be read at the moment.")).to_be_visible()
+    assert "a_good" in cells(page, 0)
+    page.get_by_role("combobox").first.click()
+    page.get_by_role("option", name="a_good", exact=True).click()
+    expect(shown(page, "Accepted")).to_have_text("1")
+
+
+def test_a_port_in_use_is_said_with_the_way_out():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        run = run_script("dashboard.py", "--port", port)
+    assert (run.returncode, run.stderr) == (1, f"error: Port {port} is in use. Choose another: --port {port + 1}.\n")

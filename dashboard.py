@@ -12,7 +12,7 @@ It needs more than the other scripts:
     python3 dashboard.py --lake /data/lake --port 8600
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
 import os

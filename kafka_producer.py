@@ -14,7 +14,7 @@ With --to-folder the readings come as files instead, as from a gateway: one of J
     python3 kafka_producer.py --to-folder input/sensor_data
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
 import copy

@@ -9,7 +9,7 @@ ready, and starts a server again that has died. Ctrl+C stops Kafka, then ZooKeep
     python3 local_kafka.py --port 9093 --data-dir /tmp/kafka
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
 import os

@@ -7,7 +7,7 @@ Under them stand the numbers of rows in the table and in its quarantine, the rec
     python3 read_bronze.py --rejected
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 from common.console import run
 from common.tables import BRONZE

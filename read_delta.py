@@ -9,7 +9,7 @@
     python3 read_delta.py lake/silver/sensor_data --optimize --vacuum
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
 import re
@@ -135,7 +135,8 @@ def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
     read_table(spark, options.table, STREAMS)
     history = DeltaTable.forPath(spark, options.table).history(options.limit)
     # To the millisecond, as --timestamp takes it.
-    show(history.select("version", F.col("timestamp").cast("string"), "operation", F.expr("operationMetrics['numOutputRows']").alias("rows"),
+    show(history.select("version", F.col("timestamp").cast("string"), "operation",
+                        F.expr("operationMetrics['numOutputRows']").alias("rows"),
                         F.expr("operationMetrics['numFiles']").alias("files")), options.limit, options.format)
 
 

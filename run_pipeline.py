@@ -14,7 +14,7 @@ exit code 1.
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
 import os

@@ -16,12 +16,13 @@ no longer has records that were not read, it stops and says which.
     python3 spark_kafka_consumer.py --kafka-config kafka.properties
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from kafka.errors import KafkaError
 from pyspark.sql import DataFrame, SparkSession
@@ -122,7 +123,7 @@ class KafkaSource:
             topic_id = self.topic.id()
         return {TOPIC_ID: topic_id} if topic_id else {}  # brokers before 2.8 have none
 
-    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict) -> bool:
+    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         if written_from.get(TOPIC_ID) in (None, identity.get(TOPIC_ID)) or not identity or (
                 unread and self.topic.name not in unread):
             return False
@@ -131,7 +132,7 @@ class KafkaSource:
                    f"(partition: offset) is gone.", "the new topic is read from its beginning")
         return True
 
-    def check_unread(self, unread: dict, checkpoint: str) -> None:
+    def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
         if not unread:
             return
         if self.topic.name not in unread:
@@ -153,7 +154,7 @@ class KafkaSource:
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         pass
 
-    def note(self, progress: dict) -> None:
+    def note(self, progress: dict[str, Any]) -> None:
         [kafka] = progress["sources"]
         end = json.loads(kafka["endOffset"])[self.topic.name]
         try:
@@ -165,7 +166,7 @@ class KafkaSource:
                      f"of it; another name: --group-id.")
             self.has_warned = True
 
-    def lag(self, progress: dict) -> dict[str, int]:
+    def lag(self, progress: dict[str, Any]) -> dict[str, int]:
         [kafka] = progress["sources"]
         end, latest = (json.loads(kafka[which] or "null") or {} for which in ("endOffset", "latestOffset"))
         return {partition: max(0, latest[topic][partition] - offset) for topic in latest for partition, offset in end[topic].items()}

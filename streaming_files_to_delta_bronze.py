@@ -17,13 +17,14 @@ name that begins with "." or "_", and rename it when it is complete.
     python3 streaming_files_to_delta_bronze.py --input /data/readings --multiline
 """
 
-import common.process  # isort: skip  # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
 
 import argparse
 import os
 import re
+from typing import Any
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import PipelineError, argument_parser, at_least, location, run, warn
@@ -95,7 +96,7 @@ class FileSource:
     def __init__(self, is_multiline: bool):
         self.is_multiline = is_multiline
         self.read = read_values if is_multiline else read_lines
-        self.taken: set = set()  # the files of the running batch, as they were when it began
+        self.taken: set[Row] = set()  # the files of the running batch, as they were when it began
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         self.taken = set(batch.drop("ingest_time").collect())
@@ -107,10 +108,10 @@ class FileSource:
     def identity(self) -> dict[str, str]:
         return {}
 
-    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict) -> bool:
+    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         return False
 
-    def check_unread(self, unread: dict, checkpoint: str) -> None:
+    def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
         pass
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
@@ -128,10 +129,10 @@ class FileSource:
                 warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
                      f"--multiline, and give the file a new name.")
 
-    def note(self, progress: dict) -> None:
+    def note(self, progress: dict[str, Any]) -> None:
         pass
 
-    def lag(self, progress: dict) -> dict[str, int]:
+    def lag(self, progress: dict[str, Any]) -> dict[str, int]:
         return {}
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
@@ -73,7 +74,7 @@ class Checkpoint:
         """The newest batch that is done; -1 for none."""
         return max((int(name) for name in self.files.names_in(f"{self.path}/commits") if name.isdecimal()), default=-1)
 
-    def unread(self) -> dict:
+    def unread(self) -> dict[str, Any]:
         """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
         offsets = self.files.read(f"{self.path}/offsets/{self.last_batch()}") or "{}"
         return json.loads(offsets.strip().split("\n")[-1])  # after a version and the metadata a line for each source, here one

@@ -44,7 +44,7 @@ class FileSystem:
             hadoop.set(name, value)
         self._files = self._path(path).getFileSystem(hadoop)
 
-    def _path(self, path: str):
+    def _path(self, path: str) -> Any:
         return self._java.org.apache.hadoop.fs.Path(path)
 
     def qualified(self, path: str) -> str:
@@ -62,7 +62,7 @@ class FileSystem:
         """The paths of the folders in a folder."""
         return [status.getPath().toString() for status in self._statuses(folder) if status.isDirectory()]
 
-    def _statuses(self, folder: str) -> list:
+    def _statuses(self, folder: str) -> list[Any]:
         return list(self._files.listStatus(self._path(folder))) if self.is_folder(folder) else []
 
     def read(self, path: str) -> str | None:
@@ -83,7 +83,7 @@ class FileSystem:
                 return 0
 
     @contextmanager
-    def _open(self, path: str) -> Iterator:
+    def _open(self, path: str) -> Iterator[Any]:
         content = self._files.open(self._path(path))
         try:
             yield content
@@ -95,7 +95,7 @@ class FileSystem:
         return not self._files.exists(self._path(old)) or self._files.rename(self._path(old), self._path(new))
 
 
-def _delta_log(spark: SparkSession, table: str):
+def _delta_log(spark: SparkSession, table: str) -> Any:
     """Delta's own view of a table. Its public API does not have the number of a stream's last batch."""
     return _java(spark).org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table)
 
@@ -115,7 +115,7 @@ def stream_of(batch: DataFrame) -> str:
     return batch.sparkSession._jsc.sc().getLocalProperty("sql.streaming.queryId")
 
 
-def jvm_of(spark: SparkSession) -> subprocess.Popen:
+def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes]":
     """The process of the session's JVM: PySpark has no way to wait for its end."""
     return cast(Any, spark.sparkContext._gateway).proc
 
@@ -154,6 +154,6 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> Row
         return None
 
 
-def from_java_rows(spark: SparkSession, rows, like: DataFrame) -> DataFrame:
+def from_java_rows(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
     """A DataFrame of Java's `rows`, with the columns of `like`: they need not go through Python for it."""
     return DataFrame(spark._jsparkSession.createDataFrame(rows, like._jdf.schema()), spark)

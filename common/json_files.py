@@ -3,6 +3,7 @@
 import os
 import re
 from functools import reduce
+from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
@@ -81,7 +82,7 @@ def find_multiline(batch: DataFrame, quarantine: str) -> list[str]:
     return [row.source_file for row in with_elements(files).where(is_multiline).select("source_file").collect()]
 
 
-def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
+def read_files(batch: DataFrame, careful: bool, **text_options: Any) -> DataFrame:
     """Reads the files whose names are in `batch`.
 
     Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`: null,
@@ -104,7 +105,7 @@ def read_files(batch: DataFrame, careful: bool, **text_options) -> DataFrame:
     return records.withColumn("ingest_time", ingest_time)
 
 
-def read_text(spark: SparkSession, paths: list[str], **text_options) -> DataFrame:
+def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> DataFrame:
     """The lines of files, or with `wholetext` the files, whatever their names hold."""
     reader = spark.read.options(**READ_OPTIONS)
     # Spark takes each path for a pattern, and Hadoop finds none with a ":" by one. A single path it can be told to take as
@@ -124,7 +125,7 @@ def source_file() -> Column:
     return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
 
 
-def find_oversized(spark: SparkSession, files: list[Row], text_options: dict) -> list[str]:
+def find_oversized(spark: SparkSession, files: list[Row], text_options: dict[str, Any]) -> list[str]:
     """Paths of those of `files` with more in one piece than the memory could hold, each named on stderr.
 
     READ_OPTIONS leave out a line that long without a word: what is read is then shorter than the file.

@@ -7,6 +7,7 @@ those of https://kafka.apache.org/39/documentation.html#consumerconfigs and the 
 
 import re
 import ssl
+from typing import Any
 
 import javaproperties
 
@@ -34,7 +35,7 @@ def spark_options(properties: dict[str, str]) -> dict[str, str]:
     return {f"kafka.{name}": value for name, value in properties.items()}
 
 
-def python_settings(properties: dict[str, str], known: dict) -> dict:
+def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
     """The properties as settings of a client of kafka-python, whose own settings are `known` (its DEFAULT_CONFIG).
 
     As Kafka's own clients do, it leaves out what another kind of client knows; but never what makes a connection safe:
@@ -57,7 +58,7 @@ def python_settings(properties: dict[str, str], known: dict) -> dict:
     return settings
 
 
-def _as_type_of(default: object, value: str, name: str):
+def _as_type_of(default: object, value: str, name: str) -> Any:
     if value in ("true", "false"):
         return value == "true"
     if isinstance(default, (int, float)) and not isinstance(default, bool):

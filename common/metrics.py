@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
@@ -31,11 +32,12 @@ class Metrics(Unwatched):
         try:
             server = make_server(host, port, self._answer, _Server, _SilentHandler)
         except OSError as error:
-            raise PipelineError(f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another --metrics-port.") from error
+            raise PipelineError(f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another "
+                                f"--metrics-port.") from error
         threading.Thread(target=server.serve_forever, daemon=True).start()
         say(f"Metrics: http://{host}:{port}/metrics")
 
-    def _answer(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/healthz":
             return self.metrics(environ, start_response)
         start_response("200 OK" if self.works else "503 Service Unavailable", [("Content-Type", "text/plain")])
@@ -44,7 +46,7 @@ class Metrics(Unwatched):
     def working(self, works: bool) -> None:
         self.works = works
 
-    def batch(self, report: BatchReport, progress: dict, lag: dict[str, int]) -> None:
+    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> None:
         self.accepted.inc(report.rows.get(None, 0))
         for reason, rows in report.rows.items():
             if reason:

@@ -1,5 +1,6 @@
 """What dashboard.py shows: Streamlit draws it, DuckDB asks the Delta tables. Times are UTC; a span is one of arrival."""
 
+import argparse
 import os
 import time
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Choice:
     time: str  # when a record was made, if the contract has such a field, else when it arrived
 
 
-def show_page(options) -> None:
+def show_page(options: argparse.Namespace) -> None:
     """One visit. `options`: `lake`, and the broker's `bootstrap_servers` and `kafka_config`."""
     st.set_page_config("Sensor pipeline", layout="wide")
     st.title("Sensor pipeline")
@@ -90,7 +91,7 @@ def choose(readings: dict[str, str]) -> Choice:
             kinds = {}
         kinds = {name: kind for name, kind in kinds.items() if name.lower() not in RESERVED_COLUMNS}
         texts = [name for name, kind in kinds.items() if kind in ("string", "boolean")]
-        field = st.selectbox("Field", sorted(filter(lambda name: kinds[name] in NUMBERS, kinds), key=lambda name: NUMBERS.index(kinds[name])))
+        field = st.selectbox("Field", [name for number in NUMBERS for name, kind in kinds.items() if kind == number])
         series = st.selectbox("A line for each", texts)
         # Values of several units have no axis in common.
         charts = st.selectbox("A chart for each", [None, *texts], index=texts.index("unit") + 1 if "unit" in texts else 0,
@@ -128,7 +129,7 @@ class Lake:
         return self.duckdb.execute(sql, values).df()
 
 
-def show_readings(lake: Lake, choice: Choice, options) -> None:
+def show_readings(lake: Lake, choice: Choice, options: argparse.Namespace) -> None:
     counts = lake.ask("SELECT reject_reason, count(*) AS records FROM rejected GROUP BY ALL ORDER BY records DESC")
     newest = lake.ask("SELECT count(*) AS records, max(ingest_time) AS arrived FROM accepted").iloc[0]
     batches = batches_of(lake)
@@ -245,7 +246,7 @@ def overview(tables: dict[str, str]) -> pd.DataFrame:
 
 
 @st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
-def waiting(table: str, _options) -> str:
+def waiting(table: str, _options: argparse.Namespace) -> str:
     """How many records of the topic the stream into `table` has not read, by the offsets that it has noted in Kafka."""
     try:
         topic = Topic.of(_options)

@@ -152,7 +152,7 @@ def _has_type(field: Field, number: int) -> str:
     return f"substring_index(seen.type{number}, '(', 1) IN ({', '.join(map(_quoted, field.json_types))})"
 
 
-def _form(contract: Contract, objects: dict[tuple, str]) -> dict[str, str]:
+def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, str]:
     """SQL for each reason but the rules, in the order of `contract.reasons`."""
     form = {
         "empty_record": f"raw IS NULL OR raw::STRING RLIKE r'{BLANK}'",
@@ -172,13 +172,13 @@ def _form(contract: Contract, objects: dict[tuple, str]) -> dict[str, str]:
     return form | missing | invalid
 
 
-def _unnamed(objects: dict[tuple, str], contract: Contract, path: tuple) -> str:
+def _unnamed(objects: dict[tuple[str, ...], str], contract: Contract, path: tuple[str, ...]) -> str:
     """SQL: what is in an object and not in the contract, as a map."""
     named = {field.path[len(path)] for field in contract.fields if field.path[:len(path)] == path}
     return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(_quoted, sorted(named)))}))"
 
 
-def _rest_of(rests: dict[tuple, str], path: tuple) -> str:
+def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
     """SQL: what is in an object, or in the objects in it, and not in the contract, as a map."""
     parts = [f"coalesce({rests[path]}, {NOTHING})"]
     for inner in rests:
@@ -188,7 +188,7 @@ def _rest_of(rests: dict[tuple, str], path: tuple) -> str:
     return f"map_concat({', '.join(parts)})"
 
 
-def _in(objects: dict[tuple, str], path: tuple) -> str:
+def _in(objects: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
     """SQL: the value at `path`, as a variant."""
     return f"{objects[path[:-1]]}[{_quoted(path[-1])}]"
 

@@ -25,7 +25,7 @@ SAME_PRESS = 2  # seconds within which a second signal means no more than the fi
 def on_stop_signal(action: Callable[[], object]) -> None:
     """Makes Ctrl+C, SIGTERM and SIGHUP call `action` from now on."""
 
-    def handle(stop_signal: int, _) -> None:
+    def handle(stop_signal: int, _: object) -> None:
         if stop_signal == signal.SIGHUP:  # what is still to be said has nowhere to go
             for number in filter(os.isatty, (1, 2)):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -39,7 +39,7 @@ class StopFlag:
     """What threading.Event is, for the handler of a signal: that one's `set` waits for a lock, which the very thread that the
     signal interrupts may hold."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._is_set = False
         self._reader, self._writer = os.pipe()
 
@@ -67,7 +67,7 @@ class Interrupt:
     """The action that raises KeyboardInterrupt, once for several signals in a row: the next would break off the cleaning
     up after the first. After a while it raises again, for the first may have been lost in a callback of a library."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.raised_at = float("-inf")
 
     def __call__(self) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
@@ -121,7 +122,7 @@ def quoted(option: str) -> str:
     return re.sub(r"""(["'\\\s])""", r"\\\1", option)
 
 
-def _start_jvm(launch: SparkConf, verbose: bool):
+def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
     """Starts Spark's JVM, which ends with the script, or connects to that of spark-submit."""
     with tempfile.TemporaryFile() as stderr:  # it warns at its start before any log setting can act
         try:
@@ -145,7 +146,7 @@ def _start_jvm(launch: SparkConf, verbose: bool):
     return gateway
 
 
-def _end_jvm(jvm: subprocess.Popen) -> None:
+def _end_jvm(jvm: "subprocess.Popen[bytes]") -> None:
     try:
         jvm.communicate(timeout=10)  # closes its stdin, at which it ends
     except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
 """What a stream needs to know of its source, whatever it is."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from pyspark.sql import DataFrame
 
@@ -22,13 +22,13 @@ class Source(Protocol):
     def identity(self) -> dict[str, str]:
         """Table properties by which the source is known again; a source that was made anew has others."""
 
-    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict) -> bool:
+    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         """Whether the source is another one than the table, whose properties are `written_from`, has its records from.
 
         Raises PipelineError where what the old one still had would be lost, unless that was accepted.
         """
 
-    def check_unread(self, unread: dict, checkpoint: str) -> None:
+    def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
         """Raises PipelineError where the source no longer has what comes after the offsets `unread` of the checkpoint."""
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
@@ -37,8 +37,8 @@ class Source(Protocol):
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Warns of what a user should know of a batch, of which records are in the table `quarantine` for these `reasons`."""
 
-    def note(self, progress: dict) -> None:
+    def note(self, progress: dict[str, Any]) -> None:
         """Tells the source how far the stream has come, after a batch of which Spark reports `progress`: for those who look there."""
 
-    def lag(self, progress: dict) -> dict[str, int]:
+    def lag(self, progress: dict[str, Any]) -> dict[str, int]:
         """Records left to read after a batch of which Spark reports `progress`, by partition; {} where that is not known."""

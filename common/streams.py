@@ -7,11 +7,12 @@ import shutil
 import tempfile
 import threading
 import time
+from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame
-from pyspark.sql.streaming import StreamingQuery
+from pyspark.sql.streaming.query import StreamingQuery
 
 from common.checkpoints import check_places, check_start, exclusive, taken
 from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
@@ -189,7 +190,7 @@ def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float
         time.sleep(0.05)
 
 
-def _line(report: BatchReport, progress: dict, lag: dict[str, int]) -> str:
+def _line(report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> str:
     rejected = {reason: rows for reason, rows in report.rows.items() if reason}
     most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
     reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)

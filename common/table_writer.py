@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
@@ -50,7 +50,7 @@ class Unwatched:
     def working(self, works: bool) -> None:
         """Whether the query runs."""
 
-    def batch(self, report: BatchReport, progress: dict, lag: dict[str, int]) -> None:
+    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> None:
         """A batch with records, of which Spark reports `progress`; `lag`: records left to read, by partition."""
 
 

@@ -1,6 +1,8 @@
 """The pipeline's tables: their places, their columns, and what keeps them healthy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
@@ -50,8 +52,8 @@ def bronze_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
 
 
 def silver_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
-    return TablePair(path, contract_columns | {"ingest_time": "TIMESTAMP"} | KAFKA_ORIGIN | {"raw_json": "STRING", "_rescued_data": "STRING"},
-                     _quarantine_columns(KAFKA_ORIGIN))
+    columns = contract_columns | {"ingest_time": "TIMESTAMP"} | KAFKA_ORIGIN | {"raw_json": "STRING", "_rescued_data": "STRING"}
+    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN))
 
 
 def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:
@@ -64,7 +66,7 @@ def quarantine_of(table: str) -> str:
 
 
 def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str], adopt: bool,
-                 properties: dict[str, str] = {}) -> None:
+                 properties: Mapping[str, str] = MappingProxyType({})) -> None:
     """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name.
 
     `properties`: others that it gets. `adopt`: makes a table that another stream has written that of this one.
@@ -75,7 +77,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
         table = table.addColumn(name, kind)
     # Columns of which Delta notes the least and greatest value in each file, to skip files by; each takes time to write.
     times = ",".join(f"`{name}`" for name, kind in columns.items() if kind == "TIMESTAMP")
-    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | properties | owner).items():
+    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | dict(properties) | owner).items():
         table = table.property(name, value)
     table.execute()
     if (properties_of(spark, path) or {}).items() >= owner.items():

@@ -56,7 +56,7 @@ class _Refusals(logging.Handler):
     that is known is that the broker has hung up.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.found: list[Exception] = []
         self.has_hung_up = False
@@ -69,7 +69,7 @@ class _Refusals(logging.Handler):
     def __enter__(self) -> None:
         logging.getLogger("kafka.net").addHandler(self)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         logging.getLogger("kafka.net").removeHandler(self)
 
 
@@ -186,7 +186,7 @@ class Topic:
                          for partition, next_offset in sorted(unread.items())
                          if partition in end and settled[partition] < next_offset <= end[partition])
 
-    def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, **options) -> dict[int, int]:
+    def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, **options: Any) -> dict[int, int]:
         """The first or last offset of those of `partitions` that the topic has."""
         [topic] = self._admin.describe_topics([self.name])
         there = {partition["partition_index"] for partition in topic["partitions"]}

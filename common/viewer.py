@@ -5,6 +5,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -79,7 +80,7 @@ def add_reader_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
 
 
-def read_table(spark: SparkSession, path: str, written_by: str, **time_travel) -> DataFrame:
+def read_table(spark: SparkSession, path: str, written_by: str, **time_travel: Any) -> DataFrame:
     """The Delta table at `path`, at a version or time if told (`versionAsOf`, `timestampAsOf`).
 
     Raises PipelineError where there is none; `written_by` is the command that makes it.

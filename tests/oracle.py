@@ -61,14 +61,14 @@ def parse(raw: bytes | None) -> dict:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise Invalid("not UTF-8")
+        raise Invalid("not UTF-8") from None
     if depth_of(text) > 990:
         raise Invalid("deeper than JSON readers go")
     try:
         reading = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=real,
                              parse_int=lambda digits: Whole(digits) if len(digits) < 300 else real(digits))
     except (ValueError, RecursionError):
-        raise Invalid("no JSON")
+        raise Invalid("no JSON") from None
     if not isinstance(reading, dict):
         raise Invalid("no object")
     if re.search("[\ud800-\udfff]", json.dumps(reading, ensure_ascii=False, default=str)):
@@ -95,7 +95,7 @@ def micros_of(timestamp: str) -> int:
     try:
         days = date(year + 400, month, day).toordinal() + (cycles - 1) * 146_097 - date(1970, 1, 1).toordinal()
     except ValueError:
-        raise Invalid("date")
+        raise Invalid("date") from None
     fraction = int((found[7] or ".")[1:7].ljust(6, "0"))
     return ((days * 24 + hour) * 60 + minute - zone) * 60_000_000 + second * 1_000_000 + fraction
 

@@ -216,7 +216,8 @@ def test_a_contract_that_is_not_there_is_one_sentence(tmp_path):
             load_contract(str(path))
 
 
-@pytest.mark.parametrize("sql", ["colour = 'red'", "a b c", "", "a", "sum(n) > 1", "explode(array(1))", "rand() > 0.5", "n + 1", "raw IS NULL"])
+@pytest.mark.parametrize("sql", ["colour = 'red'", "a b c", "", "a", "sum(n) > 1", "explode(array(1))", "rand() > 0.5", "n + 1",
+                                 "raw IS NULL"])
 def test_a_rule_that_cannot_be_is_one_sentence(spark, sql):
     with pytest.raises(ContractError, match="the rule r ") as refused:
         Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
@@ -384,7 +385,8 @@ def test_an_uplink_of_the_things_stack_is_read_and_its_contract_may_grow(spark, 
     luminosity = Number("uplink_message.decoded_payload.luminosity", column="luminosity", required=False)
     begin(spark, tmp_path, Contract((*UPLINK.fields, luminosity), UPLINK.rules), 1).write(batch_of(spark, uplink(22)), 1, "test")
     rows = spark.read.format("delta").load(str(tmp_path / "bronze")).selectExpr(
-        "end_device_ids_device_id", "application", "unix_micros(received_at)", "port", "counter", "temperature", "luminosity").orderBy("temperature")
+        "end_device_ids_device_id", "application", "unix_micros(received_at)", "port", "counter", "temperature",
+        "luminosity").orderBy("temperature")
     same = ("dev1", "app1", 1795173345787121, 1, 42)
     assert [tuple(row) for row in rows.collect()] == [(*same, 21.5, None), (*same, 22.0, 0.64)]
     rejected = spark.read.format("delta").load(str(tmp_path / "bronze_quarantine"))
@@ -404,7 +406,8 @@ def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tm
     for script, options in ((BRONZE, files), (CONSUMER, kafka)):
         run = run_script(script, *options, "--readings", example / "zigbee2mqtt.py", "--once")
         assert run.returncode == 0, run.stderr
-        assert "7 rows in, 4 accepted, 3 rejected (invalid_last_seen 1, missing_device.friendlyName 1, percentage_out_of_range 1)" in run.stdout
+        assert ("7 rows in, 4 accepted, 3 rejected (invalid_last_seen 1, missing_device.friendlyName 1, "
+                "percentage_out_of_range 1)") in run.stdout
         assert "4 with fields unknown to the contract: device.powerSource, device.type, state, update\n" in run.stdout
         accepted, _ = tables(spark, options)
         rows = accepted.selectExpr("device", "unix_millis(last_seen)", "temperature", "contact", "linkquality").orderBy("last_seen")

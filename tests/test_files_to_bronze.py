@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from test_rules import VALID, reading
 
 from common.java import DELTA, KAFKA_SOURCE, spark_jars
 from common.tables import bronze_tables, quarantine_of
 from kafka_producer import simulate
 from readings import CONTRACT
-from conftest import run_script
 
 SCRIPT = "streaming_files_to_delta_bronze.py"
 

@@ -52,7 +52,8 @@ class World:
     def consume(self, writer_type: type = TableWriter) -> tuple[int, int]:
         """Runs the stream over all that is there, as a new start of the script does; the rows that came to each table."""
         before = self.rows()
-        run_stream(self.spark, read_topic(self.spark, self.topic, self.options), KafkaSource(self.topic, accept_data_loss=False, group=self.topic.name),
+        run_stream(self.spark, read_topic(self.spark, self.topic, self.options),
+                   KafkaSource(self.topic, accept_data_loss=False, group=self.topic.name),
                    silver_tables(self.options.table, CONTRACT.columns), self.options, writer_type)
         accepted, rejected = (len(now) - len(then) for now, then in zip(self.rows(), before))
         return accepted, rejected

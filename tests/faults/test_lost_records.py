@@ -131,7 +131,8 @@ def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broke
     tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
     writer = TableWriter(tables, CONTRACT, source, Start(source.identity(), {}))
     batch = spark.range(2).select(
-        F.lit(reading()).alias("raw"), F.lit("{}").alias("raw_json"), F.lit(name).alias("topic"), F.lit(0).alias("partition"), F.col("id").alias("offset"),
+        F.lit(reading()).alias("raw"), F.lit("{}").alias("raw_json"), F.lit(name).alias("topic"), F.lit(0).alias("partition"),
+        F.col("id").alias("offset"),
         F.current_timestamp().alias("kafka_timestamp"), F.lit(b"").alias("kafka_key"), F.current_timestamp().alias("ingest_time"))
     writer.write(batch, 0, "test")
     monkeypatch.setattr(source, "read_batch", make_it_again)

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from common.console import in_progress
-from common.java import Java, cache_folder
+from common.java import SPARK_JARS, Java, cache_folder
 from common.process import REPOSITORY
 
 # The options that make an archive and use it. From Java 25 on it also holds what Java has learned of the methods.
@@ -22,21 +22,30 @@ OPTIONS = {False: ("-XX:ArchiveClassesAtExit", "-XX:SharedArchiveFile"), True: (
 
 
 def use_archive(java: Java, jars: list[str]) -> str:
-    """The option by which `java` starts from the archive for itself and `jars`, beside the jars.
+    """The option by which `java` starts from the archive for itself, PySpark's jars and `jars`, beside the latter.
 
     The first call makes the archive, in half a minute, and says so.
     """
     make, use = OPTIONS[java.release >= 25]
     path = os.path.realpath(java.path)
-    made_for = hashlib.sha256("\n".join([path, str(os.path.getmtime(path)), *jars]).encode()).hexdigest()[:16]
-    archive = cache_folder() / f"classes-{made_for}.jsa"
+    # Java refuses it, in silence, where one of the jars has another path or another time, as PySpark's have in another virtual
+    # environment, or in one that was made again.
+    times = [str(os.path.getmtime(each)) for each in (path, SPARK_JARS)]
+    place = _short_hash(path, str(SPARK_JARS))
+    archive = cache_folder() / f"classes-{place}-{_short_hash(*times, *jars)}.jsa"
     if not archive.exists() and os.access(archive.parent, os.W_OK):  # Java starts without one, too
         with in_progress() as note:
             note("First start: preparing Java's class archive, so that each later start takes half the time …")
             with FileLock(archive.with_suffix(".lock")):
                 if not archive.exists():
+                    for older in archive.parent.glob(f"classes-{place}-*.jsa"):
+                        older.unlink()
                     _make(archive, make)
     return f"{use}={archive}"
+
+
+def _short_hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def _make(archive: Path, option: str) -> None:

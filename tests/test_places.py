@@ -15,7 +15,8 @@ from conftest import PATIENCE, REPOSITORY, Script, run_script
 from test_files_to_bronze import put
 from test_rules import reading
 
-from common.java import cache_folder
+from common import class_archive
+from common.java import cache_folder, find_java
 from local_kafka import free_ports
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
@@ -76,6 +77,28 @@ def test_a_path_that_cannot_be_is_refused_at_the_start(script, option, value, co
 def test_a_checkpoint_that_a_clean_up_of_the_table_would_delete_is_refused(tmp_path, table, checkpoint):
     run = run_script(BRONZE, "--table", tmp_path / table, "--checkpoint", tmp_path / checkpoint, "--once")
     assert run.returncode == 1 and "must not be in the table" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_each_virtual_environment_has_an_archive_of_its_own_which_follows_its_jars(tmp_path, monkeypatch):
+    """Java would refuse that of another, and each start would take twice as long."""
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(class_archive, "_make", lambda archive, option: archive.touch())  # the names are the point
+
+    def archives(environment: str, made_at: int) -> list[str]:
+        jars = tmp_path / environment
+        jars.mkdir(exist_ok=True)
+        os.utime(jars, (made_at, made_at))
+        monkeypatch.setattr(class_archive, "SPARK_JARS", jars)
+        [_, used] = class_archive.use_archive(find_java(), ["some.jar"]).split("=")
+        assert Path(used).exists()
+        return [used, *sorted(map(str, (tmp_path / "cache").glob("*.jsa")))]
+
+    first, *_ = archives("one", made_at=1)
+    assert archives("one", made_at=1) == [first, first]
+    second, *both = archives("two", made_at=1)
+    assert len(both) == 2 and second != first
+    again, *both = archives("one", made_at=2)
+    assert len(both) == 2 and again not in (first, second) and first not in both
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])

@@ -160,7 +160,8 @@ def test_follow_in_a_pipe_gives_each_new_row_once_as_a_line(spark, lake, tmp_pat
 def test_follow_waits_for_a_table_that_is_not_there_yet(spark, lake, tmp_path, start):
     follower = start("read_silver.py", "--table", tmp_path / "silver" / "sensor_data", "--follow")
     follower.wait_for("No Delta table at ")
-    shutil.copytree(lake / "silver", tmp_path / "silver")
+    shutil.copytree(lake / "silver", tmp_path / "copy")
+    (tmp_path / "copy").rename(tmp_path / "silver")
     follower.wait_for("d22")
     assert follower.stop() == 0 and "Traceback" not in follower.output
 

@@ -99,12 +99,13 @@ def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
         assert len(rows) == 2 and max(map(len, rows)) <= width, text
 
 
-def on_terminal(width: int, script: str, *arguments, watch: Callable = lambda text, process: None) -> str:
+def on_terminal(width: int, script: str, *arguments, folder: Path = REPOSITORY,
+                watch: Callable = lambda text, process: None) -> str:
     """What a script prints on a terminal of so many columns; `watch` sees what it has printed, and may end it."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
-    with subprocess.Popen([sys.executable, REPOSITORY / script, *map(str, arguments)], stdin=terminal, stdout=terminal,
+    with subprocess.Popen([sys.executable, folder / script, *map(str, arguments)], stdin=terminal, stdout=terminal,
                           stderr=terminal, env=environment) as process:
         os.close(terminal)
         output = b""

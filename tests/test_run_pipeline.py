@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import time
+from urllib.request import urlopen
 
 import psutil
 import pytest
 from conftest import REPOSITORY, Script
 from kafka import KafkaConsumer
+from test_readers import on_terminal
 
 from local_kafka import answers, free_ports
 
@@ -40,6 +42,8 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
         pipeline.wait_for("local_kafka.py                     | Kafka is ready")
         pipeline.wait_for("streaming_files_to_delta_bronze.py | batch 1: ")
         pipeline.wait_for("spark_kafka_consumer.py            | batch", times=2)
+        [page] = re.findall(r"^dashboard.py .* (http://127.0.0.1:\d+) ", pipeline.output, re.MULTILINE)
+        assert "<title>" in urlopen(page).read().decode()
         assert pipeline.stop(signal.SIGINT) == 0, pipeline.output
     finally:
         pipeline.process.kill()
@@ -52,6 +56,16 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
     assert int(accepted.replace(",", "")) > 18  # those of the samples
     assert f" rows in {clone}/lake/silver/sensor_data_quarantine\n" in pipeline.output
     assert processes_of(str(clone)) == [] and not answers(port)
+
+
+def test_a_terminal_shows_the_parts_in_place(clone):
+    def stop_after_a_batch(text: str, process: subprocess.Popen) -> None:
+        if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +0 +batch \d+: ", text):
+            process.send_signal(signal.SIGINT)
+
+    output = on_terminal(160, "run_pipeline.py", "--port", free_ports(1)[0], folder=clone, watch=stop_after_a_batch)
+    assert "part" in output and "a second" in output and "local_kafka.py                     |" not in output
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") and "Traceback" not in output and "rows in" in output
 
 
 @pytest.mark.parametrize("moment, presses", [(1, 1), (5, 2), (14, 1)])

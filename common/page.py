@@ -24,7 +24,7 @@ NUMBERS = ("double", "float", "long", "integer", "short", "byte")  # of Delta; w
 IN_A_ROW = 3  # charts
 POINTS = 200  # of a chart, from left to right
 QUICKEST, SLOWEST = 2, 60  # seconds from one refresh to the next; between them, a 200th of the span
-MOST_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
+MOST_CHARTS, MOST_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 12, 20, 500, 20, 200
 MOST_COPIED = 1_000_000  # records that are kept in memory while the page is drawn
 CUT_AT = 300  # bytes of a rejected record
 NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[:0]
@@ -59,7 +59,7 @@ def show_page(options: argparse.Namespace) -> None:
         begun = time.monotonic()
         try:
             show_readings(Lake(choice), choice, options)
-        except (DeltaError, duckdb.Error, OSError) as error:
+        except Exception as error:  # whatever is broken: the rest of the page is not
             st.error("This table can't be read at the moment. What the reader says:")
             st.text(first_line(str(error)))
         st.subheader("Tables")
@@ -72,7 +72,7 @@ def show_page(options: argparse.Namespace) -> None:
 def find_tables(lake: str) -> dict[str, str]:
     """The paths of the Delta tables under the folder `lake` by their names there, in order."""
     found = {}
-    for folder, subfolders, _ in os.walk(lake):
+    for folder, subfolders, _ in os.walk(lake, followlinks=True):  # a table may lie on another disk
         if "_delta_log" in subfolders:
             found[os.path.relpath(folder, lake)] = folder
             subfolders.clear()
@@ -107,6 +107,7 @@ class Lake:
         self.log = DeltaTable(choice.table)
         rows = self.log.to_pyarrow_dataset()
         self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
+        self.is_from_kafka = "offset" in rows.schema.names
         try:
             rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
         except TableNotFoundError:
@@ -139,7 +140,7 @@ def show_readings(lake: Lake, choice: Choice, options: argparse.Namespace) -> No
     cells[1].metric("Rejected", f"{rejected:,}")
     cells[2].metric("Newest arrived", age(newest["arrived"]))
     cells[3].metric("A batch takes", "–" if batches.empty else f"{batches['seconds'].median():.1f} s")
-    cells[4].metric("Waiting in Kafka", waiting(choice.table, options))
+    cells[4].metric("Waiting in Kafka", waiting(choice.table, options) if lake.is_from_kafka else "–")
     if not newest["records"] and not rejected:
         st.info("Nothing arrived in this span. Choose a longer one, or start the stream and its source.")
         return
@@ -163,7 +164,7 @@ def show_fields(lake: Lake, choice: Choice) -> None:
     if choice.field and choice.series:
         points, left_out = course(lake, choice, choice.field, choice.series)
         st.subheader(f"Course of {choice.field}")
-        charts = list(points.groupby("chart", dropna=False))
+        charts = sorted(points.groupby("chart", dropna=False), key=lambda chart: -len(chart[1]))[:MOST_CHARTS]
         cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
         for cell, (name, part) in zip(cells, charts):
             cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
@@ -235,12 +236,12 @@ def overview(tables: dict[str, str]) -> pd.DataFrame:
         try:
             table = DeltaTable(path)
             files = table.get_add_actions(flatten=True)
-            [commit] = table.history(1)
+            commit = next(iter(table.history(1)), {})  # where Delta has removed its entry, none
             rows, sizes = files.column("num_records").to_pylist(), files.column("size_bytes").to_pylist()
             lines.append({"table": name, "rows": None if None in rows else sum(rows), "files": len(sizes),
-                          "MB": round(sum(sizes) / 1e6, 2), "version": table.version(), "last commit": commit["operation"],
-                          "at": pd.Timestamp(commit["timestamp"], unit="ms")})
-        except (DeltaError, OSError) as error:
+                          "MB": round(sum(sizes) / 1e6, 2), "version": table.version(), "last commit": commit.get("operation"),
+                          "at": pd.to_datetime(commit.get("timestamp"), unit="ms")})
+        except Exception as error:
             lines.append({"table": name, "last commit": f"can't be read: {first_line(str(error))}"})
     return pd.DataFrame(lines)
 

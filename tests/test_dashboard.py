@@ -72,7 +72,7 @@ def expect_in_table(page, place: int, *texts: str) -> None:
 
 
 def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_elsewhere(spark, tmp_path, visit):
-    writer = bronze_writer(tmp_path / "bronze" / "readings")
+    writer = bronze_writer(tmp_path / "größe 'q\" é" / "readings")
     write(spark, writer, 0, reading(), reading(device_id=HOSTILE), reading(value=1e6), HOSTILE.encode() + b"\xff")
     page, hosts = visit(tmp_path)
     expect(shown(page, "Accepted")).to_have_text("2")
@@ -88,7 +88,7 @@ def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_
     expect_in_table(page, newest, HOSTILE[:30])
     expect_in_table(page, reasons, "out_of_range", "invalid_encoding", "malformed_json")
     expect_in_table(page, rejected, "<script>", "\ufffd")
-    expect_in_table(page, overview, "bronze/readings_quarantine", "1000", "WRITE")
+    expect_in_table(page, overview, "größe 'q\" é/readings_quarantine", "1000", "WRITE")
     assert page.title() == "Sensor pipeline" and len(hosts) == 1
 
 

@@ -133,10 +133,16 @@ def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
         task = progress.add_task("", visible=False)
+        shown = ""
 
         def show(what: str) -> None:
-            if what != progress.tasks[0].description:
-                progress.reset(task, description=what, visible=bool(what))
+            nonlocal shown
+            if what != shown:
+                shown = what
+                fits = len(what) < progress.console.width - len("⠋  0:00:00 ")
+                if not fits:
+                    progress.console.print(what, markup=False, highlight=False)
+                progress.reset(task, description=what if fits else "", visible=bool(what))
         yield show
 
 

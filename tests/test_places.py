@@ -124,6 +124,21 @@ def test_a_terminal_that_is_closed_stops_the_scripts_and_nohup_keeps_them(tmp_pa
             if str(tmp_path) in " ".join(process.info["cmdline"] or [])] == []
 
 
+def test_a_signal_that_comes_while_a_loop_looks_at_its_flag_stops_it():
+    """With threading.Event, whose `set` waits for a lock that the loop may hold, this hangs."""
+    code = """if True:
+        import random, signal
+        from common.process import StopFlag
+        for _ in range(400):
+            flag = StopFlag()
+            signal.signal(signal.SIGALRM, lambda *_: flag.set())
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
+            while not flag.wait(1e-6):
+                pass
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=PATIENCE).returncode == 0
+
+
 @pytest.mark.parametrize("moment", [0.3, 1, 2, 3.5, 6, 12])
 def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silver, tmp_path, moment):
     """All of them at once, each with another signal and number of key presses at each moment."""

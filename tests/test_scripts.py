@@ -1,10 +1,13 @@
 """Each script as its user meets it: manual, options, errors, exit codes."""
 
 import os
+import signal
 import stat
+import subprocess
 
 import pytest
 from conftest import REPOSITORY, run_script
+from test_readers import on_terminal
 
 from local_kafka import free_ports
 
@@ -69,6 +72,16 @@ def test_no_broker_is_said_with_the_way_out(script):
     [port] = free_ports(1)
     run = run_script(script, "--bootstrap-servers", f"localhost:{port}", "--wait", 0)
     assert_is_one_sentence(run, f"No Kafka broker answers on localhost:{port}", "docker compose up -d", "local_kafka.py")
+
+
+def test_a_terminal_sees_how_long_kafka_is_waited_for():
+    def stop_soon(text: str, process: subprocess.Popen) -> None:
+        if "0:00:01" in text:
+            process.send_signal(signal.SIGINT)
+
+    output = on_terminal(80, "kafka_producer.py", "--bootstrap-servers", f"localhost:{free_ports(1)[0]}", watch=stop_soon)
+    assert "docker compose up -d" in output and "Waiting up to 30 s for it" in output.replace("\r\n", " ")
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") and "Traceback" not in output
 
 
 @pytest.mark.parametrize("script", ["kafka_producer.py", "spark_kafka_consumer.py"])

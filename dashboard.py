@@ -38,15 +38,20 @@ STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/c
 
 def main() -> None:
     options = parse_options()
-    if not all(map(find_spec, ("streamlit", "deltalake", "duckdb"))):
+    if not is_installed():
         raise PipelineError("The page needs libraries that are not installed: pip install -r requirements-dashboard.txt")
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
-    say(f"The page of {options.lake}: http://127.0.0.1:{options.port} Ctrl+C stops.")
+    say(f"http://127.0.0.1:{options.port} shows {options.lake}. Ctrl+C stops.")
     on_stop_signal(lambda: os._exit(0))  # until Streamlit has handlers of its own, there is nothing to end in order
     from streamlit.web.cli import main as streamlit
     settings = [f"--{name}={value}" for name, value in (STREAMLIT | {"server.port": options.port}).items()]
     streamlit(["run", str(REPOSITORY / "dashboard.py"), *settings, "--", *sys.argv[1:]], standalone_mode=False)
+
+
+def is_installed() -> bool:
+    """Whether the page has the libraries that it needs."""
+    return all(map(find_spec, ("streamlit", "deltalake", "duckdb", "altair")))
 
 
 def parse_options() -> argparse.Namespace:

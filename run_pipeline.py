@@ -26,23 +26,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
-from importlib.util import find_spec
+from contextlib import nullcontext, suppress
 from typing import IO
 
 from rich import box
+from rich.console import Group
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
 from common.class_archive import use_archive
-from common.console import PipelineError, argument_parser, at_least, fraction, port_number, run, say
+from common.console import PipelineError, argument_parser, at_least, fraction, is_screen, port_number, run, say, without_controls
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from common.process import REPOSITORY, Interrupt, StopFlag, on_stop_signal
 from common.tables import BRONZE, SILVER
 from common.topics import Topic
+from dashboard import is_installed
 from local_kafka import answers, is_free
 
+QUIET_SECONDS = 30  # after which the last rate says nothing any more
 STOP_SECONDS = 120  # what a stream may need to finish its batch
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     on_stop_signal(stopping.set)
 
     parts: list[Part] = []
-    in_place = sys.stdout.isatty() and not options.plain
+    in_place = is_screen(sys.stdout) and not options.plain
     with Live(get_renderable=lambda: overview(parts), refresh_per_second=2) if in_place else nullcontext():
         try:
             for part in start_parts(options, stopping, in_place):
@@ -62,7 +64,7 @@ def main() -> None:
             while not stopping.wait(0.5) and time.monotonic() < end:
                 require_alive(parts)
         finally:
-            say("Stopping …")
+            tell("Stopping …")
             for part in reversed(parts):  # what only looks on and the producers first, Kafka last
                 part.stop()
     on_stop_signal(Interrupt())
@@ -95,16 +97,17 @@ def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool)
         yield (kafka := Part("local_kafka.py", "--port", str(options.port), is_quiet=in_place))
         while not answers(options.port) and not stopping.wait(0.5):
             require_alive([kafka])
+    broker = f"localhost:{options.port}"
+    if not stopping.is_set():
+        Topic(broker).wait(seconds=30, create=True, stopping=stopping)
     if stopping.is_set():
         return
-    broker = f"localhost:{options.port}"
-    Topic(broker).wait(seconds=30, create=True)
     yield Part("streaming_files_to_delta_bronze.py", is_quiet=in_place)
     yield Part("spark_kafka_consumer.py", "--bootstrap-servers", broker, is_quiet=in_place)
     readings = ("--rate", str(options.rate), "--invalid-fraction", str(options.invalid_fraction))
     yield Part("kafka_producer.py", "--to-folder", str(REPOSITORY / "input" / "sensor_data"), *readings, is_quiet=in_place)
     yield Part("kafka_producer.py", "--bootstrap-servers", broker, *readings, is_quiet=in_place)
-    if find_spec("streamlit"):
+    if is_installed():
         port = next(filter(is_free, range(8501, 65_536)))
         yield Part("dashboard.py", "--bootstrap-servers", broker, "--port", str(port), is_quiet=in_place)
 
@@ -116,8 +119,8 @@ class Part:
     def __init__(self, script: str, *arguments: str, is_quiet: bool):
         self.script, self.is_quiet = script, is_quiet
         self.lines: deque[str] = deque(maxlen=20)
-        self.error = self.behind = self.rate = ""
-        self.total, self.counted_at = 0, time.monotonic()
+        self.error = self.behind = ""
+        self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()
         # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
         self.process = subprocess.Popen([sys.executable, "-u", REPOSITORY / script, *arguments], stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
@@ -127,17 +130,15 @@ class Part:
             reader.start()
 
     def _read(self, stream: IO[str]) -> None:
-        for line in map(str.rstrip, stream):
+        for line in map(without_controls, map(str.rstrip, stream)):
             if not self.is_quiet:
-                say(f"{self.script:<35}| {line}")
+                tell(f"{self.script:<35}| {line}")
             self.lines.append(line)
-            if stream is self.process.stderr:
-                self.error = line
+            self.error = line if stream is self.process.stderr else ""
             if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
                 records, now = int(count[1].replace(",", "")), time.monotonic()
                 total = self.total + records if count[2] == "rows in" else records
-                self.rate = f"{(total - self.total) / (now - self.counted_at):,.1f}"
-                self.total, self.counted_at = total, now
+                self.per_second, self.total, self.counted_at = (total - self.total) / (now - self.counted_at), total, now
             if behind := re.search(r"([\d,]+) behind", line):
                 self.behind = behind[1]
 
@@ -145,6 +146,10 @@ class Part:
         if self.process.returncode is None:
             return "running" if self.lines else "starting"
         return "stopped" if self.process.returncode == 0 else f"exit code {self.process.returncode}"
+
+    def rate(self) -> str:
+        """Records a second, by the last two lines that had a number of them; "" where none has come for long."""
+        return f"{self.per_second:,.1f}" if self.total and time.monotonic() - self.counted_at < QUIET_SECONDS else ""
 
     def wait_for_output(self) -> None:
         for reader in self.readers:
@@ -156,28 +161,36 @@ class Part:
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            say(f"{self.script} did not stop within {STOP_SECONDS} s and is killed; its next start goes on from there.")
+            tell(f"{self.script} did not stop within {STOP_SECONDS} s and is killed; its next start goes on from there.")
             self.process.kill()
         self.wait_for_output()
 
 
-def overview(parts: list[Part]) -> Table:
-    """What the parts do, and what each of them said last, to be shown in place."""
-    table = Table("part", "state", Column("a second", justify="right"), Column("behind", justify="right"),
-                  Column("last line", no_wrap=True, ratio=1), box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+def overview(parts: list[Part]) -> Group:
+    """What the parts do, what each of them said last, and their errors, to be shown in place."""
+    table = Table("part", "state", Column("a second", justify="right"), Column("behind", justify="right"), box=box.SIMPLE_HEAD,
+                  pad_edge=False)
+    said = []
     for part in parts:
-        table.add_row(part.script, part.state(), part.rate, part.behind, Text(part.lines[-1] if part.lines else ""))
-        if part.error:
-            table.add_row("", "", "", "", Text(part.error, style="red", overflow="fold"))
-    return table
+        table.add_row(part.script, part.state(), part.rate(), part.behind)
+        if part.lines:
+            said.append(Text(part.error or part.lines[-1], style="red" if part.error else "", no_wrap=not part.error,
+                             overflow="fold" if part.error else "ellipsis"))
+    return Group(table, *said)
+
+
+def tell(line: str) -> None:
+    """Prints a line, unless what reads it (`| head`) has gone: the parts are read on and stopped all the same."""
+    with suppress(BrokenPipeError):
+        say(line)
 
 
 def require_alive(parts: list[Part]) -> None:
     for part in parts:
-        if part.process.poll() is not None:
+        if part.process.poll() is not None and part.script != "dashboard.py":  # which only looks on
             part.wait_for_output()
             for line in part.lines if part.is_quiet else ():
-                say(f"{part.script:<35}| {line}")
+                tell(f"{part.script:<35}| {line}")
             raise PipelineError(f"{part.script} has ended with exit code {part.process.returncode}; what it said stands "
                                 f"above. The other parts are stopped.")
 

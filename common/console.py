@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from py4j.protocol import Py4JNetworkError
 
@@ -103,7 +104,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def first_line(text: str) -> str:
-    return text.splitlines()[0]
+    return text.strip().partition("\n")[0]
 
 
 def say(line: str) -> None:
@@ -112,14 +113,24 @@ def say(line: str) -> None:
 
 def warn(line: str) -> None:
     """Prints a line to stderr. It may quote a file's name or an error, so no control character of it reaches the screen."""
-    print(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line), file=sys.stderr, flush=True)
+    print(without_controls(line), file=sys.stderr, flush=True)
+
+
+def without_controls(text: str) -> str:
+    """The text with "�" for what would steer a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def is_screen(stream: TextIO) -> bool:
+    """Whether something can be shown in place there: on a terminal that can, and where nothing else is shown so."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not hasattr(stream, "rich_proxied_file")
 
 
 @contextmanager
 def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None]]:
     """A function that says on stderr what takes its time now, "" for nothing: on a terminal in place, with the time that it has
     taken, else a line for each thing that it has not said before."""
-    if not sys.stderr.isatty():
+    if not is_screen(sys.stderr):
         said = {""}
 
         def note(what: str) -> None:
@@ -130,20 +141,30 @@ def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        task = progress.add_task("", visible=False)
-        shown = ""
+    console, shown = Console(stderr=True), ""
+    progress: Progress | None = None
 
-        def show(what: str) -> None:
-            nonlocal shown
-            if what != shown:
-                shown = what
-                fits = len(what) < progress.console.width - len("⠋  0:00:00 ")
-                if not fits:
-                    progress.console.print(what, markup=False, highlight=False)
-                progress.reset(task, description=what if fits else "", visible=bool(what))
+    def show(what: str) -> None:
+        nonlocal shown, progress
+        if what == shown:
+            return
+        shown = what
+        if progress:
+            progress.stop()
+            progress = None
+        if what:
+            fits = len(what) < console.width - len("⠋  0:00:00 ")
+            if not fits:
+                console.print(what, markup=False, highlight=False)
+            # Transient, and only while there is something to show: it hides the cursor, and writes ten times a second.
+            progress = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console,
+                                transient=True, redirect_stdout=sys.stdout.isatty())
+            progress.add_task(what if fits else "")
+            progress.start()
+    try:
         yield show
+    finally:
+        show("")
 
 
 def run(main: Callable[[], None]) -> None:

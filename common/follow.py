@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from common.console import say
+from common.console import is_screen, say
 from common.tables import quarantine_of
 from common.viewer import as_table, csv_line, lines, newest_rows, rows_of
 
@@ -28,7 +28,7 @@ def follow(spark: SparkSession, options: argparse.Namespace) -> None:
         print(f"No Delta table at {options.table} yet. Waiting for it …", file=sys.stderr)
     while not all(DeltaTable.isDeltaTable(spark, path) for path in paths):
         time.sleep(REFRESH)
-    if options.format == "table" and sys.stdout.isatty():
+    if options.format == "table" and is_screen(sys.stdout):
         _in_place(spark, options)
     else:
         _in_lines(spark, options)
@@ -62,9 +62,11 @@ def _in_lines(spark: SparkSession, options: argparse.Namespace) -> None:
         say(csv_line(new.columns) if options.format == "csv" else "  ".join(new.columns))
     newest = 0  # ingest_time in microseconds: the rows of a batch have the same, and come at once
     while True:
-        for line in lines(new.orderBy(*times), options.format, options.raw):
-            say(line)
+        # Each of the two queries sees the table as it is then: what comes between them is for the next round.
         [[last]] = new.agg(F.max(F.unix_micros("ingest_time"))).collect()
-        newest = last or newest
+        if last is not None:
+            for line in lines(new.where(F.unix_micros("ingest_time") <= last).orderBy(*times), options.format, options.raw):
+                say(line)
+            newest = last
         time.sleep(REFRESH)
         new = rows_of(spark, options)[0].where(F.col("ingest_time") > F.timestamp_micros(F.lit(newest)))

@@ -46,7 +46,7 @@ def show_page(options: argparse.Namespace) -> None:
     st.set_page_config("Sensor pipeline", layout="wide")
     st.title("Sensor pipeline")
     tables = find_tables(options.lake)
-    readings = {name: path for name, path in tables.items() if path not in map(quarantine_of, tables.values())}
+    readings = {name: path for name, path in tables.items() if not name.endswith(quarantine_of(""))}
     if not readings:
         st.info("No table yet. Tables appear with the first records that a stream writes. This page waits for them.")
         time.sleep(QUICKEST)
@@ -56,15 +56,18 @@ def show_page(options: argparse.Namespace) -> None:
 
     @st.fragment(run_every=seconds)
     def live() -> None:
+        if find_tables(options.lake) != tables:
+            st.rerun()
         begun = time.monotonic()
         try:
             show_readings(Lake(choice), choice, options)
         except Exception as error:  # whatever is broken: the rest of the page is not
             st.error("This table can't be read at the moment. What the reader says:")
-            st.text(first_line(str(error)))
+            st.text(first_line(str(error)) or type(error).__name__)
         st.subheader("Tables")
         st.dataframe(overview(tables), hide_index=True)
-        st.caption(f"As of {datetime.now(timezone.utc):%H:%M:%S} UTC, in {time.monotonic() - begun:.1f} s; each {seconds} s.")
+        st.caption(f"As of {datetime.now(timezone.utc):%H:%M:%S} UTC, drawn in {time.monotonic() - begun:.1f} s, "
+                   f"refreshed every {seconds} s.")
 
     live()
 
@@ -83,7 +86,7 @@ def find_tables(lake: str) -> dict[str, str]:
 def choose(readings: dict[str, str]) -> Choice:
     """Asks, beside the page, what to show."""
     with st.sidebar:
-        table = readings[st.selectbox("Table", readings, index=len(readings) - 1)]
+        table = readings[st.selectbox("Table", readings, index=len(readings) - 1, key="table")]
         span = SPANS[st.selectbox("Arrived in the last", SPANS, index=1)]
         try:
             kinds = {field.name: getattr(field.type, "type", "") for field in DeltaTable(table).schema().fields}
@@ -164,13 +167,13 @@ def show_fields(lake: Lake, choice: Choice) -> None:
     if choice.field and choice.series:
         points, left_out = course(lake, choice, choice.field, choice.series)
         st.subheader(f"Course of {choice.field}")
-        charts = sorted(points.groupby("chart", dropna=False), key=lambda chart: -len(chart[1]))[:MOST_CHARTS]
+        charts = list(points.groupby("chart", dropna=False))[:MOST_CHARTS]
         cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
         for cell, (name, part) in zip(cells, charts):
             cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
             cell.altair_chart(chart(part, "value", "series").mark_line())
         if left_out:
-            st.caption(f"Of some {left_out + MOST_SERIES:,}, the {MOST_SERIES} with the most records.")
+            st.caption(f"The first {MOST_SERIES} of {left_out + MOST_SERIES:,} by name.")
     if choice.series:
         st.subheader("Newest records")
         st.dataframe(newest_of_each(lake, choice), hide_index=True)
@@ -180,16 +183,20 @@ def course(lake: Lake, choice: Choice, field: str, series: str) -> tuple[pd.Data
     """The averages of the field (time, series, chart, value) in a 200th of the time each, and how many series are left out."""
     field, series, moment = (quoted(name) for name in (field, series, choice.time))
     chart = quoted(choice.charts) if choice.charts else "NULL"
-    edges = lake.ask(f"SELECT min({moment}) AS first, max({moment}) AS last, approx_top_k({series}::VARCHAR, {MOST_SERIES}) AS names, "
-                     f"approx_count_distinct({series}) AS series FROM accepted WHERE {field} IS NOT NULL").iloc[0]
-    if edges["names"] is None or pd.isna(edges["first"]):
+    there = f"FROM accepted WHERE {field} IS NOT NULL AND {series} IS NOT NULL"
+    names = [name for [name] in lake.duckdb.execute(f"SELECT DISTINCT {series}::VARCHAR AS name {there} ORDER BY name").fetchall()]
+    if not names:
         return pd.DataFrame(columns=["time", "series", "chart", "value"]), 0
-    width = max((edges["last"] - edges["first"]) / POINTS, timedelta(seconds=1))
-    points = lake.ask(f"SELECT time_bucket($width, {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
-                      f"{chart}::VARCHAR AS chart, avg({field}) AS value FROM accepted "
-                      f"WHERE {field} IS NOT NULL AND list_contains($names, {series}::VARCHAR) GROUP BY ALL ORDER BY time",
-                      width=timedelta(seconds=round(width.total_seconds())), names=list(edges["names"]))
-    return points, max(0, int(edges["series"]) - MOST_SERIES)
+    # A device whose clock is wrong by years must not press all others into one point.
+    [[first, last, usual]] = lake.duckdb.execute(
+        f"SELECT epoch_us(min({moment})), epoch_us(max({moment})), approx_quantile(epoch_us({moment}), [0.01, 0.99]) {there}").fetchall()
+    spread = usual[1] - usual[0] + 60_000_000
+    first, last = max(first, usual[0] - spread), min(last, usual[1] + spread)
+    points = lake.ask(f"SELECT time_bucket(to_microseconds($width), {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
+                      f"{chart}::VARCHAR AS chart, avg({field}) AS value {there} AND list_contains($names, {series}::VARCHAR) "
+                      f"AND epoch_us({moment}) BETWEEN $first AND $last GROUP BY ALL ORDER BY time",
+                      width=max(1_000_000, (last - first) // POINTS), names=names[:MOST_SERIES], first=first, last=last)
+    return points, max(0, len(names) - MOST_SERIES)
 
 
 def newest_of_each(lake: Lake, choice: Choice) -> pd.DataFrame:
@@ -242,7 +249,7 @@ def overview(tables: dict[str, str]) -> pd.DataFrame:
                           "MB": round(sum(sizes) / 1e6, 2), "version": table.version(), "last commit": commit.get("operation"),
                           "at": pd.to_datetime(commit.get("timestamp"), unit="ms")})
         except Exception as error:
-            lines.append({"table": name, "last commit": f"can't be read: {first_line(str(error))}"})
+            lines.append({"table": name, "last commit": f"can't be read: {first_line(str(error)) or type(error).__name__}"})
     return pd.DataFrame(lines)
 
 

@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql.streaming.query import StreamingQuery
 
 from common.checkpoints import check_places, check_start, exclusive, taken
-from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
+from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location, without_controls
 from common.contract import Contract, in_file
 from common.internals import stream_of
 from common.process import REPOSITORY, StopFlag, on_stop_signal
@@ -198,7 +198,8 @@ def _line(report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) ->
         reasons += f" and {len(rejected) - MOST_REASONS} more"
     rows, seconds = sum(report.rows.values()), progress["batchDuration"] / 1000
     left = sum(lag.values()) * seconds / rows
+    unknown = ", ".join(map(without_controls, report.unknown))
     return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
             f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
             + (f", {sum(lag.values()):,} behind" if lag else "") + (f" ({left:,.0f} s at this rate)" if left > 3 else "")
-            + (f", {report.with_unknown:,} with fields unknown to the contract: {', '.join(report.unknown)}" if report.unknown else ""))
+            + (f", {report.with_unknown:,} with fields unknown to the contract: {unknown}" if report.unknown else ""))

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+import socket
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -214,7 +215,13 @@ class Topic:
                 time.sleep(0.2)
 
     def unread(self, group: str) -> int | None:
-        """How many records come after the offsets that the consumer group has noted; None if it has noted none. Raises KafkaError."""
+        """How many records come after the offsets that the consumer group has noted; None if it has noted none.
+
+        Raises KafkaError, or OSError where the first of the brokers does not listen.
+        """
+        # A client that finds no broker leaves its thread behind (kafka-python 3.0.12).
+        host, _, port = self.servers.split(",")[0].strip().rpartition("://")[2].rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
         with self.client(KafkaAdminClient, bootstrap_timeout_ms=1000) as admin:
             noted = admin.list_group_offsets([group])[group]
             ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))

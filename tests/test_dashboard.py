@@ -34,7 +34,7 @@ def visit(browser, start):
     def open_page(lake):
         [port] = free_ports(1)
         dashboard = start("dashboard.py", "--lake", lake, "--port", port, "--bootstrap-servers", "localhost:1")
-        dashboard.wait_for(f"http://127.0.0.1:{port} ")
+        dashboard.wait_for(f"http://127.0.0.1:{port} shows {lake}.")
         return visit_page(browser, port)
     return open_page
 

@@ -42,7 +42,7 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
         pipeline.wait_for("local_kafka.py                     | Kafka is ready")
         pipeline.wait_for("streaming_files_to_delta_bronze.py | batch 1: ")
         pipeline.wait_for("spark_kafka_consumer.py            | batch", times=2)
-        [page] = re.findall(r"^dashboard.py .* (http://127.0.0.1:\d+) ", pipeline.output, re.MULTILINE)
+        [page] = re.findall(r"^dashboard.py +\| (http://127.0.0.1:\d+) ", pipeline.output, re.MULTILINE)
         assert "<title>" in urlopen(page).read().decode()
         assert pipeline.stop(signal.SIGINT) == 0, pipeline.output
     finally:
@@ -60,7 +60,7 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
 
 def test_a_terminal_shows_the_parts_in_place(clone):
     def stop_after_a_batch(text: str, process: subprocess.Popen) -> None:
-        if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +0 +batch \d+: ", text):
+        if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +\d+ ", text):
             process.send_signal(signal.SIGINT)
 
     output = on_terminal(160, "run_pipeline.py", "--port", free_ports(1)[0], folder=clone, watch=stop_after_a_batch)

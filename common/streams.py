@@ -121,7 +121,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
                 continue
             if (batch := reports.pop(progress["batchId"], None)) and batch.rows:
                 lag = writer.source.lag(progress)
-                say(_line(batch, progress, lag))
+                say(batch_line(batch, progress, lag))
                 metrics.batch(batch, progress, lag)
                 writer.source.note(progress)
 
@@ -190,7 +190,8 @@ def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float
         time.sleep(0.05)
 
 
-def _line(report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> str:
+def batch_line(report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> str:
+    """What is printed of a batch. `lag`: records of each partition that were not read yet."""
     rejected = {reason: rows for reason, rows in report.rows.items() if reason}
     most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
     reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)

@@ -5,7 +5,8 @@ from conftest import bronze_writer
 from pyspark.sql import functions as F
 from test_rules import reading
 
-from common.table_writer import LONGEST_KEPT, TableWriter
+from common.streams import batch_line
+from common.table_writer import LONGEST_KEPT, BatchReport, TableWriter
 
 VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * LONGEST_KEPT)
 
@@ -66,3 +67,12 @@ def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_pa
         history = spark.sql(f"DESCRIBE HISTORY delta.`{table}`").collect()
         assert [row.operation for row in history].count("OPTIMIZE") == 1
     assert rows_of(spark, writer) == (4, [BROKEN] * 4)
+
+
+def test_the_line_of_a_batch_says_how_long_the_rest_takes_and_no_field_of_a_record_steers_the_terminal():
+    report = BatchReport({None: 900, "b": 60, "a": 30, "c": 30, "d": 10}, 2, ["\x1b]0;gone\x07", "x\nerror: y"])
+    progress = {"batchId": 7, "batchDuration": 2000}
+    assert batch_line(report, progress, {"0": 2000, "1": 60}) == (
+        "batch 7: 1,030 rows in, 900 accepted, 130 rejected (b 60, a 30, c 30 and 1 more), 2.0 s, 2,060 behind (4 s at this rate), "
+        "2 with fields unknown to the contract: \ufffd]0;gone\ufffd, x\ufffderror: y")
+    assert batch_line(BatchReport({None: 1}, 0, []), progress, {}) == "batch 7: 1 rows in, 1 accepted, 0 rejected, 2.0 s"

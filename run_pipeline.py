@@ -6,9 +6,8 @@
 It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic if
 it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py where what that
 needs is installed. On a terminal it shows what each does, in place; in a pipe, or with --plain, each line they print, marked
-with the script's name. Ctrl+C, or the end of --duration, stops what it
-started, in order, and shows the newest rows of both tables. When a part dies, it says which, stops the others and ends with
-exit code 1.
+with the script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the newest rows of both
+tables. When a part but the page dies, it says which, stops the others and ends with exit code 1.
 
     python3 run_pipeline.py
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1

@@ -122,14 +122,16 @@ def without_controls(text: str) -> str:
 
 
 def is_screen(stream: TextIO) -> bool:
-    """Whether something can be shown in place there: on a terminal that can, and where nothing else is shown so."""
+    """Whether text can be replaced in place there: a terminal that is able to, and has no other live view on it."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not hasattr(stream, "rich_proxied_file")
 
 
 @contextmanager
 def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None]]:
-    """A function that says on stderr what takes its time now, "" for nothing: on a terminal in place, with the time that it has
-    taken, else a line for each thing that it has not said before."""
+    """Gives a function that says on stderr what is being waited for, "" for nothing.
+
+    On a terminal in place, with the time that has passed; elsewhere a line, once for each text, or none if `only_on_terminal`.
+    """
     if not is_screen(sys.stderr):
         said = {""}
 

@@ -33,7 +33,8 @@ from common.contract import load_contract
 from common.kafka_config import spark_options
 from common.process import REPOSITORY, StopFlag
 from common.session import build_spark
-from common.streams import add_stream_options, run_until_stopped
+from common.source import SourceAwayError
+from common.streams import TO_ITS_END, add_stream_options, run_until_stopped, trigger_of
 from common.tables import SILVER, silver_tables
 from common.topics import Topic, add_topic_options
 
@@ -46,9 +47,9 @@ def main() -> None:
     topic = Topic.of(options)
     topic.wait(options.wait)
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
-    messages = read_topic(spark, topic, options)
     source = KafkaSource(topic, options.accept_data_loss, options.group_id or topic.group_of(options.table))
-    run_until_stopped(messages, source, silver_tables(options.table, contract.columns), contract, options)
+    run_until_stopped(spark, streams_of(spark, source, options), source, silver_tables(options.table, contract.columns), contract,
+                      options)
 
 
 def parse_options() -> argparse.Namespace:
@@ -61,11 +62,22 @@ def parse_options() -> argparse.Namespace:
                         help="consumer group under which Kafka's own tools show how far the stream is; it never reads that itself "
                              "(default: group.id of --kafka-config, or pipeline- and the table's name)")
     parser.add_argument("--accept-data-loss", action="store_true",
-                        help="go on where Kafka no longer has records that were not read, or has a new topic of this name")
+                        help="go on though Kafka has lost records that were not read, or has a new topic of this name; what it "
+                             "loses later stops the stream again")
     return parser.parse_args()
 
 
-def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -> DataFrame:
+def streams_of(spark: SparkSession, source: "KafkaSource", options: argparse.Namespace) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
+    """The topic as streams, each with its trigger: one over what is lost up to now, where that is accepted, and the one that
+    the options ask for. That one stops where Kafka loses more."""
+    if options.accept_data_loss:
+        yield read_topic(spark, source.topic, options, fail_on_data_loss=False), TO_ITS_END
+        source.accept_data_loss = False
+    if not (options.accept_data_loss and options.once):
+        yield read_topic(spark, source.topic, options), trigger_of(options)
+
+
+def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace, fail_on_data_loss: bool = True) -> DataFrame:
     """The topic as a stream: its value as `raw` and `raw_json`, where it came from, and `ingest_time`, the start of its batch."""
     return (
         spark.readStream.format("kafka")
@@ -78,7 +90,7 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
         .option("subscribe", topic.name)
         .option("startingOffsets", "earliest")
         .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
-        .option("failOnDataLoss", not options.accept_data_loss)
+        .option("failOnDataLoss", fail_on_data_loss)
         # A large batch is cut into many small parts, which TableWriter joins to files of one size for all cores.
         .option("maxRecordsPerPartition", 20_000)
         # What a batch reads is there: two minutes, the default, would only hide that Kafka is away.
@@ -100,7 +112,7 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace) -
 
 
 class KafkaSource:
-    """The topic as the source of a stream (common/source.py). `accept_data_loss`: goes on where it has lost records.
+    """The topic as the source of a stream (common/source.py). `accept_data_loss`: goes on where it has lost records up to now.
 
     `group`: the consumer group under which it notes how far it is.
     """
@@ -111,6 +123,10 @@ class KafkaSource:
 
     def __str__(self) -> str:
         return str(self.topic)
+
+    @property
+    def mode(self) -> str:
+        return f"isolation.level={self.topic.isolation_level}"
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         return batch
@@ -183,8 +199,8 @@ class KafkaSource:
         try:
             yield
         except KafkaError as error:
-            raise PipelineError(f"Kafka on {self.topic.servers} does not answer any more ({first_line(str(error))}). Start it, then "
-                                f"this script: it goes on from the last committed offsets.") from error
+            raise SourceAwayError(f"Kafka on {self.topic.servers} does not answer any more ({first_line(str(error))}). Start it, "
+                                  f"then this script: it goes on from the last committed offsets.") from error
 
 
 if __name__ == "__main__":

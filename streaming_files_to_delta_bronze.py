@@ -33,7 +33,7 @@ from common.internals import FileSystem
 from common.json_files import escape_glob, find_multiline, read_lines, read_values
 from common.process import REPOSITORY, StopFlag
 from common.session import build_spark
-from common.streams import add_stream_options, run_until_stopped
+from common.streams import add_stream_options, run_until_stopped, trigger_of
 from common.tables import BRONZE, bronze_tables
 
 MOST_PATTERNS = 100
@@ -46,7 +46,7 @@ def main() -> None:
     spark = build_spark("files-to-bronze", verbose=options.verbose)
     new_files = list_new_files(spark, options)
     source = FileSource(options.multiline)
-    run_until_stopped(new_files, source, bronze_tables(options.table, contract.columns), contract, options)
+    run_until_stopped(spark, [(new_files, trigger_of(options))], source, bronze_tables(options.table, contract.columns), contract, options)
 
 
 def parse_options() -> argparse.Namespace:
@@ -96,6 +96,7 @@ class FileSource:
     def __init__(self, is_multiline: bool):
         self.is_multiline = is_multiline
         self.read = read_values if is_multiline else read_lines
+        self.mode = "with --multiline" if is_multiline else "without --multiline"
         self.taken: set[Row] = set()  # the files of the running batch, as they were when it began
 
     def read_batch(self, batch: DataFrame) -> DataFrame:

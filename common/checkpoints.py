@@ -18,7 +18,9 @@ from common.contract import Contract
 from common.internals import FileSystem, state_of
 from common.source import Source
 from common.table_writer import Start
-from common.tables import CONTRACT, WRITER, TablePair, fit_table, properties_of, quarantine_of, set_properties
+from common.tables import CONTRACT, MODE, NO_WRITER, WRITER, TablePair, fit_table, properties_of, quarantine_of, set_properties
+
+READ_AGAIN = "read all that is still there into a new --table with a new --checkpoint"
 
 
 @contextmanager
@@ -38,8 +40,8 @@ def exclusive(path: str) -> Iterator[None]:
     except Timeout:
         raise PipelineError(taken(path)) from None
     except OSError as error:
-        raise PipelineError(f"The checkpoint {path} can't be made: {error.strerror}. Make room for it, give this user the "
-                            f"right, or name another place with --checkpoint.") from error
+        raise PipelineError(f"{place}, the lock of the checkpoint, can't be written: {error.strerror}. Make room for it, give this "
+                            f"user the right, or name another place with --checkpoint.") from error
     with lock:
         yield
 
@@ -53,31 +55,54 @@ def check_places(options: argparse.Namespace) -> None:
                                 f"not belong to it. Name another place with --checkpoint.")
 
 
+def damaged(path: str, reason: str) -> str:
+    return f"The checkpoint {path} is damaged: {reason}. Put back a backup of it and of its tables, or {READ_AGAIN}."
+
+
 def taken(path: str) -> str:
     return (f"Another stream works with the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
             f"of its own.")
 
 
 class Checkpoint:
-    """What Spark has noted in the checkpoint at `path`, on any file system that Spark reaches."""
+    """What Spark has noted in the checkpoint at `path`, on any file system that Spark reaches.
+
+    `last_done`: the newest batch that is done when this is made; -1 for none.
+    """
 
     def __init__(self, spark: SparkSession, path: str):
         self.path = path
         self.files = FileSystem(spark, path)
+        self.last_done = self._newest("commits")
 
     def id(self) -> str | None:
         """The id of the stream, by which Delta knows its batches; None for a checkpoint that is not there yet."""
         metadata = self.files.read(f"{self.path}/metadata")
-        return metadata and json.loads(metadata)["id"]
+        return None if metadata is None else self._parse(metadata, "metadata")["id"]
 
-    def last_batch(self) -> int:
-        """The newest batch that is done; -1 for none."""
-        return max((int(name) for name in self.files.names_in(f"{self.path}/commits") if name.isdecimal()), default=-1)
+    def last_begun(self) -> int:
+        """The newest batch of which it is settled what it reads, done or not; -1 for none."""
+        return self._newest("offsets")
+
+    def _newest(self, folder: str) -> int:
+        return max((int(name) for name in self.files.names_in(f"{self.path}/{folder}") if name.isdecimal()), default=-1)
 
     def unread(self) -> dict[str, Any]:
         """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
-        offsets = self.files.read(f"{self.path}/offsets/{self.last_batch()}") or "{}"
-        return json.loads(offsets.strip().split("\n")[-1])  # after a version and the metadata a line for each source, here one
+        file = f"offsets/{self.last_done}"
+        if self.last_done < 0:
+            return {}
+        # A version, the metadata, and a line for each source, here one.
+        lines = (self.files.read(f"{self.path}/{file}") or "").split("\n")
+        if lines[0] != "v1":
+            raise PipelineError(damaged(self.path, f"{file} does not begin with v1"))
+        return self._parse(lines[-1], file)
+
+    def _parse(self, text: str, file: str) -> dict[str, Any]:
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise PipelineError(damaged(self.path, f"{file} is no JSON")) from None
 
     def set_aside(self) -> str:
         """Renames the checkpoint, so that the stream starts anew; returns its new path."""
@@ -97,47 +122,57 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
     written_from = properties[tables.table] or {}
     identity = source.identity()
-    contract_id = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16]}
-    adopts = source.is_made_anew(identity, written_from, checkpoint.unread())
-    if adopts:
+    read_by = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
+    if source.is_made_anew(identity, written_from, checkpoint.unread()):
         say(f"The old checkpoint is now {checkpoint.set_aside()}.")
-    else:
-        _check_tables(spark, checkpoint, properties, tables)
-        source.check_unread(checkpoint.unread(), checkpoint.path)
+        checkpoint = Checkpoint(spark, checkpoint_path)
+        for table in (tables.quarantine, tables.table):  # in this order: by the latter it is known that the source is another one
+            if properties[table] is not None:
+                set_properties(spark, table, {WRITER: NO_WRITER} | identity)
+                properties[table] = properties_of(spark, table)
+    _check_tables(spark, checkpoint, properties, tables)
+    source.check_unread(checkpoint.unread(), checkpoint.path)
     if written_from:
-        _fit_table(spark, checkpoint, tables, written_from, contract_id)
-    return Start(identity, contract_id, adopts)
+        _fit_table(spark, checkpoint, tables, written_from, read_by)
+    return Start(identity, read_by)
 
 
 def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, dict[str, str] | None],
                   tables: TablePair) -> None:
     """`found`: the properties of both tables, None for one that is not there."""
     for table, properties in found.items():
-        if properties is None and checkpoint.last_batch() >= 0:
+        if properties is None and checkpoint.last_done >= 0:
             raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
-                                f"such table. Put the table back, or read all again: delete the checkpoint and {tables.table}*.")
+                                f"such table. Put the table back, or {READ_AGAIN}.")
         # Other files than hidden ones, such as .gitkeep and an unfinished _delta_log.
         in_the_way = [name for name in FileSystem(spark, table).names_in(table) if name[0] not in "._"]
         if properties is None and in_the_way or properties is not None and WRITER not in properties:
             raise PipelineError(f"There is something at {table} that no stream of this pipeline has made. Name another place "
                                 f"with --table.")
-        if properties is not None and properties[WRITER] != checkpoint.id():
+        is_free = properties is not None and properties[WRITER] == NO_WRITER and checkpoint.last_done < 0
+        if properties is not None and properties[WRITER] != checkpoint.id() and not is_free:
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
-                                f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or read all "
-                                f"again: delete the checkpoint and {tables.table}*.")
+                                f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}.")
+        written = -1 if properties is None else state_of(spark, table, checkpoint.id())[1]
+        # A batch is in the table before it is done, and in the quarantine only if it has rejected records.
+        is_older = table == tables.table and written < checkpoint.last_done
+        if is_older or written > checkpoint.last_begun():
+            raise PipelineError(f"The {'table' if is_older else 'checkpoint'} is an older copy: {table} has batch {written} of the "
+                                f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. Going on would lose records. "
+                                f"Put back both and the quarantine as they were at one moment, or {READ_AGAIN}.")
 
 
 def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str],
-               contract_id: dict[str, str]) -> None:
+               read_by: dict[str, str]) -> None:
     """Brings the table, which has these `properties`, to the contract's columns.
 
-    Raises PipelineError where it can't, and where a batch was half written by another contract: of the records of that one
-    some would be in both tables then, or in none.
+    Raises PipelineError where it can't, and where a batch was half written and is now `read_by` another contract or in another
+    mode: some of its records would then be in both tables, or in none.
     """
-    before = properties.get(CONTRACT)
-    if before not in (None, contract_id[CONTRACT]) and state_of(spark, tables.table, checkpoint.id())[1] > checkpoint.last_batch():
-        raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract. Start once with that "
-                            f"one (--readings FILE --once), then with this one.")
+    is_changed = any(properties.get(name, value) != value for name, value in read_by.items())
+    if is_changed and state_of(spark, tables.table, checkpoint.id())[1] > checkpoint.last_done:
+        raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
+                            f"way than now ({read_by[MODE]}). Start once as before (--readings FILE --once), then as now.")
     fit_table(spark, tables.table, tables.columns)
-    if before != contract_id[CONTRACT]:
-        set_properties(spark, tables.table, contract_id)
+    if not properties.items() >= read_by.items():
+        set_properties(spark, tables.table, read_by)

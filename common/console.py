@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from py4j.protocol import Py4JNetworkError
 
@@ -93,14 +93,25 @@ def port_number(value: str) -> int:
     return port
 
 
+def _innermost(error: BaseException) -> Any:
+    """The innermost cause of an error of Java; None for one of Python."""
+    java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
+    while java is not None and java.getCause() is not None:
+        java = java.getCause()
+    return java
+
+
 def root_cause(error: BaseException) -> str:
     """The message of an error; of an error of Java that of its innermost cause."""
-    java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
-    if java is None:
-        return str(error).strip() or type(error).__name__
-    while java.getCause() is not None:
-        java = java.getCause()
-    return (java.getMessage() or java.toString()).strip()
+    if java := _innermost(error):
+        return (java.getMessage() or java.toString()).strip()
+    return str(error).strip() or type(error).__name__
+
+
+def java_class(error: BaseException) -> str:
+    """The class of the innermost cause of an error of Java; "" for one of Python."""
+    java = _innermost(error)
+    return java.getClass().getName() if java else ""
 
 
 def first_line(text: str) -> str:

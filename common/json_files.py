@@ -10,15 +10,17 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import first_line, root_cause, warn
+from common.console import PipelineError, first_line, java_class, root_cause, warn
 from common.internals import FileSystem
 from common.parsing import LONE_SURROGATE
 
 # Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
 LONGEST_RECORD = 8_000_000
+# The error, after its class in Java, where it is not the file that is broken but the way to it: to a store, to a mounted folder.
+AWAY = r"\A(java\.net\.|[\w.]*(ConnectTimeout|SdkClient)Exception)|(Stale file handle|endpoint is not connected)\)?\Z"
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; put it right and give it a new name."
 READ_OPTIONS = {
-    "mapreduce.input.linerecordreader.line.maxlength": str(LONGEST_RECORD),
+    "mapreduce.input.linerecordreader.line.maxlength": str(LONGEST_RECORD + 1),  # which a line has to stay below
     # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with ":".
     "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
     "fs.file.impl.disable.cache": "true",
@@ -76,10 +78,14 @@ def find_multiline(batch: DataFrame, quarantine: str) -> list[str]:
         .groupBy("source_file").agg(F.bool_or(line.startswith("[")).alias("is_array"),
                                     F.bool_or(begins_object).alias("begins"), F.bool_or(~begins_object).alias("goes_on"))
         .where("is_array OR begins AND goes_on"))
-    paths = [row.source_file for row in suspects.collect()]
-    files = read_files(batch.where(F.col("path").isin(paths)), careful=False, wholetext=True)
+    spark, paths = batch.sparkSession, [row.source_file for row in suspects.collect()]
+    files = batch.where(F.col("path").isin(paths)).select("path", "length").distinct().collect()
+    paths = [file.path for file in files if unpacked_size(spark, file) <= LONGEST_RECORD]
+    if not paths:
+        return []
+    whole = read_text(spark, paths, wholetext=True).select(F.col("value").cast("binary").alias("raw"), source_file().alias("path"))
     is_multiline = F.col("is_object") | F.col("elements").isNotNull()
-    return [row.source_file for row in with_elements(files).where(is_multiline).select("source_file").collect()]
+    return [row.path for row in with_elements(whole).where(is_multiline).select("path").collect()]
 
 
 def read_files(batch: DataFrame, careful: bool, **text_options: Any) -> DataFrame:
@@ -158,8 +164,12 @@ def find_unreadable(spark: SparkSession, paths: list[str]) -> list[str]:
         read_text(spark, paths).write.format("noop").mode("overwrite").save()
         return []
     except (PySparkException, Py4JJavaError) as error:
+        reason = first_line(root_cause(error))
+        if re.search(AWAY, f"{java_class(error)}: {reason}"):
+            raise PipelineError(f"{paths[0]} can't be read at the moment: {reason}. Nothing is lost: start again when its place "
+                                f"answers.") from error
         if len(paths) == 1:
-            warn(f"{paths[0]} can't be read: {first_line(root_cause(error))}. {IN_QUARANTINE}")
+            warn(f"{paths[0]} can't be read: {reason}. {IN_QUARANTINE}")
             return paths
     middle = len(paths) // 2
     return find_unreadable(spark, paths[:middle]) + find_unreadable(spark, paths[middle:])

@@ -4,11 +4,20 @@ from typing import Any, Protocol
 
 from pyspark.sql import DataFrame
 
+from common.console import PipelineError
 from common.process import StopFlag
+
+
+class SourceAwayError(PipelineError):
+    """The source does not answer, which may pass."""
 
 
 class Source(Protocol):
     """Where a stream's records come from: a topic (spark_kafka_consumer.py) or a folder (streaming_files_to_delta_bronze.py)."""
+
+    @property
+    def mode(self) -> str:
+        """How it is read, as it is told to a user. A batch that was begun in one mode can't be repeated in another."""
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         """The records of a micro-batch: `raw` and `ingest_time` for the contract, and what the tables have of their origin.
@@ -20,7 +29,7 @@ class Source(Protocol):
         """The same after reading them has failed with `error`; raises it where there is no other way."""
 
     def identity(self) -> dict[str, str]:
-        """Table properties by which the source is known again; a source that was made anew has others."""
+        """Table properties that identify the source; a recreated one has others. {} where it has none, or can't say."""
 
     def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         """Whether the source is another one than the table, whose properties are `written_from`, has its records from.

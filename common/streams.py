@@ -7,22 +7,25 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
-from common.checkpoints import check_places, check_start, exclusive, taken
+from common.checkpoints import check_places, check_start, damaged, exclusive, taken
 from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location, without_controls
 from common.contract import Contract, in_file
 from common.internals import stream_of
 from common.process import REPOSITORY, StopFlag, on_stop_signal
-from common.source import Source
+from common.source import Source, SourceAwayError
 from common.table_writer import BatchReport, TableWriter, Unwatched
 from common.tables import TablePair
 
+TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
 MOST_REASONS = 3  # in the line of a batch
 MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch between them
 
@@ -50,36 +53,48 @@ def _interval(value: str) -> str:
     return value
 
 
-def run_until_stopped(stream: DataFrame, source: Source, tables: TablePair, contract: Contract, options: argparse.Namespace) -> None:
-    """Runs `stream` of `source` into `tables`: with --once to its end, else until Ctrl+C or SIGTERM; the running batch is
-    finished.
+def trigger_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The trigger that the options of `add_stream_options` ask for."""
+    return TO_ITS_END if options.once else {"processingTime": options.trigger}
+
+
+def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, dict[str, Any]]], source: Source, tables: TablePair,
+                      contract: Contract, options: argparse.Namespace) -> None:
+    """Runs `streams` of `source`, each with its trigger, into `tables`, one after the other, until the last ends or Ctrl+C or
+    SIGTERM comes; the running batch is finished.
 
     Where the source stops answering, it waits for it and goes on. Raises PipelineError where it can't start or can't go on.
     """
-    spark, failures = stream.sparkSession, 0
     stopping = StopFlag()
     on_stop_signal(stopping.set)
     check_places(options)
+    check = partial(check_start, spark, source, tables, contract, options.checkpoint)
     try:
         with in_file(options.readings):
             contract.check_rules(spark)
         with exclusive(options.checkpoint):
-            start = check_start(spark, source, tables, contract, options.checkpoint)
+            start = check()
             metrics = _metrics(options)
             say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
-            while not stopping.is_set():
-                batches, error = run_query(stream, TableWriter(tables, contract, source, start), options, stopping, metrics)
-                if not error:
-                    break
-                if explanation := _explain(error, tables.table, options.checkpoint):
-                    raise PipelineError(explanation) from error
-                failures = 1 if batches else failures + 1
-                if failures > MOST_FAILURES:
-                    raise error
-                source.wait_out(error, stopping)
-                if not stopping.is_set():
-                    start = check_start(spark, source, tables, contract, options.checkpoint)
-                    say("Going on from the last committed offsets.")
+            for stream, trigger in streams:
+                failures = 0
+                while not stopping.is_set():
+                    writer = TableWriter(tables, contract, source, start)
+                    batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
+                    if not error:
+                        break
+                    if explanation := explain(error, tables.table, options.checkpoint):
+                        raise PipelineError(explanation) from error
+                    failures = 1 if batches else failures + 1
+                    while error and not stopping.is_set():
+                        if failures > MOST_FAILURES:
+                            raise error
+                        source.wait_out(error, stopping)
+                        try:
+                            start, error = check(), None
+                            say("Going on from the last committed offsets.")
+                        except SourceAwayError as again:
+                            error, failures = again, failures + 1
     finally:
         spark.stop()
     if not options.once:
@@ -93,7 +108,7 @@ def _metrics(options: argparse.Namespace) -> Unwatched:
     return Metrics(options.metrics_host, options.metrics_port)
 
 
-def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespace, stopping: StopFlag,
+def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, checkpoint: str, stopping: StopFlag,
               metrics: Unwatched) -> tuple[int, Exception | None]:
     """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
 
@@ -116,6 +131,7 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
                 raise
 
     def report() -> None:
+        newest = None
         for progress in query.recentProgress:
             if "addBatch" not in progress["durationMs"]:  # a look that found nothing, under the number of the next batch
                 continue
@@ -123,12 +139,12 @@ def run_query(stream: DataFrame, writer: TableWriter, options: argparse.Namespac
                 lag = writer.source.lag(progress)
                 say(batch_line(batch, progress, lag))
                 metrics.batch(batch, progress, lag)
-                writer.source.note(progress)
+                newest = progress
+        if newest:
+            writer.source.note(newest)
 
-    trigger = {"availableNow": True} if options.once else {"processingTime": options.trigger}
     try:
-        query = (stream.writeStream.foreachBatch(write).option("checkpointLocation", options.checkpoint)
-                 .trigger(**trigger).start())
+        query = stream.writeStream.foreachBatch(write).option("checkpointLocation", checkpoint).trigger(**trigger).start()
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
     metrics.working(True)
@@ -156,11 +172,13 @@ class Stopped(Exception):
     """Ends a query between two batches."""
 
 
-def _explain(error: Exception, table: str, checkpoint: str) -> str | None:
+def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
     if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
         return taken(checkpoint)
+    if re.search(r"[Ii]ncomplete log file|[Ll]og file was malformed", message):
+        return damaged(checkpoint, message)
     places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
     next_start = "Nothing is lost: the next start goes on from the last committed offsets."
     if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):

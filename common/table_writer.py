@@ -11,7 +11,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError
+from common.console import PipelineError, first_line, root_cause, warn
 from common.contract import Contract
 from common.internals import from_java_rows, number_of_tasks, observed, state_of
 from common.parsing import parse
@@ -29,11 +29,10 @@ SEEN_WITHIN = 60  # seconds after a batch was written
 
 @dataclass(frozen=True)
 class Start:
-    """What was found at the start of a stream, as properties of its tables: the `identity` of its source and its
-    `contract_id`. `adopts`: it takes over tables that were another stream's."""
+    """What was found at the start of a stream, as properties of its tables: the `identity` of its source, and by what it is
+    `read_by`."""
     identity: dict[str, str]
-    contract_id: dict[str, str]
-    adopts: bool = False
+    read_by: dict[str, str]
 
 
 class BatchReport(NamedTuple):
@@ -66,24 +65,28 @@ class TableWriter:
         spark, tables = batch.sparkSession, self.tables
         if batch_id == 0:
             owner = {WRITER: stream} | self.start.identity
-            create_table(spark, tables.quarantine, tables.quarantine_columns, owner, self.start.adopts)
+            create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
             # Last: as long as it is not this stream's, nothing was written.
-            create_table(spark, tables.table, tables.columns, owner, self.start.adopts, self.start.contract_id)
+            create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
         version, _ = state_of(spark, tables.table, stream)
         try:
             report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream)
         except (PySparkException, Py4JJavaError) as error:
             report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream)
-        # If it is the same now, all of these records are from the same one.
-        if self.source.identity() != self.start.identity:
+        # If the source is still the same, all of these records are from it. One that can't say now is none that was recreated.
+        if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
             spark.sql(f"RESTORE TABLE {as_identifier(tables.table)} TO VERSION AS OF {version}")
-            raise PipelineError(f"{self.source} was deleted while it was read.")
+            raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. What this batch had read was "
+                                f"taken back. Start again: the start says what is lost.")
         if reasons := {reason for reason in report.rows if reason}:
             self._append(rejected, tables.quarantine, tables.quarantine_columns, batch_id, stream)
         self.source.after_batch(batch, reasons, tables.quarantine)
         if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
             for table in (tables.quarantine, tables.table):
-                clean_up(spark, table)
+                try:
+                    clean_up(spark, table)
+                except (PySparkException, Py4JJavaError) as error:  # the records are there; the next thousand batches try again
+                    warn(f"What {table} no longer needs can't be removed: {first_line(root_cause(error))}")
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
         for table in (tables.table, tables.quarantine):
             state_of(spark, table, stream)
@@ -100,15 +103,16 @@ class TableWriter:
         parsed = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
         is_rejected = F.col("reject_reason").isNotNull()
         rejected = parsed.where(is_rejected).select(*self.tables.quarantine_columns)
-        is_kept = is_rejected & (F.coalesce(F.octet_length("raw"), F.lit(0)) <= LONGEST_KEPT)
+        binary = [F.coalesce(F.octet_length(name), F.lit(0)) for name, kind in self.tables.quarantine_columns.items() if kind == "BINARY"]
+        is_kept = is_rejected & (sum(binary, F.lit(0)) <= LONGEST_KEPT)
         most_kept = min(100_000, MOST_KEPT // cores)  # of each task, and Spark's limit
         seen = Observation()
         accepted = parsed.observe(
             seen,
             # Exact for so few reasons; it counts null too, and takes less time than a count for each.
             F.expr("approx_top_k(reject_reason, 700, 1000)").alias("rows"),
-            F.expr("approx_top_k(CASE WHEN reject_reason IS NULL THEN to_json(transform(slice(_unknown_fields, 1, 20), "
-                   "name -> left(name, 50))) END, 100, 1000)").alias("unknown"),
+            F.expr("approx_top_k(CASE WHEN reject_reason IS NULL AND size(_unknown_fields) > 0 "
+                   "THEN to_json(transform(slice(_unknown_fields, 1, 20), name -> left(name, 50))) END, 100, 1000)").alias("unknown"),
             F.max_by(F.struct(*rejected.columns), F.when(is_kept, 1), most_kept).alias("kept"),
         ).where(~is_rejected)
         with _code_generation(spark):

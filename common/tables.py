@@ -1,8 +1,6 @@
 """The pipeline's tables: their places, their columns, and what keeps them healthy."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
@@ -29,9 +27,12 @@ PROPERTIES = {
     "delta.logRetentionDuration": "interval 2 hours",
     "delta.deletedFileRetentionDuration": "interval 2 hours",
 }
-# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and its contract's.
+# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and how its records are read, by
+# the contract's id and the source's mode.
 WRITER = "pipeline.checkpoint.id"
+NO_WRITER = ""  # the next stream with a new checkpoint takes over the table
 CONTRACT = "pipeline.contract.id"
+MODE = "pipeline.source.mode"
 
 
 @dataclass(frozen=True)
@@ -65,27 +66,24 @@ def quarantine_of(table: str) -> str:
     return table.rstrip("/") + "_quarantine"
 
 
-def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str], adopt: bool,
-                 properties: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name.
-
-    `properties`: others that it gets. `adopt`: makes a table that another stream has written that of this one.
-    Raises PipelineError where the table is another stream's.
+def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str]) -> None:
+    """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name, or takes over one that
+    has no writer any more. Raises PipelineError where the table is another stream's.
     """
     table = DeltaTable.createIfNotExists(spark).location(path)
     for name, kind in columns.items():
         table = table.addColumn(name, kind)
     # Columns of which Delta notes the least and greatest value in each file, to skip files by; each takes time to write.
     times = ",".join(f"`{name}`" for name, kind in columns.items() if kind == "TIMESTAMP")
-    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | dict(properties) | owner).items():
+    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | owner).items():
         table = table.property(name, value)
     table.execute()
-    if (properties_of(spark, path) or {}).items() >= owner.items():
-        return
-    if not adopt:
+    writer = (properties_of(spark, path) or {}).get(WRITER)
+    if writer == NO_WRITER:
+        set_properties(spark, path, owner)
+    elif writer != owner[WRITER]:
         raise PipelineError(f"Another stream has made the table {path} meanwhile. Give this one a --table and a "
                             f"--checkpoint of its own.")
-    set_properties(spark, path, owner)
 
 
 def fit_table(spark: SparkSession, path: str, columns: dict[str, str]) -> None:

@@ -74,15 +74,22 @@ class _Refusals(logging.Handler):
         logging.getLogger("kafka.net").removeHandler(self)
 
 
+class NoTopicError(PipelineError):
+    """The broker answers, and has no such topic."""
+
+
 class Topic:
     """A topic. `servers`: "host:port,…"; `properties`: those of a Kafka client, as in `--kafka-config`."""
 
     def __init__(self, servers: str | None, name: str = TOPIC, properties: dict[str, str] | None = None):
         self.properties = properties or {}
         self.servers = servers or self.properties.get("bootstrap.servers", SERVERS)
+        self.addresses: list[tuple[str, int]] = []
         for server in filter(None, map(str.strip, self.servers.split(","))):
-            port = re.fullmatch(r"(?:\w+://)?(?:\[[\da-fA-F:]+\]|[^\s:]+):(\d{1,5})", server)
-            if not port or not 0 < int(port[1]) < 65_536:
+            parts = re.fullmatch(r"(?:\w+://)?(?:\[([\da-fA-F:]+)\]|([^\s:]+)):(\d{1,5})", server)
+            if parts and 0 < int(parts[3]) < 65_536:
+                self.addresses.append((parts[1] or parts[2], int(parts[3])))
+            else:
                 raise PipelineError(f"{server!r} is no address of a Kafka broker, which is HOST:PORT. Mend --bootstrap-servers or "
                                     f"bootstrap.servers in --kafka-config.")
         self.name = name
@@ -120,7 +127,7 @@ class Topic:
         with in_progress() as note:
             while problem := self._what_is_missing(create):
                 if time.monotonic() >= deadline:
-                    raise PipelineError(problem)
+                    raise problem
                 note(f"{problem} Waiting up to {seconds:g} s for it …")
                 if stopping:
                     if stopping.wait(0.5):
@@ -128,10 +135,21 @@ class Topic:
                 else:
                     time.sleep(0.5)
 
-    def _what_is_missing(self, create: bool) -> str | None:
-        """A sentence on the broker or the topic that is not there; None where both are. `create` makes the topic."""
+    def _require_listener(self) -> None:
+        """Raises OSError where no broker listens. A client that finds none leaves its thread behind (kafka-python 3.0.12)."""
+        for number, address in enumerate(self.addresses, 1):
+            try:
+                socket.create_connection(address, timeout=3).close()
+                return
+            except OSError:
+                if number == len(self.addresses):
+                    raise
+
+    def _what_is_missing(self, create: bool) -> PipelineError | None:
+        """What to say of the broker or the topic that is not there; None where both are. `create` makes the topic."""
         refusals = _Refusals()
         try:
+            self._require_listener()
             with refusals, self.client(KafkaAdminClient, bootstrap_timeout_ms=3000) as admin:
                 if self.name in admin.list_topics():
                     return None
@@ -141,17 +159,18 @@ class Topic:
                     say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
                     return None
         except TopicAlreadyExistsError:
-            return f'The topic "{self.name}" on {self.servers} is just being made, or deleted.'
+            return NoTopicError(f'The topic "{self.name}" on {self.servers} is just being made, or deleted.')
         except (KafkaError, OSError) as error:
             if refusals.found:
                 raise PipelineError(self._refused(str(refusals.found[0]))) from error
             if refusals.has_hung_up and "SASL" in self.properties.get("security.protocol", "").upper():
-                return self._refused("the broker hangs up during the login")
-            return (f"No Kafka broker answers on {self.servers} ({type(error).__name__}). Start one: docker compose up -d, "
-                    f"or python3 local_kafka.py.")
-        return (f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '
-                f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
-                f"--replication-factor 1.")
+                return PipelineError(self._refused("the broker hangs up during the login"))
+            return PipelineError(f"No Kafka broker answers on {self.servers} ({type(error).__name__}). Start one: docker compose up -d, "
+                                 f"or python3 local_kafka.py.")
+        return NoTopicError(
+            f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '
+            f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
+            f"--replication-factor 1.")
 
     def _refused(self, reason: str) -> str:
         return (f"Kafka on {self.servers} and this script don't come together: {reason.rstrip('.')}. Check the user, the "
@@ -217,11 +236,9 @@ class Topic:
     def unread(self, group: str) -> int | None:
         """How many records come after the offsets that the consumer group has noted; None if it has noted none.
 
-        Raises KafkaError, or OSError where the first of the brokers does not listen.
+        Raises KafkaError, or OSError where no broker listens.
         """
-        # A client that finds no broker leaves its thread behind (kafka-python 3.0.12).
-        host, _, port = self.servers.split(",")[0].strip().rpartition("://")[2].rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+        self._require_listener()
         with self.client(KafkaAdminClient, bootstrap_timeout_ms=1000) as admin:
             noted = admin.list_group_offsets([group])[group]
             ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))
@@ -241,14 +258,16 @@ class Topic:
             r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)
         if not (has_no_topic or isinstance(error, KafkaError) or re.search(r"[Tt]imed out|[Tt]imeout|[Dd]isconnect", message)):
             raise error
-        if has_no_topic:  # which a broker also says for a moment after its start
-            try:
-                self.wait(10, stopping=stopping)
-            except PipelineError:
-                raise PipelineError(f"{self} is gone, with what was not read yet. To go on with a new one, make it and start "
-                                    f"with --accept-data-loss.".replace("the", "The", 1)) from error
-        else:
+        if not has_no_topic:
             say(f"Kafka on {self.servers} does not answer any more.")
+        try:
+            self.wait(10 if has_no_topic else OUTAGE, stopping=stopping)  # a broker has no topic for a moment after its start
+        except NoTopicError:
+            raise PipelineError(f"{self} is gone, with what was not read yet. To go on with a new one, make it and start "
+                                f"with --accept-data-loss.".replace("the", "The", 1)) from error
+        except PipelineError:
+            if not has_no_topic:
+                raise
             self.wait(OUTAGE, stopping=stopping)
         for name in ("_admin", "_notes"):  # which do not recover from a long outage
             if client := self.__dict__.pop(name, None):

@@ -14,7 +14,7 @@ from common.contract import load_contract
 from common.internals import jvm_of
 from common.process import REPOSITORY, StopFlag
 from common.session import build_spark
-from common.streams import run_query
+from common.streams import TO_ITS_END, run_query
 from common.table_writer import Start, TableWriter, Unwatched
 from common.tables import bronze_tables
 from common.viewer import newest_since, read_table, show
@@ -30,7 +30,7 @@ def main(make: str, archive: str) -> None:
         contract = load_contract(f"{REPOSITORY}/readings.py")
         tables = bronze_tables(f"{folder}/table", contract.columns)
         writer = TableWriter(tables, contract, FileSource(is_multiline=False), Start({}, {}))
-        run_query(list_new_files(spark, options), writer, options, StopFlag(), Unwatched())
+        run_query(list_new_files(spark, options), TO_ITS_END, writer, options.checkpoint, StopFlag(), Unwatched())
         for table in (tables.table, tables.quarantine):
             newest_since(spark, table, 5)
             show(read_table(spark, table, "").orderBy(F.desc("ingest_time")), 5)

@@ -21,7 +21,7 @@ from common.class_archive import use_archive
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from common.process import StopFlag
 from common.session import build_spark
-from common.streams import run_query
+from common.streams import TO_ITS_END, run_query
 from common.table_writer import Start, TableWriter, Unwatched
 from common.tables import bronze_tables, quarantine_of
 from local_kafka import free_ports
@@ -183,7 +183,7 @@ def bronze_writer(table: Path, contract=CONTRACT) -> TableWriter:
 def run_stream(spark, stream, source, tables, options, writer_type=TableWriter) -> None:
     """Runs a stream over all that is there, as a start of its script with --once does."""
     start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
-    _, error = run_query(stream, writer_type(tables, CONTRACT, source, start), options, StopFlag(), Unwatched())
+    _, error = run_query(stream, TO_ITS_END, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), Unwatched())
     if error:
         raise error
 

@@ -1,6 +1,7 @@
 """Folders and files of every shape, in one session of Spark through the stream's own functions."""
 
 import gzip
+import itertools
 import json
 import os
 import time
@@ -11,6 +12,8 @@ from test_files_to_bronze import put
 from test_rules import reading
 
 from common.console import PipelineError
+from common.json_files import LONGEST_RECORD, find_unreadable
+from local_kafka import free_ports
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -54,6 +57,30 @@ def test_a_batch_of_unreadable_files_alone_is_in_the_quarantine(ingest, capsys):
     assert all(f"{folder}/{name} can't be read" in said for name in ("half.json.gz", "long.json"))
     put(folder, "good.json", VALID)
     assert run() == (1, 0)
+
+
+def test_records_as_long_as_can_be_are_in_one_of_the_tables(ingest):
+    folder, run = ingest
+    longest = VALID[:-1] + b', "note": "' + b"x" * LONGEST_RECORD
+    for number, (end, size) in enumerate(itertools.product((b"", b"\n", b"\r\n"), range(LONGEST_RECORD - 1, LONGEST_RECORD + 4))):
+        (folder / f"{number}.json").write_bytes(longest[:size - 2 - len(end)] + b'"}' + end)
+    accepted, rejected = run()
+    assert accepted + rejected == 15 and accepted >= 6
+
+
+def test_a_large_file_of_lines_with_a_broken_one_is_not_taken_for_an_unreadable_one(ingest, capsys):
+    folder, run = ingest
+    lines = LONGEST_RECORD // len(VALID) + 1000
+    (folder / "large.json").write_bytes(b"[\n" + (VALID + b"\n") * lines)
+    assert run() == (lines, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_files_whose_place_does_not_answer_are_not_taken_for_unreadable_ones(spark):
+    """They would never be read again, by their names."""
+    [port] = free_ports(1)
+    with pytest.raises(PipelineError, match="can't be read at the moment: .*[Cc]onnection.* Nothing is lost"):
+        find_unreadable(spark, [f"webhdfs://127.0.0.1:{port}/{number}.json" for number in range(2)])
 
 
 def test_a_file_whose_name_is_not_in_utf8_is_named(ingest, capsys):

@@ -33,8 +33,8 @@ def lake(spark, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lake")
     for layer, tables in (("bronze", bronze_tables), ("silver", silver_tables)):
         pair = tables(table := str(folder / layer / "sensor_data"), CONTRACT.columns)
-        create_table(spark, table, pair.columns, {WRITER: "test"}, adopt=False)
-        create_table(spark, pair.quarantine, pair.quarantine_columns, {WRITER: "test"}, adopt=False)
+        create_table(spark, table, pair.columns, {WRITER: "test"})
+        create_table(spark, pair.quarantine, pair.quarantine_columns, {WRITER: "test"})
         for batch in (1, 0, 2):  # versions 1, 2, 3
             readings = spark.range(10).selectExpr(
                 f"concat('d', {batch} * 10 + id) AS device_id", "'A\x1b[31m' AS building", "double(id) AS value",

@@ -5,6 +5,7 @@ from conftest import bronze_writer
 from pyspark.sql import functions as F
 from test_rules import reading
 
+from common import table_writer
 from common.streams import batch_line
 from common.table_writer import LONGEST_KEPT, BatchReport, TableWriter
 
@@ -53,6 +54,23 @@ def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(s
     report = writer.write(records, 0, "test")
     assert rows_of(spark, writer) == (1, [BROKEN])
     assert report.rows == {None: 1, "malformed_json": 1}
+
+
+def test_a_clean_up_that_fails_stops_no_batch(spark, writer, monkeypatch, capsys):
+    def fail(spark, path):
+        spark.sql("VACUUM delta.`/nowhere`")
+
+    monkeypatch.setattr(table_writer, "CLEAN_UP_AFTER", 1)
+    monkeypatch.setattr(table_writer, "clean_up", fail)
+    writer.write(batch_of(spark, VALID, BROKEN), 0, "test")
+    assert rows_of(spark, writer) == (1, [BROKEN])
+    assert capsys.readouterr().err.count("no longer needs can't be removed") == 2
+
+
+def test_records_with_unknown_fields_are_counted_and_no_others(spark, writer):
+    records = [reading(battery=1), VALID, VALID.replace(b"}", b', "floor": 1e1}'), reading(unit="°C", device_id='"'), reading(a={}, b=1)]
+    report = writer.write(batch_of(spark, *records), 0, "test")
+    assert (report.with_unknown, report.unknown) == (2, ["a", "b", "battery"])
 
 
 def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_path):

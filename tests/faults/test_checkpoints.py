@@ -1,5 +1,6 @@
 """Checkpoints and tables that don't belong together, and two streams with one checkpoint."""
 
+import itertools
 import os
 import re
 import shutil
@@ -7,9 +8,12 @@ import time
 
 import pytest
 from conftest import acknowledged, origins, run_script, tables
+from pyspark.errors import StreamingQueryException
 from test_files_to_bronze import put
 from test_rules import reading
 
+from common.console import PipelineError
+from common.streams import explain
 from common.tables import quarantine_of
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
@@ -71,6 +75,42 @@ def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(spark, 
     in_topic, *arrived = origins(spark, broker, kafka)
     account("checkpoints and tables deleted and swapped, refused each time; then put back", in_topic, *arrived)
     assert delivered == len(in_topic) and [table.count() for table in tables(spark, files)] == [2, 2]
+
+
+def test_an_older_copy_and_a_damaged_checkpoint_are_refused(spark, ingest, tmp_path):
+    folder, run = ingest
+    places = ("checkpoint", "bronze", "bronze_quarantine")
+
+    def put_back(**moments: int) -> None:
+        for place, number in moments.items():
+            shutil.rmtree(tmp_path / place)
+            shutil.copytree(tmp_path / f"copy {number}" / place, tmp_path / place)
+        spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # as in a new process
+
+    for number in (1, 2):
+        put(folder, f"{number}.json", reading(), b"{")
+        assert run() == (1, 1)
+        for place in places:
+            shutil.copytree(tmp_path / place, tmp_path / f"copy {number}" / place)
+    put(folder, "3.json", reading(), b"{")
+
+    for older, what in (("checkpoint", "checkpoint"), ("bronze", "table")):
+        put_back(**{older: 1})
+        with pytest.raises(PipelineError, match=f"The {what} is an older copy"):
+            run()
+        put_back(**{older: 2})
+    for file, content in itertools.product(("metadata", "offsets/1", "commits/1", "sources/0/1"), (b"", b"\0" * 50)):
+        damaged = tmp_path / "checkpoint" / file
+        damaged.with_name(f".{damaged.name}.crc").unlink(missing_ok=True)
+        damaged.write_bytes(content)
+        with pytest.raises((PipelineError, StreamingQueryException)) as error:
+            run()
+        said = str(error.value) if isinstance(error.value, PipelineError) else explain(error.value, "table", "checkpoint")
+        assert re.search("The checkpoint .* is damaged: ", said or ""), (file, content, error.value)
+        put_back(checkpoint=2)
+
+    put_back(**dict.fromkeys(places, 1))
+    assert run() == (2, 2)  # what came since that moment
 
 
 def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, broker, silver, start, produce, account):

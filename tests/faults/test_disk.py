@@ -40,7 +40,7 @@ def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_a
     producer = produce(silver[0])
 
     folder.chmod(0o555)
-    assert f"The checkpoint {folder}/checkpoint can't be made: Permission denied" in stopped(command)
+    assert f"{folder}/.checkpoint.lock, the lock of the checkpoint, can't be written: Permission denied" in stopped(command)
     folder.chmod(0o755)
     assert run_script(*command).returncode == 0
     run_script(*send, 60_000)

@@ -1,15 +1,19 @@
 """Records that Kafka loses before they are read, a topic that is made again, and partitions that are added."""
 
+import re
 import time
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from conftest import PATIENCE, acknowledged, origins, run_script, topic_offsets
 from kafka import KafkaAdminClient, TopicPartition
-from kafka.errors import TopicAlreadyExistsError
+from kafka.errors import OffsetOutOfRangeError, TopicAlreadyExistsError
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from test_rules import reading
 
+from common.checkpoints import check_start
 from common.console import PipelineError
 from common.table_writer import Start, TableWriter
 from common.tables import silver_tables
@@ -117,6 +121,14 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     assert delivered >= len(old + in_topic)  # the rest was in the old topic and not read yet
 
 
+def records(spark, topic: str) -> DataFrame:
+    """Two of them, as the stream reads them."""
+    return spark.range(2).select(
+        F.lit(reading()).alias("raw"), F.lit("{}").alias("raw_json"), F.lit(topic).alias("topic"), F.lit(0).alias("partition"),
+        F.col("id").alias("offset"),
+        F.current_timestamp().alias("kafka_timestamp"), F.lit(b"").alias("kafka_key"), F.current_timestamp().alias("ingest_time"))
+
+
 def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broker, silver, admin, tmp_path, monkeypatch):
     (_, _, _, name), _ = silver
     make_topic(admin, name)
@@ -130,15 +142,69 @@ def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broke
 
     tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
     writer = TableWriter(tables, CONTRACT, source, Start(source.identity(), {}))
-    batch = spark.range(2).select(
-        F.lit(reading()).alias("raw"), F.lit("{}").alias("raw_json"), F.lit(name).alias("topic"), F.lit(0).alias("partition"),
-        F.col("id").alias("offset"),
-        F.current_timestamp().alias("kafka_timestamp"), F.lit(b"").alias("kafka_key"), F.current_timestamp().alias("ingest_time"))
+    batch = records(spark, name)
     writer.write(batch, 0, "test")
     monkeypatch.setattr(source, "read_batch", make_it_again)
-    with pytest.raises(PipelineError, match="was deleted while it was read"):
+    with pytest.raises(PipelineError, match="somebody deleted and recreated the topic"):
         writer.write(batch, 1, "test")
     assert spark.read.format("delta").load(tables.table).count() == 2
+
+
+def test_a_batch_whose_topic_can_not_be_asked_for_any_more_is_kept(spark, broker, silver, admin, tmp_path, monkeypatch):
+    """It has read its records. Taken back they would be lost: its number would stay in the log, and so it is not repeated."""
+    (_, _, _, name), _ = silver
+    make_topic(admin, name)
+    source = KafkaSource(Topic(broker, name), accept_data_loss=False, group="lost")
+    tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
+    writer = TableWriter(tables, CONTRACT, source, Start(source.identity(), {}))
+    monkeypatch.setattr(source, "read_batch", lambda batch: [admin.delete_topics([name]), batch][1])
+    writer.write(records(spark, name), 0, "test")
+    assert spark.read.format("delta").load(tables.table).count() == 2
+
+
+def test_data_loss_is_accepted_once(spark, broker, silver, admin, start):
+    (_, _, _, topic), options = silver
+    make_topic(admin, topic)
+    send = ["kafka_producer.py", *silver[0], "--rate", 0, "--count"]
+    assert run_script(*send, 5).returncode == 0
+    read_all(options)
+    run_script(*send, 10)
+    admin.delete_records({TopicPartition(topic, 0): 7})
+    consumer = start(CONSUMER, *options, "--trigger", "20 seconds", "--accept-data-loss")
+    consumer.wait_for("8 rows in")
+    deadline = time.monotonic() + PATIENCE
+    while consumer.process.poll() is None:  # until it has not been quicker
+        assert time.monotonic() < deadline
+        run_script(*send, 5)
+        with suppress(OffsetOutOfRangeError):
+            admin.delete_records({TopicPartition(topic, 0): topic_offsets(broker, topic)[0]})
+    assert consumer.wait() == 1
+    assert consumer.output.count("--accept-data-loss: it goes on") == 1
+    assert re.search("error: Kafka no longer has records of .* Nothing was skipped", consumer.output), consumer.output
+
+
+def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(spark, broker, silver, admin, tmp_path):
+    (_, _, _, topic), options = silver
+    make_topic(admin, topic)
+    assert run_script("kafka_producer.py", *silver[0], "--rate", 0, "--count", 5).returncode == 0
+    read_all(options)
+    admin.delete_topics([topic])
+    while topic in admin.list_topics():
+        time.sleep(0.2)
+    make_topic(admin, topic)
+    arguments = (spark, silver_tables(str(tmp_path / "silver"), CONTRACT.columns), CONTRACT, options[-1])
+
+    def check(accept: bool) -> None:
+        check_start(spark, KafkaSource(Topic(broker, topic), accept, "lost"), *arguments[1:])
+
+    with pytest.raises(PipelineError, match="was deleted and made again"):
+        check(accept=False)
+    check(accept=True)
+    check(accept=False)
+    assert len(list(tmp_path.glob("checkpoint.*"))) == 1
+    assert run_script("kafka_producer.py", *silver[0], "--rate", 0, "--count", 3).returncode == 0
+    assert "3 rows in" in read_all(options)
+    assert "batch" not in read_all(options)
 
 
 def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, broker, start):

@@ -252,7 +252,7 @@ class Topic:
         message = root_cause(error)
         if re.search("[Aa]uthenticat|[Aa]uthoriz|SSL", message):
             raise PipelineError(self._refused(first_line(message))) from error
-        if "may have been lost" in message:  # what is lost is looked at next
+        if re.search("may have been lost|is out of range for partition", message):  # what is lost is looked at next
             return
         has_no_topic = re.search(
             r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)

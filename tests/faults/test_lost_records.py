@@ -192,10 +192,10 @@ def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(spa
     while topic in admin.list_topics():
         time.sleep(0.2)
     make_topic(admin, topic)
-    arguments = (spark, silver_tables(str(tmp_path / "silver"), CONTRACT.columns), CONTRACT, options[-1])
 
     def check(accept: bool) -> None:
-        check_start(spark, KafkaSource(Topic(broker, topic), accept, "lost"), *arguments[1:])
+        check_start(spark, KafkaSource(Topic(broker, topic), accept, "lost"), silver_tables(str(tmp_path / "silver"), CONTRACT.columns),
+                    CONTRACT, str(options[-1]))
 
     with pytest.raises(PipelineError, match="was deleted and made again"):
         check(accept=False)

@@ -1,10 +1,10 @@
-"""A live page of the tables for the browser: the newest readings, their course, what was rejected and why, how far behind
-the streams are and how long their batches take, and how large each table is.
+"""A live page of the tables for the browser: the newest readings, the readings over time, what was rejected and why, how far
+behind the streams are and how long their batches take, and how large each table is.
 
     lake/*/* ──> http://127.0.0.1:8501
 
-It reads the Delta tables under --lake without Spark, whatever their contract, and refreshes by itself. How many records
-wait in Kafka it asks the broker. Only this machine sees the page, and it takes nothing from another one. Ctrl+C stops it.
+It reads the Delta tables under --lake without Spark, whatever their contract, and refreshes by itself. It asks the
+broker how many records wait in Kafka. Only this machine sees the page, which loads nothing from elsewhere. Ctrl+C stops it.
 It needs more than the other scripts:
 
     pip install -r requirements-dashboard.txt
@@ -12,7 +12,7 @@ It needs more than the other scripts:
     python3 dashboard.py --lake /data/lake --port 8600
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
 import os
@@ -57,7 +57,7 @@ def is_installed() -> bool:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--lake", type=local_folder, default=str(LAKE), help="folder of the tables")
-    parser.add_argument("--port", type=port_number, default=8501, help="port of this machine that the page is served on")
+    parser.add_argument("--port", type=port_number, default=8501, help="local port to serve the page on")
     add_broker_options(parser)
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

@@ -14,7 +14,7 @@ With --to-folder the readings come as files instead, as from a gateway: one of J
     python3 kafka_producer.py --to-folder input/sensor_data
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
 import copy
@@ -64,8 +64,8 @@ def parse_options() -> argparse.Namespace:
     add_topic_options(parser)
     parser.add_argument("--to-folder", type=local_folder, metavar="FOLDER", help="write files of JSON lines there, not to Kafka")
     parser.add_argument("--rate", type=at_least(0, float), default=1, metavar="PER_SECOND",
-                        help="messages per second; 0: as fast as it goes")
-    parser.add_argument("--count", type=at_least(0), metavar="N", help="stop after so many messages")
+                        help="messages per second; 0: unlimited")
+    parser.add_argument("--count", type=at_least(0), metavar="N", help="stop after N messages")
     parser.add_argument("--devices", type=at_least(1), default=12, metavar="N", help="number of simulated devices")
     parser.add_argument("--seed", type=int, metavar="N", help="makes devices and values the same in each run")
     parser.add_argument("--invalid-fraction", type=fraction, default=0, metavar="F",
@@ -150,7 +150,7 @@ BREAKS: dict[str, Callable[[dict], bytes | None]] = {
 
 
 def ticks(rate: float, stopping: StopFlag) -> Iterator[None]:
-    """Comes up `rate` times a second, or without a pause for 0, until `stopping` is set."""
+    """Yields `rate` times a second, or without a pause for 0, until `stopping` is set."""
     begin = time.monotonic()
     for number in itertools.count():
         if rate:
@@ -164,7 +164,7 @@ def write_files(messages: Iterator[tuple[str, bytes | None]], folder: Path, opti
                 stopping: StopFlag) -> None:
     """Writes `messages` at the rate and up to the count asked for, or until `stopping` is set, as files of JSON lines.
 
-    A file gets its name, its time, when it is complete. A message without a value is no line. Raises PipelineError.
+    Once complete, a file gets its name: the time. A message without a value is no line. Raises PipelineError.
     """
     files = records = 0
     lines: list[bytes] = []

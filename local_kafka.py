@@ -2,14 +2,14 @@
 
 Every KAFKA_… and ZOOKEEPER_… setting comes from docker-compose.yml, and so does the version: Confluent 7.9 is Kafka
 3.9. The first start downloads Kafka with the Ivy that comes with pyspark; Java is all it needs. It says when it is
-ready, and starts a server again that has died. Ctrl+C stops Kafka, then ZooKeeper. Topics and messages stay in
+ready, and restarts a server that has died. Ctrl+C stops Kafka, then ZooKeeper. Topics and messages stay in
 --data-dir for the next start.
 
     python3 local_kafka.py
     python3 local_kafka.py --port 9093 --data-dir /tmp/kafka
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
 import os
@@ -73,7 +73,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--port", type=port_number, default=9092, help="port of this machine that Kafka listens on")
+    parser.add_argument("--port", type=port_number, default=9092, help="local port that Kafka listens on")
     parser.add_argument("--data-dir", type=location, default=str(REPOSITORY / "kafka-data"),
                         help="where topics, messages and logs are kept")
     return parser.parse_args()

@@ -1,13 +1,13 @@
 """Prints the newest readings of the Bronze table, newest first by ingest_time, then event_time.
 
-Under them stand the numbers of rows in the table and in its quarantine, the records that were rejected.
+Below them are the row counts of the table and of its quarantine, which has the rejected records.
 
     python3 read_bronze.py
     python3 read_bronze.py --limit 5
     python3 read_bronze.py --rejected
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 from common.console import run
 from common.tables import BRONZE

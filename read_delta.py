@@ -9,7 +9,7 @@
     python3 read_delta.py lake/silver/sensor_data --optimize --vacuum
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""The whole pipeline in one command, without Docker where there is none.
+"""The whole pipeline in one command, with or without Docker.
 
     kafka_producer.py ──> input/sensor_data/*.json ──> streaming_files_to_delta_bronze.py ──> lake/bronze/sensor_data
     kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ────────────────────────────────> lake/silver/sensor_data
@@ -7,13 +7,13 @@ It uses the Kafka that answers on localhost:9092 (--port); where none does, it s
 it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py where what that
 needs is installed. On a terminal it shows what each does, in place; in a pipe, or with --plain, each line they print, marked
 with the script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the newest rows of both
-tables. When a part but the page dies, it says which, stops the others and ends with exit code 1.
+tables. If a part dies (not the page), it says which, stops the others and ends with exit code 1.
 
     python3 run_pipeline.py
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
 import os
@@ -43,7 +43,7 @@ from common.topics import Topic
 from dashboard import is_installed
 from local_kafka import answers, is_free
 
-QUIET_SECONDS = 30  # after which the last rate says nothing any more
+QUIET_SECONDS = 30  # after which the last rate is stale
 STOP_SECONDS = 120  # what a stream may need to finish its batch
 
 
@@ -64,7 +64,7 @@ def main() -> None:
                 require_alive(parts)
         finally:
             tell("Stopping …")
-            for part in reversed(parts):  # what only looks on and the producers first, Kafka last
+            for part in reversed(parts):  # the page and the producers first, Kafka last
                 part.stop()
     on_stop_signal(Interrupt())
     for script, table in (("read_bronze.py", BRONZE), ("read_silver.py", SILVER)):
@@ -80,13 +80,13 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--duration", type=at_least(1, float), metavar="SECONDS", help="stop by itself after so long")
+    parser.add_argument("--duration", type=at_least(1, float), metavar="SECONDS", help="stop after this long")
     parser.add_argument("--rate", type=at_least(0, float), default=1, metavar="PER_SECOND",
                         help="messages per second of the producer")
     parser.add_argument("--invalid-fraction", type=fraction, default=0, metavar="F",
                         help="share of the producer's messages that break a rule")
-    parser.add_argument("--port", type=port_number, default=9092, help="port of this machine that Kafka listens on")
-    parser.add_argument("--plain", action="store_true", help="on a terminal too, print each line of the parts, as in a pipe")
+    parser.add_argument("--port", type=port_number, default=9092, help="local port that Kafka listens on")
+    parser.add_argument("--plain", action="store_true", help="print the parts' lines even on a terminal, as in a pipe")
     return parser.parse_args()
 
 

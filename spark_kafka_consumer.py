@@ -16,7 +16,7 @@ no longer has records that were not read, it stops and says which.
     python3 spark_kafka_consumer.py --kafka-config kafka.properties
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
 import json

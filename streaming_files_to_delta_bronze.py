@@ -17,7 +17,7 @@ name that begins with "." or "_", and rename it when it is complete.
     python3 streaming_files_to_delta_bronze.py --input /data/readings --multiline
 """
 
-import common.process  # isort: skip  # noqa: F401 # before all else: a Ctrl+C during the other imports is clean, too
+import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
 import os

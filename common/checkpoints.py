@@ -28,7 +28,7 @@ def exclusive(path: str) -> Iterator[None]:
     """Keeps the checkpoint at `path` from other processes of this machine. PipelineError where one of them has it.
 
     Where it is a URI (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
-    the other fails. A store that can't rename in one step lets both, should they do so in the same moment.
+    the other fails. A store that can't rename in one step lets both, if they write at the same moment.
     """
     if "://" in path:
         yield
@@ -105,7 +105,7 @@ class Checkpoint:
             raise PipelineError(damaged(self.path, f"{file} is no JSON")) from None
 
     def set_aside(self) -> str:
-        """Renames the checkpoint, so that the stream starts anew; returns its new path."""
+        """Renames the checkpoint, so that the stream starts over; returns its new path."""
         aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
         if not self.files.rename(self.path, aside):
             raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do it, then start again.")

@@ -49,7 +49,7 @@ def _short_hash(*texts: str) -> str:
 
 
 def _make(archive: Path, option: str) -> None:
-    """Makes the archive by a training run of which Java is told so by `option`."""
+    """Makes the archive by a training run; `option` tells Java to."""
     draft = archive.with_suffix(".draft")
     run = subprocess.Popen([sys.executable, "-m", "common.training_run", option, draft], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

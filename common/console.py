@@ -18,7 +18,7 @@ LARGEST = 2**31 - 1  # what Spark takes for a number of rows or files
 
 
 class PipelineError(Exception):
-    """Something that a user can mend: one sentence that says what happened, where, and what to do next."""
+    """Something that a user can fix: one sentence that says what happened, where, and what to do next."""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -30,7 +30,7 @@ CLOCK = r"(?i)\b(current_(?:date|time|timestamp)|curdate|now|localtimestamp)\b"
 
 
 class ContractError(Exception):
-    """A contract that can't be: what is wrong, with the name of the field or the rule."""
+    """An invalid contract: what is wrong, with the name of the field or the rule."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def in_file(path: str) -> Iterator[None]:
 
 
 def load_contract(path: str) -> Contract:
-    """The CONTRACT of the Python file at `path`. Raises PipelineError where there is none, or one that can't be."""
+    """The CONTRACT of the Python file at `path`. Raises PipelineError where there is none, or an invalid one."""
     if not Path(path).is_file():
         raise PipelineError(f"No file {path} with a contract. Name one with --readings; readings.py is an example.")
     try:

@@ -1,4 +1,7 @@
-"""All that reaches into private parts of Spark, Delta and Hadoop, with the reason for each; nothing else does."""
+"""The uses of private APIs of Spark, Delta and Hadoop while a script runs, with the reason for each.
+
+common/session.py has those by which a session starts.
+"""
 
 import importlib
 import subprocess
@@ -133,7 +136,7 @@ def remove_old_log_entries(spark: SparkSession, table: str) -> None:
 
 
 def is_deterministic(rows: DataFrame) -> bool:
-    """Whether all that the rows are made by gives the same each time; Python's API does not say."""
+    """Whether the plan of the rows is deterministic; Python's API does not say."""
     return rows._jdf.queryExecution().analyzed().deterministic()
 
 
@@ -143,9 +146,9 @@ def number_of_tasks(rows: DataFrame) -> int:
 
 
 def observed(spark: SparkSession, observation: Observation, seconds: int) -> Row | None:
-    """What an observation has seen, as a Row of Java; its own `get` waits without an end, and makes all of it Python's.
+    """What an observation has seen, as a Row of Java; its own `get` waits forever, and converts all of it to Python.
 
-    None where it has not seen the end of a query for so many seconds.
+    None if it has seen no query end within so many seconds.
     """
     java, observer = _java(spark).scala.concurrent, cast(Any, observation._jo)
     try:

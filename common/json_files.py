@@ -114,8 +114,8 @@ def read_files(batch: DataFrame, careful: bool, **text_options: Any) -> DataFram
 def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> DataFrame:
     """The lines of files, or with `wholetext` the files, whatever their names hold."""
     reader = spark.read.options(**READ_OPTIONS)
-    # Spark takes each path for a pattern, and Hadoop finds none with a ":" by one. A single path it can be told to take as
-    # it is; of several it would then read each several times.
+    # Spark takes each path as a pattern, by which Hadoop finds none with a ":". It can be told to take one path literally; of
+    # several it would then read each several times.
     literal = [path for path in paths if ":" in os.path.basename(path) and escape_glob(path) != path]
     patterns = [escape_glob(path) for path in paths if path not in literal]
     parts = [reader.text(patterns, **text_options)] if patterns else []

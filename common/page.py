@@ -62,7 +62,7 @@ def show_page(options: argparse.Namespace) -> None:
         try:
             show_readings(Lake(choice), choice, options)
         except Exception as error:  # whatever is broken: the rest of the page is not
-            st.error("This table can't be read at the moment. What the reader says:")
+            st.error("This table can't be read at the moment. The reader says:")
             st.text(first_line(str(error)) or type(error).__name__)
         st.subheader("Tables")
         st.dataframe(overview(tables), hide_index=True)
@@ -87,7 +87,7 @@ def choose(readings: dict[str, str]) -> Choice:
     """Asks, beside the page, what to show."""
     with st.sidebar:
         table = readings[st.selectbox("Table", readings, index=len(readings) - 1, key="table")]
-        span = SPANS[st.selectbox("Arrived in the last", SPANS, index=1)]
+        span = SPANS[st.selectbox("Time span, by arrival", SPANS, index=1)]
         try:
             kinds = {field.name: getattr(field.type, "type", "") for field in DeltaTable(table).schema().fields}
         except (DeltaError, OSError):
@@ -163,10 +163,10 @@ def show_readings(lake: Lake, choice: Choice, options: argparse.Namespace) -> No
 
 
 def show_fields(lake: Lake, choice: Choice) -> None:
-    """The course of the chosen field, and the newest record of each device."""
+    """The chosen field over time, and the newest record of each device."""
     if choice.field and choice.series:
         points, left_out = course(lake, choice, choice.field, choice.series)
-        st.subheader(f"Course of {choice.field}")
+        st.subheader(f"{choice.field} over time")
         charts = list(points.groupby("chart", dropna=False))[:MOST_CHARTS]
         cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
         for cell, (name, part) in zip(cells, charts):

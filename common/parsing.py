@@ -36,7 +36,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     for number, field in enumerate(contract.fields, 1):
         part = f"_parts[{number}]" if field.required else f"nullif(_parts[{number}], '')"
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
-        if isinstance(field, Timestamp):  # the one kind of which more is plain than is valid
+        if isinstance(field, Timestamp):  # the one kind that can be plain but invalid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
     reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.rules)})"
     # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
@@ -162,7 +162,7 @@ def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, 
     }
     missing, invalid = {}, {}
     for number, field in enumerate(contract.fields, 1):
-        # What the field should be in is there, and no object.
+        # The field's parent exists, but is not an object.
         astray = "".join(f" OR {objects[path]} IS NULL AND coalesce(schema_of_variant({_in(objects, path)}), 'VOID') <> 'VOID'"
                          for path in (field.path[:depth] for depth in range(1, len(field.path))))
         if field.required:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# The last is of a terminal that is closed; nohup has it ignored.
+# The last comes when a terminal closes; nohup ignores it.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM,
                 *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
 SAME_PRESS = 2  # seconds within which a second signal means no more than the first
@@ -36,8 +36,7 @@ def on_stop_signal(action: Callable[[], object]) -> None:
 
 
 class StopFlag:
-    """What threading.Event is, for the handler of a signal: that one's `set` waits for a lock, which the very thread that the
-    signal interrupts may hold."""
+    """A threading.Event for the handler of a signal: Event's own `set` waits for a lock, which the interrupted thread may hold."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -64,8 +63,8 @@ def ignore_stop_signals() -> None:
 
 
 class Interrupt:
-    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would break off the cleaning
-    up after the first. After a while it raises again, for the first may have been lost in a callback of a library."""
+    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would interrupt the
+    clean-up after the first. After a while it raises again, for the first may have been lost in a callback of a library."""
 
     def __init__(self) -> None:
         self.raised_at = float("-inf")

@@ -33,7 +33,7 @@ SETTINGS = {
     # A list of all files beside each commit, which nothing reads. Where the machine's zone is not UTC, Delta would also
     # check it each time.
     "spark.databricks.delta.allFilesInCrc.enabled": "false",
-    # Sizes of the table's files by classes, a fifth of what a small batch adds to the log, for nobody.
+    # A histogram of the table's file sizes, a fifth of what a small batch adds to the log, unread.
     "spark.databricks.delta.fileSizeHistogramMetrics.enabled": "false",
     # Delta's log is few rows of a hundred columns, for which Spark would write and compile thousands of lines of Java.
     # TableWriter lifts this for the records. Whole stages are compiled anyway.
@@ -83,7 +83,7 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
             java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
         launch.setAll(list((jvm | {"spark.driver.extraClassPath": os.pathsep.join(jars),
                               "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items()))
-        # Not that of another Spark, which the user may have, too.
+        # Not the home of another Spark that the user may have.
         os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
         # Nothing outside this machine has a reason to reach the driver of a local session.
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")

@@ -32,7 +32,7 @@ class Source(Protocol):
         """Table properties that identify the source; a recreated one has others. {} where it has none, or can't say."""
 
     def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
-        """Whether the source is another one than the table, whose properties are `written_from`, has its records from.
+        """Whether the source differs from the one in `written_from`, the properties of its table.
 
         Raises PipelineError where what the old one still had would be lost, unless that was accepted.
         """

@@ -18,7 +18,7 @@ from common.parsing import parse
 from common.source import Source
 from common.tables import WRITER, TablePair, as_identifier, clean_up, create_table
 
-SMALL_BATCH = 10  # tasks that Spark would read it with; such a batch is one file, another one a file for each core
+SMALL_BATCH = 10  # tasks to read it, up to which a batch becomes one file; above that, one file per core
 # Rejected records that are kept in memory while a batch is written, by all cores together: so many, of so many bytes at
 # most. Where there are more, the batch is read again for them.
 MOST_KEPT = 200_000
@@ -136,7 +136,7 @@ class TableWriter:
     def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str) -> None:
         """Appends `records` to `table`, unless its log says that this stream's batch is there: a batch repeated after a
         crash."""
-        # Delta counts the small files that this process writes. Those of earlier ones it merges at the first commit, which
+        # Delta counts the small files that this process writes. It merges those of earlier ones at the first commit, which
         # takes the count below zero: by default it then merges at each commit, until the files are a large one.
         records.sparkSession.conf.set("spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled",
                                       table not in self.appended_to)

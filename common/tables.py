@@ -15,7 +15,7 @@ SILVER = str(LAKE / "silver" / "sensor_data")
 
 FILE_ORIGIN = {"source_file": "STRING"}
 KAFKA_ORIGIN = {"topic": "STRING", "partition": "INT", "offset": "BIGINT", "kafka_timestamp": "TIMESTAMP", "kafka_key": "BINARY"}
-# What no column of a contract can be called, in lower case: the tables' own, and those by which the records get there.
+# Lower-case names that no column of a contract can have: the tables' own, and those by which the records get there.
 RESERVED_COLUMNS = {*FILE_ORIGIN, *KAFKA_ORIGIN, "ingest_time", "raw_json", "raw", "reject_reason", "_rescued_data",
                     "_unknown_fields", "_parts", "_strict"}
 

@@ -23,7 +23,7 @@ from common.tables import quarantine_of
 
 CUT_AT = 120  # characters of a value, unless all of it is asked for
 FOLD_AT = 30  # columns of the terminal that a long value gets, where not all have room on a line
-# What a terminal too narrow for all columns does without, the first first: the tables' own columns before the contract's.
+# Columns that a narrow terminal leaves out, in this order: the tables' own columns before the contract's.
 LEAST_NEEDED = ("raw_json", "_rescued_data", "kafka_key", "topic", "kafka_timestamp", "source_file", "partition", "offset", "ingest_time")
 ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
@@ -56,7 +56,7 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
 
 
 def rows_of(spark: SparkSession, options: argparse.Namespace) -> tuple[DataFrame, list[str]]:
-    """The rows that the options of a reader ask for, not yet in order, and the times by which they are."""
+    """The rows that a reader's options ask for, unordered, and the times to order them by."""
     rows = spark.read.format("delta").load(quarantine_of(options.table) if options.rejected else options.table)
     if options.format == "table" and not options.raw:
         rows = rows.drop("raw_json")

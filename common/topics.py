@@ -92,6 +92,7 @@ class Topic:
             else:
                 raise PipelineError(f"{server!r} is no address of a Kafka broker, which is HOST:PORT. Mend --bootstrap-servers or "
                                     f"bootstrap.servers in --kafka-config.")
+        python_settings(self.properties, KafkaAdminClient.DEFAULT_CONFIG)  # says what it can't follow before Kafka is waited for
         self.name = name
         # What a transaction has aborted was never sent, and what it has not committed may yet be aborted.
         self.isolation_level = self.properties.get("isolation.level", "read_committed")

@@ -68,8 +68,8 @@ def parse_options() -> argparse.Namespace:
 
 
 def streams_of(spark: SparkSession, source: "KafkaSource", options: argparse.Namespace) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
-    """The topic as streams, each with its trigger: one over what is lost up to now, where that is accepted, and the one that
-    the options ask for. That one stops where Kafka loses more."""
+    """The topic as streams, each with its trigger: where data loss is accepted, first one that passes over what is lost by now;
+    then the one that the options ask for, which stops where Kafka loses more."""
     if options.accept_data_loss:
         yield read_topic(spark, source.topic, options, fail_on_data_loss=False), TO_ITS_END
         source.accept_data_loss = False

@@ -81,7 +81,7 @@ class Checkpoint:
         return None if metadata is None else self._parse(metadata, "metadata")["id"]
 
     def last_begun(self) -> int:
-        """The newest batch of which it is settled what it reads, done or not; -1 for none."""
+        """The newest batch that has begun, which settles what it reads; -1 for none."""
         return self._newest("offsets")
 
     def _newest(self, folder: str) -> int:
@@ -89,9 +89,9 @@ class Checkpoint:
 
     def unread(self) -> dict[str, Any]:
         """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
-        file = f"offsets/{self.last_done}"
         if self.last_done < 0:
             return {}
+        file = f"offsets/{self.last_done}"
         # A version, the metadata, and a line for each source, here one.
         lines = (self.files.read(f"{self.path}/{file}") or "").split("\n")
         if lines[0] != "v1":

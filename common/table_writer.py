@@ -73,7 +73,7 @@ class TableWriter:
             report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream)
         except (PySparkException, Py4JJavaError) as error:
             report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream)
-        # If the source is still the same, all of these records are from it. One that can't say now is none that was recreated.
+        # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask) is no other one.
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
             spark.sql(f"RESTORE TABLE {as_identifier(tables.table)} TO VERSION AS OF {version}")
             raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. What this batch had read was "

@@ -45,13 +45,15 @@ def visit_page(browser, port: int):
     page.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
-    while True:
-        try:
-            page.goto(f"http://127.0.0.1:{port}")
-            return page, hosts
-        except Exception as error:
-            assert "ERR_CONNECTION_REFUSED" in str(error)
-            time.sleep(0.2)
+    while not answers(port):
+        time.sleep(0.2)
+    page.goto(f"http://127.0.0.1:{port}")
+    return page, hosts
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def write(spark, writer, batch: int, *records: bytes) -> None:

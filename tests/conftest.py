@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from common.checkpoints import check_start
 from common.class_archive import use_archive
@@ -23,9 +24,11 @@ from common.process import StopFlag
 from common.session import build_spark
 from common.streams import TO_ITS_END, run_query
 from common.table_writer import Start, TableWriter, Unwatched
-from common.tables import bronze_tables, quarantine_of
+from common.tables import bronze_tables, quarantine_of, silver_tables
+from common.topics import Topic
 from local_kafka import free_ports
 from readings import CONTRACT
+from spark_kafka_consumer import KafkaSource, streams_of
 from streaming_files_to_delta_bronze import FileSource, list_new_files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -180,12 +183,14 @@ def bronze_writer(table: Path, contract=CONTRACT) -> TableWriter:
     return TableWriter(bronze_tables(str(table), contract.columns), contract, GivenRecords(), Start({}, {}))
 
 
-def run_stream(spark, stream, source, tables, options, writer_type=TableWriter) -> None:
-    """Runs a stream over all that is there, as a start of its script with --once does."""
+def run_streams(spark, streams: Iterable, source, tables, options, writer_type=TableWriter) -> None:
+    """Runs streams over all that is there, as a start of their script with --once does."""
+    spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # as in a new process
     start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
-    _, error = run_query(stream, TO_ITS_END, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), Unwatched())
-    if error:
-        raise error
+    for stream, trigger in streams:
+        _, error = run_query(stream, trigger, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), Unwatched())
+        if error:
+            raise error
 
 
 @pytest.fixture
@@ -202,8 +207,8 @@ def ingest(spark, tmp_path):
 
     def run(multiline: bool = False) -> tuple[int, int]:
         before = rows()
-        run_stream(spark, list_new_files(spark, options), FileSource(multiline),
-                   bronze_tables(options.table, CONTRACT.columns), options)
+        run_streams(spark, [(list_new_files(spark, options), TO_ITS_END)], FileSource(multiline),
+                    bronze_tables(options.table, CONTRACT.columns), options)
         accepted, rejected = (now - then for now, then in zip(rows(), before))
         return accepted, rejected
 
@@ -253,3 +258,73 @@ def origins(spark, broker: str, options: list) -> tuple[list, list, list]:
     sent = [(topic, partition, offset) for partition in end for offset in range(first[partition], end[partition])]
     return sent, *([tuple(row) for row in table.select("topic", "partition", "offset").collect()]
                    for table in tables(spark, options))
+
+
+class World:
+    """A topic with a table, and what is in both. The stream runs in the session of the tests."""
+
+    def __init__(self, spark, topic: Topic, table: Path, checkpoint: Path):
+        self.spark, self.topic, self.broker = spark, topic, topic.servers
+        self.options = argparse.Namespace(table=str(table), checkpoint=str(checkpoint), once=True, max_offsets_per_trigger=100)
+
+    def make(self, partitions: int = 1, **configs: str) -> None:
+        with KafkaAdminClient(bootstrap_servers=self.broker) as admin:
+            admin.create_topics({self.topic.name: {"num_partitions": partitions, "replication_factor": 1, "configs": {
+                name.replace("_", "."): value for name, value in configs.items()}}}, wait_for_metadata=True)
+
+    def send(self, *records: bytes | None, partition: int = 0, key: bytes | None = None, **settings) -> None:
+        with KafkaProducer(bootstrap_servers=self.broker, **settings) as producer:
+            for record in records:
+                producer.send(self.topic.name, record, key=key, partition=partition)
+
+    def transaction(self) -> KafkaProducer:
+        """A producer with a transaction that has begun."""
+        producer = KafkaProducer(bootstrap_servers=self.broker, transactional_id=uuid.uuid4().hex)
+        producer.init_transactions()
+        producer.begin_transaction()
+        return producer
+
+    def consume(self, writer_type: type = TableWriter, accept_data_loss: bool = False) -> tuple[int, int]:
+        """Runs the stream over all that is there, as a new start of the script does; the rows that came to each table."""
+        before = self.rows()
+        self.options.accept_data_loss = accept_data_loss
+        source = KafkaSource(self.topic, accept_data_loss, group=self.topic.name)
+        run_streams(self.spark, streams_of(self.spark, source, self.options), source,
+                    silver_tables(self.options.table, CONTRACT.columns), self.options, writer_type)
+        accepted, rejected = (len(now) - len(then) for now, then in zip(self.rows(), before))
+        return accepted, rejected
+
+    def rows(self) -> tuple[list, list]:
+        """(partition, offset) of the rows of both tables."""
+        paths = (self.options.table, quarantine_of(self.options.table))
+        return tuple([tuple(row) for row in self.spark.read.format("delta").load(path).select("partition", "offset").collect()]
+                     if Path(path).exists() else [] for path in paths)
+
+    def kept(self) -> list[tuple[int, int]]:
+        """(partition, offset) of what a plain consumer finds in the topic."""
+        with KafkaConsumer(self.topic.name, bootstrap_servers=self.broker, auto_offset_reset="earliest",
+                           isolation_level=self.topic.isolation_level, consumer_timeout_ms=2000) as consumer:
+            return [(message.partition, message.offset) for message in consumer]
+
+    def check(self, account, what: str) -> None:
+        """Holds the tables against what is in the topic."""
+        account(what, self.kept(), *self.rows())
+
+
+@pytest.fixture
+def world(spark, broker, tmp_path):
+    """A function that makes a World whose Kafka client has these properties."""
+    def make_world(**properties: str) -> World:
+        name = f"world_{next(topic_numbers)}"
+        topic = Topic(broker, name, {key.replace("_", "."): value for key, value in properties.items()})
+        return World(spark, topic, tmp_path / name / "silver", tmp_path / name / "checkpoint")
+
+    return make_world
+
+
+def world_of(spark, options: list) -> World:
+    """The topic and the table of a stream, whose script has these options (`silver`)."""
+    _, broker, _, topic, _, table, _, checkpoint = options
+    world = World(spark, Topic(broker, topic), table, checkpoint)
+    world.options.max_offsets_per_trigger = 100_000
+    return world

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,10 @@ def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path
 
     simulator = start("kafka_producer.py", "--to-folder", tmp_path, "--rate", 50)
     simulator.wait_for("records in 1 file; last: ")
+    time.sleep(1)  # so that there are records for another file
     assert simulator.stop(signal.SIGINT) == 0
-    [records] = re.findall(r"^(\d+) records in 2 files written\.$", simulator.output, re.MULTILINE)
+    [(records, files)] = re.findall(r"^(\d+) records in (\d) files written\.$", simulator.output, re.MULTILINE)
+    assert len(list(tmp_path.glob("2*.json"))) == int(files)
     assert sum(file.read_bytes().count(b"\n") for file in tmp_path.glob("2*.json")) == int(records)
 
     run = run_script("kafka_producer.py", "--to-folder", "/proc/none", "--count", 1)

@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
-from conftest import PATIENCE, REPOSITORY, origins, run_script, tables
+from conftest import PATIENCE, REPOSITORY, origins, run_script, tables, world_of
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 from pyspark.sql import functions as F
@@ -92,7 +92,7 @@ def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):
         for record in records:
             producer.send(topic[3], value=record, key=b"\xffkey", partition=1, timestamp_ms=1_700_000_000_123)
 
-    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    world_of(spark, options).consume()
 
     accepted, rejected = tables(spark, options)
     silver_columns = silver_tables("", CONTRACT.columns)

@@ -1,86 +1,20 @@
 """Topics of every shape, in one session of Spark through the stream's own functions, and starts in every order."""
 
-import argparse
-import itertools
 import signal
 import time
-import uuid
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, origins, run_script, run_stream, tables
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from conftest import PATIENCE, origins, run_script, tables, world_of
+from kafka import KafkaAdminClient, KafkaConsumer
 from test_rules import reading
 
 from common.console import PipelineError
 from common.table_writer import TableWriter
-from common.tables import quarantine_of, silver_tables
 from common.topics import Topic
-from readings import CONTRACT
-from spark_kafka_consumer import KafkaSource, read_topic
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
-
-
-class World:
-    """A topic of its own with a table, and what is in both."""
-
-    def __init__(self, spark, broker: str, folder: Path, properties: dict[str, str]):
-        self.spark, self.broker = spark, broker
-        self.topic = Topic(broker, f"world_{uuid.uuid4().hex[:8]}", properties)
-        self.options = argparse.Namespace(table=str(folder / "silver"), checkpoint=str(folder / "checkpoint"), once=True,
-                                          accept_data_loss=False, max_offsets_per_trigger=100)
-
-    def make(self, partitions: int = 1, **configs: str) -> None:
-        with KafkaAdminClient(bootstrap_servers=self.broker) as admin:
-            admin.create_topics({self.topic.name: {"num_partitions": partitions, "replication_factor": 1, "configs": {
-                name.replace("_", "."): value for name, value in configs.items()}}}, wait_for_metadata=True)
-
-    def send(self, *records: bytes | None, partition: int = 0, key: bytes | None = None, **settings) -> None:
-        with KafkaProducer(bootstrap_servers=self.broker, **settings) as producer:
-            for record in records:
-                producer.send(self.topic.name, record, key=key, partition=partition)
-
-    def transaction(self) -> KafkaProducer:
-        """A producer with a transaction that has begun."""
-        producer = KafkaProducer(bootstrap_servers=self.broker, transactional_id=uuid.uuid4().hex)
-        producer.init_transactions()
-        producer.begin_transaction()
-        return producer
-
-    def consume(self, writer_type: type = TableWriter) -> tuple[int, int]:
-        """Runs the stream over all that is there, as a new start of the script does; the rows that came to each table."""
-        before = self.rows()
-        run_stream(self.spark, read_topic(self.spark, self.topic, self.options),
-                   KafkaSource(self.topic, accept_data_loss=False, group=self.topic.name),
-                   silver_tables(self.options.table, CONTRACT.columns), self.options, writer_type)
-        accepted, rejected = (len(now) - len(then) for now, then in zip(self.rows(), before))
-        return accepted, rejected
-
-    def rows(self) -> tuple[list, list]:
-        """(partition, offset) of the rows of both tables."""
-        paths = (self.options.table, quarantine_of(self.options.table))
-        return tuple([tuple(row) for row in self.spark.read.format("delta").load(path).select("partition", "offset").collect()]
-                     if Path(path).exists() else [] for path in paths)
-
-    def kept(self) -> list[tuple[int, int]]:
-        """(partition, offset) of what a plain consumer finds in the topic."""
-        with KafkaConsumer(self.topic.name, bootstrap_servers=self.broker, auto_offset_reset="earliest",
-                           isolation_level=self.topic.isolation_level, consumer_timeout_ms=2000) as consumer:
-            return [(message.partition, message.offset) for message in consumer]
-
-    def check(self, account, what: str) -> None:
-        """Holds the tables against what is in the topic."""
-        account(what, self.kept(), *self.rows())
-
-
-@pytest.fixture
-def world(spark, broker, tmp_path):
-    """A function that makes a World whose Kafka client has these properties."""
-    numbers = itertools.count()
-    return lambda **properties: World(spark, broker, tmp_path / str(next(numbers)), {
-        name.replace("_", "."): value for name, value in properties.items()})
 
 
 @pytest.mark.parametrize("partitions", [1, 3, 50])
@@ -275,7 +209,7 @@ def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver,
     assert run_script(PRODUCER, *topic, "--count", 20, "--rate", 0, "--invalid-fraction", 0.5).returncode == 0
     consumer.wait_for(" rows in")
     assert consumer.stop() == 0 and "Traceback" not in consumer.output
-    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    world_of(spark, options).consume()
     in_topic, *arrived = origins(spark, broker, options)
     account("a consumer before the topic and before the first message, killed in between", in_topic, *arrived)
     assert len(in_topic) == 20 and sum(table.count() for table in tables(spark, options)) == 20

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import psutil
 import pytest
-from conftest import acknowledged, origins, run_script
+from conftest import acknowledged, origins, world_of
 from kafka import KafkaConsumer
 
 from local_kafka import free_ports
@@ -79,7 +79,7 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
 
     delivered = acknowledged(producer)
     assert consumer.stop(signal.SIGINT) == 0, consumer.output
-    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    world_of(spark, options[:8]).consume()
     in_topic, *arrived = origins(spark, broker, options)
     account("kill -9 of Kafka, of ZooKeeper, of both", in_topic, *arrived)
     assert delivered == len(in_topic)

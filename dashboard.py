@@ -19,10 +19,10 @@ import os
 import sys
 from importlib.util import find_spec
 
+from common.brokers import add_broker_options
 from common.console import PipelineError, argument_parser, local_folder, port_number, run, say
 from common.process import REPOSITORY, on_stop_signal
 from common.tables import LAKE
-from common.topics import add_broker_options
 from local_kafka import is_free
 
 STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/config.toml
@@ -59,7 +59,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lake", type=local_folder, default=str(LAKE), help="folder of the tables")
     parser.add_argument("--port", type=port_number, default=8501, help="local port to serve the page on")
     add_broker_options(parser)
-    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 
 

@@ -43,10 +43,10 @@ def main() -> None:
     options = parse_options()
     services = yaml.safe_load(COMPOSE_FILE.read_text(encoding="utf-8"))["services"]
     if not is_free(options.port):
-        raise PipelineError(f"Port {options.port} is in use, perhaps by a Kafka that runs already. "
-                            f"Stop that, or choose another with --port.")
+        raise PipelineError(f"Port {options.port} is in use, perhaps by a Kafka that is already running. "
+                            f"Stop it, or choose another with --port.")
     if "," in options.data_dir:
-        raise PipelineError(f"Kafka takes a comma for the end of a folder's name: choose another --data-dir than "
+        raise PipelineError(f"Kafka can't use a folder with a comma in its path: choose another --data-dir than "
                             f"{options.data_dir}.")
     jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
     java = [find_java().path, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(jars)]
@@ -121,10 +121,12 @@ class Server:
         settings.write_text(javaproperties.dumps({key: str(value) for key, value in properties.items()}))
         self.command = [command[0], *shlex.split(environment["KAFKA_HEAP_OPTS"]), *command[1:], str(settings)]
         self.ends: list[float] = []  # when it ended, in the last minute
+        self.log_begins = 0  # bytes of the log that an earlier start has written
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen:
-        with self.log.open("w") as output:
+        with self.log.open("ab") as output:
+            self.log_begins = output.tell()
             # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
             return subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -135,7 +137,7 @@ class Server:
         if self.process.returncode < 0:
             reason = f"something killed it with signal {-self.process.returncode}"
         else:
-            lines = self.log.read_text(errors="replace").strip().splitlines()
+            lines = self.log.read_bytes()[self.log_begins:].decode(errors="replace").splitlines()
             reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
         now = time.monotonic()
         self.ends = [moment for moment in self.ends if now - moment < 60]

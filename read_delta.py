@@ -64,7 +64,7 @@ def parse_options() -> argparse.Namespace:
                                   or options.timestamp or options.version is not None):
         parser.error("--history, --optimize, --vacuum, --sort-by, --version and --timestamp need a TABLE")
     if options.table and options.sql:
-        parser.error("--sql names its tables itself, in the folder of --lake")
+        parser.error("--sql takes no TABLE: the query names its tables, in the folder of --lake")
     return options
 
 
@@ -81,7 +81,7 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
         return spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")  # which can only read
     except PySparkException as error:
         problem = re.sub(r"^\[\w+\.?\w*\] |\.? SQLSTATE.*", "", first_line(str(error).strip()))
-        raise PipelineError(f"--sql takes one query, and Spark can't follow this one: {problem}.") from error
+        raise PipelineError(f"--sql takes one query, and Spark can't run this one: {problem}.") from error
 
 
 def lake_tables(spark: SparkSession, lake: str) -> dict[str, str]:

@@ -10,8 +10,8 @@ Below them are the row counts of the table and of its quarantine, which has the 
 import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 from common.console import run
+from common.reader import show_latest
 from common.tables import SILVER
-from common.viewer import show_latest
 
 if __name__ == "__main__":
     run(lambda: show_latest(__doc__, SILVER, written_by="python3 spark_kafka_consumer.py"))

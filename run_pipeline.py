@@ -116,13 +116,14 @@ class Part:
     then it is what `overview` shows."""
 
     def __init__(self, script: str, *arguments: str, is_quiet: bool):
-        self.script, self.is_quiet = script, is_quiet
+        self.name, self.is_quiet = " ".join([script, *["--to-folder"] * ("--to-folder" in arguments)]), is_quiet  # one of two producers
         self.lines: deque[str] = deque(maxlen=20)
         self.error = self.behind = ""
         self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()
         # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
-        self.process = subprocess.Popen([sys.executable, "-u", REPOSITORY / script, *arguments], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+        command = [sys.executable, "-u", str(REPOSITORY / script), *arguments, *["--verbose"] * ("--verbose" in sys.argv)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+                                        start_new_session=True)
         self.readers = [threading.Thread(target=self._read, args=[stream], daemon=True)
                         for stream in (self.process.stdout, self.process.stderr)]
         for reader in self.readers:
@@ -131,7 +132,7 @@ class Part:
     def _read(self, stream: IO[str]) -> None:
         for line in map(without_controls, map(str.rstrip, stream)):
             if not self.is_quiet:
-                tell(f"{self.script:<35}| {line}")
+                tell(f"{self.name:<35}| {line}")
             self.lines.append(line)
             self.error = line if stream is self.process.stderr else ""
             if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
@@ -160,7 +161,7 @@ class Part:
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            tell(f"{self.script} did not stop within {STOP_SECONDS} s and is killed; its next start goes on from there.")
+            tell(f"{self.name} did not stop within {STOP_SECONDS} s and was killed; its next start goes on from there.")
             self.process.kill()
         self.wait_for_output()
 
@@ -171,7 +172,7 @@ def overview(parts: list[Part]) -> Group:
                   pad_edge=False)
     said = []
     for part in parts:
-        table.add_row(part.script, part.state(), part.rate(), part.behind)
+        table.add_row(part.name, part.state(), part.rate(), part.behind)
         if part.lines:
             said.append(Text(part.error or part.lines[-1], style="red" if part.error else "", no_wrap=not part.error,
                              overflow="fold" if part.error else "ellipsis"))
@@ -186,11 +187,11 @@ def tell(line: str) -> None:
 
 def require_alive(parts: list[Part]) -> None:
     for part in parts:
-        if part.process.poll() is not None and part.script != "dashboard.py":  # which only looks on
+        if part.process.poll() is not None and part.name != "dashboard.py":  # which only looks on
             part.wait_for_output()
             for line in part.lines if part.is_quiet else ():
-                tell(f"{part.script:<35}| {line}")
-            raise PipelineError(f"{part.script} has ended with exit code {part.process.returncode}; what it said stands "
+                tell(f"{part.name:<35}| {line}")
+            raise PipelineError(f"{part.name} has ended with exit code {part.process.returncode}; its output is "
                                 f"above. The other parts are stopped.")
 
 

@@ -33,7 +33,7 @@ from common.contract import load_contract
 from common.kafka_config import spark_options
 from common.process import REPOSITORY, StopFlag
 from common.session import build_spark
-from common.source import SourceAwayError
+from common.source import Left, Source, SourceAwayError
 from common.streams import TO_ITS_END, add_stream_options, run_until_stopped, trigger_of
 from common.tables import SILVER, silver_tables
 from common.topics import Topic, add_topic_options
@@ -111,7 +111,7 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace, f
     )
 
 
-class KafkaSource:
+class KafkaSource(Source):
     """The topic as the source of a stream (common/source.py). `accept_data_loss`: goes on where it has lost records up to now.
 
     `group`: the consumer group under which it notes how far it is.
@@ -119,20 +119,11 @@ class KafkaSource:
 
     def __init__(self, topic: Topic, accept_data_loss: bool, group: str):
         self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group
+        self.mode = f"isolation.level={topic.isolation_level}"
         self.has_warned = False  # that it can't note it
 
     def __str__(self) -> str:
         return str(self.topic)
-
-    @property
-    def mode(self) -> str:
-        return f"isolation.level={self.topic.isolation_level}"
-
-    def read_batch(self, batch: DataFrame) -> DataFrame:
-        return batch
-
-    def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        raise error
 
     def identity(self) -> dict[str, str]:
         with self._asking():
@@ -144,7 +135,7 @@ class KafkaSource:
                 unread and self.topic.name not in unread):
             return False
         start = unread.get(self.topic.name) or "its beginning"
-        self._lose(f"{self.topic} was deleted and made again since the table was written: what the old one had from {start} on "
+        self._lose(f"{self.topic} was deleted and recreated since the table was written: what the old one had from {start} on "
                    f"(partition: offset) is gone.", "the new topic is read from its beginning")
         return True
 
@@ -161,14 +152,11 @@ class KafkaSource:
             self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
                        f"or something else did.", "it goes on with what there is")
         if too_far:
-            raise PipelineError(f"Of {self.topic} more was read than is committed: a transaction is still open in {too_far}. Start "
+            raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         self.topic.wait_out(error.__cause__ if isinstance(error.__cause__, KafkaError) else error, stopping)
-
-    def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
-        pass
 
     def note(self, progress: dict[str, Any]) -> None:
         [kafka] = progress["sources"]
@@ -178,14 +166,18 @@ class KafkaSource:
         except Exception as error:  # whatever it is, it is no reason to stop
             if not self.has_warned:
                 warn(f"Kafka does not note how far the stream is ({type(error).__name__}), so that its tools can't show the lag of the "
-                     f"group {self.group}. The stream goes on without. It takes the right to read that group, and no other member "
-                     f"of it; another name: --group-id.")
+                     f"group {self.group}. The stream goes on without. It needs permission to read that group, which can have no "
+                     f"other member; --group-id names another one.")
             self.has_warned = True
 
     def lag(self, progress: dict[str, Any]) -> dict[str, int]:
         [kafka] = progress["sources"]
         end, latest = (json.loads(kafka[which] or "null") or {} for which in ("endOffset", "latestOffset"))
         return {partition: max(0, latest[topic][partition] - offset) for topic in latest for partition, offset in end[topic].items()}
+
+    def left(self, progress: dict[str, Any], rows: int) -> Left | None:
+        lag = self.lag(progress)
+        return Left(sum(lag.values()), "behind", rows) if lag else None
 
     def _lose(self, problem: str, what_follows: str) -> None:
         """Says what is lost where that was accepted, else raises PipelineError."""
@@ -199,7 +191,7 @@ class KafkaSource:
         try:
             yield
         except KafkaError as error:
-            raise SourceAwayError(f"Kafka on {self.topic.servers} does not answer any more ({first_line(str(error))}). Start it, "
+            raise SourceAwayError(f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
                                   f"then this script: it goes on from the last committed offsets.") from error
 
 

@@ -20,9 +20,12 @@ name that begins with "." or "_", and rename it when it is complete.
 import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
+import json
 import os
 import re
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
@@ -31,8 +34,9 @@ from common.console import PipelineError, argument_parser, at_least, location, r
 from common.contract import load_contract
 from common.internals import FileSystem
 from common.json_files import escape_glob, find_multiline, read_lines, read_values
-from common.process import REPOSITORY, StopFlag
+from common.process import REPOSITORY
 from common.session import build_spark
+from common.source import Left, Source
 from common.streams import add_stream_options, run_until_stopped, trigger_of
 from common.tables import BRONZE, bronze_tables
 
@@ -45,7 +49,7 @@ def main() -> None:
     contract = load_contract(options.readings)
     spark = build_spark("files-to-bronze", verbose=options.verbose)
     new_files = list_new_files(spark, options)
-    source = FileSource(options.multiline)
+    source = FileSource(options.multiline, count_waiting(options) if options.once else 0)
     run_until_stopped(spark, [(new_files, trigger_of(options))], source, bronze_tables(options.table, contract.columns), contract, options)
 
 
@@ -54,6 +58,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--input", type=location, default=str(REPOSITORY / "input" / "sensor_data"),
                         help="folder that the files are put into")
     parser.add_argument("--multiline", action="store_true", help="a file is one JSON value, an object or an array")
+    parser.add_argument("--archive", type=location, metavar="FOLDER",
+                        help="move files there, under their whole path, some time after their records are in the tables")
     add_stream_options(parser, BRONZE, str(REPOSITORY / "checkpoints" / "bronze_sensor"), trigger="5 seconds")
     parser.add_argument("--max-files-per-trigger", type=at_least(1), metavar="N", default=1000,
                         help="the most files that one batch takes")
@@ -68,6 +74,9 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     """
     if not FileSystem(spark, options.input).is_folder(options.input):
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
+    if options.archive and f"{options.archive}/".startswith(f"{options.input}/"):
+        raise PipelineError(f"The folder {options.archive} is in {options.input}, from which it would be read again. Name another "
+                            f"with --archive.")
     for place, _, names in os.walk(options.input):  # of a URI there is nothing
         for name in names:
             if re.search("[\ud800-\udfff]", name):
@@ -85,16 +94,31 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         # By default a file that is a week older than the newest one seen is left out, be that one's time in the future.
         .option("maxFileAge", "36500d")
         .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed
+        .options(**{"cleanSource": "archive", "sourceArchiveDir": options.archive} if options.archive else {})
         .load(escape_glob(options.input))
         .select("path", "length", "modificationTime", F.current_timestamp().alias("ingest_time"))
     )
 
 
-class FileSource:
-    """Files, whose names come in the batches, as the source of a stream (common/source.py)."""
+def count_waiting(options: argparse.Namespace) -> int:
+    """How many files were not taken yet; 0 where the folder or the checkpoint is not on this machine."""
+    if "://" in options.input + options.checkpoint:
+        return 0
+    logs = Path(options.checkpoint, "sources", "0").glob("[0-9]*")  # a version, then a line of JSON for each file
+    try:
+        taken = {unquote(json.loads(line)["path"]) for log in logs for line in log.read_text(encoding="utf-8").splitlines()[1:]}
+    except (OSError, ValueError):  # the stream will say what is wrong with it
+        return 0
+    there = {f"file://{place}/{name}" for place, _, names in os.walk(options.input) for name in names
+             if re.search(r"(?i)^[^._].*\.(jsonl?|ndjson)(\.gz)?$", name)}
+    return len(there - taken)
 
-    def __init__(self, is_multiline: bool):
-        self.is_multiline = is_multiline
+
+class FileSource(Source):
+    """Files, whose names come in the batches, as the source of a stream (common/source.py). `waiting`: how many, if known."""
+
+    def __init__(self, is_multiline: bool, waiting: int = 0):
+        self.is_multiline, self.waiting = is_multiline, waiting
         self.read = read_values if is_multiline else read_lines
         self.mode = "with --multiline" if is_multiline else "without --multiline"
         self.taken: set[Row] = set()  # the files of the running batch, as they were when it began
@@ -106,35 +130,21 @@ class FileSource:
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         return self.read(batch, careful=True)
 
-    def identity(self) -> dict[str, str]:
-        return {}
-
-    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
-        return False
-
-    def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
-        pass
-
-    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
-        raise error
+    def left(self, progress: dict[str, Any], rows: int) -> Left | None:
+        return Left(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.taken)) if self.waiting > 0 else None
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names files that changed while they were taken, and those that should be read with --multiline."""
+        self.waiting -= len(self.taken)
         paths = {file.path for file in self.taken}
         for file in set(batch.drop("ingest_time").collect()) - self.taken:
             if file.path in paths:
-                warn(f"{file.path} has changed since it was taken, and what it has gained is not read. Write a file under a "
+                warn(f"{file.path} has changed since it was taken, and what was added to it is not read. Write a file under a "
                      f'name that begins with "_", and rename it when it is complete.')
         if not self.is_multiline and "malformed_json" in reasons:
             for path in find_multiline(batch, quarantine):
                 warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
                      f"--multiline, and give the file a new name.")
-
-    def note(self, progress: dict[str, Any]) -> None:
-        pass
-
-    def lag(self, progress: dict[str, Any]) -> dict[str, int]:
-        return {}
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import pyarrow.parquet as parquet
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
-import kafka_producer
 from common.console import PipelineError
 from common.process import REPOSITORY
+from common.simulator import Simulator
 from local_kafka import free_ports
 
 # Rejected by the rules, but read by any reader of JSON: the others can't stand the rest.
@@ -31,7 +31,8 @@ INVALID_FRACTION = 0.01
 DEVICES = 1000
 ROUNDS = 2  # of what takes a minute or more
 WARM_UP = 60  # seconds of a stream that are not counted
-kafka_producer.BREAKS = {name: kafka_producer.BREAKS[name] for name in READABLE_BREAKS}
+SIMULATOR = Simulator.of(str(REPOSITORY / "readings.py"))
+SIMULATOR.breaks = {name: SIMULATOR.breaks[name] for name in READABLE_BREAKS}
 
 
 @contextmanager
@@ -110,14 +111,14 @@ class Bench:
 
     def fill(self, topic: str, records: int, invalid_fraction: float = INVALID_FRACTION) -> None:
         """Sends so many records to a topic."""
-        messages = list(itertools.islice(kafka_producer.simulate(DEVICES, invalid_fraction, seed=1), min(records, 200_000)))
+        messages = list(itertools.islice(SIMULATOR.messages(DEVICES, invalid_fraction, seed=1), min(records, 200_000)))
         send(self.broker, topic, itertools.islice(itertools.cycle(messages), records))
 
     def folder_of_files(self, files: int, size: int) -> Path:
         """A folder of JSON lines; `size`: of a file, in bytes at most."""
         folder = self.new("input")
         folder.mkdir()
-        records = [record for _, record in itertools.islice(kafka_producer.simulate(DEVICES, INVALID_FRACTION, seed=1), 7000)]
+        records = [record for _, record in itertools.islice(SIMULATOR.messages(DEVICES, INVALID_FRACTION, seed=1), 7000)]
         content = (b"\n".join(records) + b"\n")[:size].rpartition(b"\n")[0] + b"\n"
         for number in range(files):
             (folder / f"{number:05}.json").write_bytes(content)

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 from deltalake import DeltaTable
 
-import kafka_producer
 from benchmarks.bench import (
     DEVICES,
+    SIMULATOR,
     Bench,
     alone,
     alternate,
@@ -197,7 +197,7 @@ def producer(bench: Bench) -> Iterator[tuple]:
 
     def confluent() -> float:
         begin = time.monotonic()
-        send(bench.broker, topic, itertools.islice(kafka_producer.simulate(DEVICES, seed=1), count))
+        send(bench.broker, topic, itertools.islice(SIMULATOR.messages(DEVICES, seed=1), count))
         return count / (time.monotonic() - begin)
 
     def ours() -> float:

@@ -41,7 +41,7 @@ def exclusive(path: str) -> Iterator[None]:
         raise PipelineError(taken(path)) from None
     except OSError as error:
         raise PipelineError(f"{place}, the lock of the checkpoint, can't be written: {error.strerror}. Make room for it, give this "
-                            f"user the right, or name another place with --checkpoint.") from error
+                            f"user permission, or name another place with --checkpoint.") from error
     with lock:
         yield
 
@@ -60,7 +60,7 @@ def damaged(path: str, reason: str) -> str:
 
 
 def taken(path: str) -> str:
-    return (f"Another stream works with the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
+    return (f"Another stream is using the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
             f"of its own.")
 
 
@@ -102,7 +102,7 @@ class Checkpoint:
         try:
             return json.loads(text)
         except ValueError:
-            raise PipelineError(damaged(self.path, f"{file} is no JSON")) from None
+            raise PipelineError(damaged(self.path, f"{file} is not JSON")) from None
 
     def set_aside(self) -> str:
         """Renames the checkpoint, so that the stream starts over; returns its new path."""
@@ -147,7 +147,7 @@ def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, 
         # Other files than hidden ones, such as .gitkeep and an unfinished _delta_log.
         in_the_way = [name for name in FileSystem(spark, table).names_in(table) if name[0] not in "._"]
         if properties is None and in_the_way or properties is not None and WRITER not in properties:
-            raise PipelineError(f"There is something at {table} that no stream of this pipeline has made. Name another place "
+            raise PipelineError(f"There is something at {table} that this pipeline has not created. Name another place "
                                 f"with --table.")
         is_free = properties is not None and properties[WRITER] == NO_WRITER and checkpoint.last_done < 0
         if properties is not None and properties[WRITER] != checkpoint.id() and not is_free:

@@ -28,8 +28,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def argument_parser(manual: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` is the script's module docstring, followed by the options and their defaults."""
-    return argparse.ArgumentParser(description=manual, formatter_class=_HelpFormatter, allow_abbrev=False)
+    """A parser whose `--help` is the script's module docstring, followed by the options and their defaults; with --verbose."""
+    parser = argparse.ArgumentParser(description=manual, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error, and Spark's own log where it runs")
+    return parser
 
 
 def location(value: str) -> str:
@@ -37,7 +39,7 @@ def location(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not in UTF-8, in which Java has its file names") from None
+        raise argparse.ArgumentTypeError(f"{value!r} is not in UTF-8, which Java needs for file names") from None
     if not value:
         raise argparse.ArgumentTypeError("it is empty")
     if uri := re.fullmatch(r"([a-zA-Z][\w+.-]+):/(?!/)(.*)", value, re.DOTALL):  # file:/data, as Java writes it
@@ -48,14 +50,14 @@ def location(value: str) -> str:
 def local_folder(value: str) -> str:
     """The type of an option that takes a folder of this machine."""
     if "://" in value:
-        raise argparse.ArgumentTypeError(f"{value!r} is no folder of this machine")
+        raise argparse.ArgumentTypeError(f"{value!r} is not a folder on this machine")
     return location(value)
 
 
 def table_location(value: str) -> str:
     """The type of an option that takes the path of a Delta table."""
     if "`" in value:
-        raise argparse.ArgumentTypeError(f'{value!r} has a "`", which Delta does not take in the path of a table')
+        raise argparse.ArgumentTypeError(f'{value!r} has a "`", which Delta does not allow in the path of a table')
     return location(value)
 
 

@@ -14,7 +14,7 @@ from xml.sax.saxutils import quoteattr
 import pyspark
 from filelock import FileLock
 
-from common.console import PipelineError, in_progress
+from common.console import PipelineError, first_line, in_progress
 
 SPARK_JARS = Path(pyspark.__file__).parent / "jars"
 SCALA = "2.13"  # the Scala that the pyspark package is built with
@@ -45,10 +45,10 @@ def find_java() -> Java:
     run = subprocess.run([java, "--list-modules"], capture_output=True, text=True, errors="replace")
     modules = run.stdout
     if run.returncode and "--list-modules" not in run.stdout + run.stderr:  # which a Java 8 does not know
-        raise PipelineError(f"{java} can't be run: {(run.stdout + run.stderr).strip().splitlines()[:1]}. {INSTALL_JAVA}")
+        raise PipelineError(f"{java} can't be run: {first_line(run.stdout + run.stderr)}. {INSTALL_JAVA}")
     version = re.search(r"^java\.base@(\d+)(?:\.(\d+)\.(\d+))?", modules, re.MULTILINE)
     if not version or int(version[1]) not in SUPPORTED_JAVA:
-        raise PipelineError(f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, and Spark needs Java "
+        raise PipelineError(f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, but Spark needs Java "
                             f"17, 21 or 25. {INSTALL_JAVA}")
     # With its collector G1, which a cluster's executors use: https://issues.apache.org/jira/browse/SPARK-55852
     if version[1] == "25" and (int(version[2] or 0), int(version[3] or 0)) < (0, 3):
@@ -96,7 +96,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
     if jars := _listed_in(known):
         return jars
     if not os.access(cache, os.W_OK):
-        raise PipelineError(f"This user may not write Spark's jars to {cache}. Give it the right, or name another folder: "
+        raise PipelineError(f"This user may not write Spark's jars to {cache}. Give it permission, or name another folder: "
                             f"export PIPELINE_CACHE=/path/to/folder.")
     with in_progress() as note:
         note(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …")

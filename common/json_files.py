@@ -18,7 +18,7 @@ from common.parsing import LONE_SURROGATE
 LONGEST_RECORD = 8_000_000
 # The error, after its class in Java, where it is not the file that is broken but the way to it: to a store, to a mounted folder.
 AWAY = r"\A(java\.net\.|[\w.]*(ConnectTimeout|SdkClient)Exception)|(Stale file handle|endpoint is not connected)\)?\Z"
-IN_QUARANTINE = "It is in the quarantine as unreadable_file; put it right and give it a new name."
+IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
 READ_OPTIONS = {
     "mapreduce.input.linerecordreader.line.maxlength": str(LONGEST_RECORD + 1),  # which a line has to stay below
     # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with ":".
@@ -166,8 +166,8 @@ def find_unreadable(spark: SparkSession, paths: list[str]) -> list[str]:
     except (PySparkException, Py4JJavaError) as error:
         reason = first_line(root_cause(error))
         if re.search(AWAY, f"{java_class(error)}: {reason}"):
-            raise PipelineError(f"{paths[0]} can't be read at the moment: {reason}. Nothing is lost: start again when its place "
-                                f"answers.") from error
+            raise PipelineError(f"{paths[0]} can't be read at the moment: {reason}. Nothing is lost: start again when its "
+                                f"storage answers.") from error
         if len(paths) == 1:
             warn(f"{paths[0]} can't be read: {reason}. {IN_QUARANTINE}")
             return paths

@@ -49,7 +49,7 @@ def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[s
         if setting in known:
             settings[setting] = _as_type_of(known[setting], value, name)
         elif name.startswith(("sasl.", "ssl.")):
-            raise PipelineError(f"kafka-python has nothing like the property {name}. Leave it out; what it can do is "
+            raise PipelineError(f"kafka-python has no equivalent of the property {name}. Leave it out; it knows "
                                 f"{', '.join(('sasl.mechanism', 'sasl.jaas.config', *PYTHON_NAMES, *SSL_NAMES))}.")
     if properties.get("sasl.mechanism") in USER_AND_PASSWORD:
         settings |= _user_and_password(properties.get("sasl.jaas.config", ""))

@@ -4,7 +4,6 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -18,7 +17,7 @@ class Metrics(Unwatched):
     """Answers on http://HOST:PORT: /metrics with the figures, /healthz with 200 while the stream works, else 503."""
 
     def __init__(self, host: str, port: int):
-        self.works = False
+        self.works, self.newest_at = False, 0.0
         disable_created_metrics()  # when each series began, which nothing here asks for
         registry = CollectorRegistry()
         self.accepted = Counter("pipeline_accepted_records", "Records written to the table", registry=registry)
@@ -26,7 +25,7 @@ class Metrics(Unwatched):
         self.seconds = Histogram("pipeline_batch_seconds", "Duration of a batch", registry=registry,
                                  buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300))
         self.lag = Gauge("pipeline_lag_records", "Records of the partition that were not read yet", ["partition"], registry=registry)
-        self.newest = Gauge("pipeline_newest_record_timestamp_seconds", "Start of the last batch that had records", registry=registry)
+        self.newest = Gauge("pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry)
         self.commit = Gauge("pipeline_last_commit_timestamp_seconds", "End of the last batch", registry=registry)
         self.metrics = make_wsgi_app(registry)
         try:
@@ -54,7 +53,9 @@ class Metrics(Unwatched):
         self.seconds.observe(progress["batchDuration"] / 1000)
         for partition, records in lag.items():
             self.lag.labels(partition).set(records)
-        self.newest.set(datetime.fromisoformat(progress["timestamp"].replace("Z", "+00:00")).timestamp())
+        if report.newest is not None:
+            self.newest_at = max(self.newest_at, report.newest / 1e6)
+            self.newest.set(self.newest_at)
         self.commit.set(time.time())
 
 

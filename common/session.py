@@ -73,23 +73,8 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
     `jvm`: settings of the driver's JVM, `STREAM_JVM` or `READER_JVM`. `verbose`: lets Spark's own log through.
     What spark-submit was told by `--conf` wins over `SETTINGS`. Raises PipelineError where Spark can't start.
     """
-    launch = SparkConf(loadDefaults=False)
-    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # which spark-submit sets when it runs the script
-        java = find_java()
-        jars = spark_jars(DELTA, KAFKA_SOURCE)
-        java_options = [jvm["spark.driver.extraJavaOptions"], f"-Djava.io.tmpdir={tempfile.gettempdir()}", "-Xlog:disable",
-                        make_archive or use_archive(java, jars)]
-        if not has_name():
-            java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
-        launch.setAll(list((jvm | {"spark.driver.extraClassPath": os.pathsep.join(jars),
-                              "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items()))
-        # Not the home of another Spark that the user may have.
-        os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
-        # Nothing outside this machine has a reason to reach the driver of a local session.
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        # Of the memory that Java's compiler frees, the C library keeps some for each of its arenas, by default eight a core.
-        os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
+    is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, whose JVM runs already
+    launch = SparkConf(loadDefaults=False) if is_submitted else _local_launch(jvm, make_archive)
     with held_back():  # for the seconds in which Spark's JVM could neither be used nor ended
         gateway = _start_jvm(launch, verbose)
         if not has_name():
@@ -107,6 +92,26 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
         for name in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):  # so does what these say in JSON
             PySparkLogger.getLogger(name).disabled = True
     return SparkSession(context)
+
+
+def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
+    """What Spark's JVM is started with on this machine, which is also said to it by the environment."""
+    java = find_java()
+    jars = spark_jars(DELTA, KAFKA_SOURCE)
+    java_options = [jvm["spark.driver.extraJavaOptions"], f"-Djava.io.tmpdir={tempfile.gettempdir()}", "-Xlog:disable",
+                    make_archive or use_archive(java, jars)]
+    if not has_name():
+        java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
+    # Not the home of another Spark that the user may have.
+    os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
+    # Nothing outside this machine has a reason to reach the driver of a local session.
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    # Of the memory that Java's compiler frees, the C library keeps some for each of its arenas, by default eight a core.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
+    return SparkConf(loadDefaults=False).setAll([*(jvm | {
+        "spark.driver.extraClassPath": os.pathsep.join(jars),
+        "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items()])
 
 
 def has_name() -> bool:
@@ -134,8 +139,8 @@ def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
             told = [f"{name}={os.environ[name]}" for name in ("SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS", "JAVA_TOOL_OPTIONS")
                     if name in os.environ]
             raise PipelineError(f"Spark's JVM did not start: {reason.strip(' .')}."
-                                + (f" Perhaps it is due to {' or '.join(told)}." if told else "")
-                                + " --verbose shows all it says.") from error
+                                + (f" Check {' and '.join(told)}." if told else "")
+                                + " --verbose shows everything it says.") from error
     # A terminal or a service manager signals the JVM, too. What is to be done is the script's business, but to end
     # spark-submit itself.
     java = gateway.jvm.sun.misc

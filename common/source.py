@@ -1,6 +1,6 @@
 """What a stream needs to know of its source, whatever it is."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from pyspark.sql import DataFrame
 
@@ -12,36 +12,49 @@ class SourceAwayError(PipelineError):
     """The source does not answer, which may pass."""
 
 
-class Source(Protocol):
-    """Where a stream's records come from: a topic (spark_kafka_consumer.py) or a folder (streaming_files_to_delta_bronze.py)."""
+class Left(NamedTuple):
+    """What is left to read: so many of the `kind`, of which the last batch had `of_batch`."""
+    amount: int
+    kind: str
+    of_batch: int
 
-    @property
-    def mode(self) -> str:
-        """How it is read, as it is told to a user. A batch that was begun in one mode can't be repeated in another."""
+
+class Source:
+    """Where a stream's records come from: a topic (spark_kafka_consumer.py) or a folder (streaming_files_to_delta_bronze.py).
+
+    What a source does not say itself is right for one that always answers, keeps what it has, and gives its records in the batch.
+    `mode`: how it is read, as it is told to a user. A batch that was begun in one mode can't be repeated in another.
+    """
+    mode: str
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         """The records of a micro-batch: `raw` and `ingest_time` for the contract, and what the tables have of their origin.
 
         A batch that is repeated gives the same records.
         """
+        return batch
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         """The same after reading them has failed with `error`; raises it where there is no other way."""
+        raise error
 
     def identity(self) -> dict[str, str]:
         """Table properties that identify the source; a recreated one has others. {} where it has none, or can't say."""
+        return {}
 
     def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         """Whether the source differs from the one in `written_from`, the properties of its table.
 
         Raises PipelineError where what the old one still had would be lost, unless that was accepted.
         """
+        return False
 
     def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
         """Raises PipelineError where the source no longer has what comes after the offsets `unread` of the checkpoint."""
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
+        raise error
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Warns of what a user should know of a batch, of which records are in the table `quarantine` for these `reasons`."""
@@ -51,3 +64,8 @@ class Source(Protocol):
 
     def lag(self, progress: dict[str, Any]) -> dict[str, int]:
         """Records left to read after a batch of which Spark reports `progress`, by partition; {} where that is not known."""
+        return {}
+
+    def left(self, progress: dict[str, Any], rows: int) -> Left | None:
+        """What is left to read after a batch of so many rows, of which Spark reports `progress`; None where that is not known."""
+        return None

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -14,26 +12,23 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.streaming.query import StreamingQuery
 
+from common.batches import Batches, Stopped
 from common.checkpoints import check_places, check_start, damaged, exclusive, taken
-from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location, without_controls
-from common.contract import Contract, in_file
-from common.internals import stream_of
-from common.process import REPOSITORY, StopFlag, on_stop_signal
+from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
+from common.contract import Contract, add_readings_option, in_file
+from common.process import StopFlag, on_stop_signal
 from common.source import Source, SourceAwayError
-from common.table_writer import BatchReport, TableWriter, Unwatched
+from common.table_writer import TableWriter, Unwatched
 from common.tables import TablePair
 
 TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
-MOST_REASONS = 3  # in the line of a batch
 MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch between them
 
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
-    """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --metrics-port, --verbose."""
-    parser.add_argument("--readings", type=location, default=str(REPOSITORY / "readings.py"), metavar="FILE",
-                        help="Python file with the CONTRACT that says what a valid record is")
+    """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --metrics-port."""
+    add_readings_option(parser)
     parser.add_argument("--table", type=table_location, default=table,
                         help="Delta table to append to; rejected records go to TABLE_quarantine")
     parser.add_argument("--checkpoint", type=location, default=checkpoint,
@@ -44,7 +39,6 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: 
     parser.add_argument("--metrics-port", type=port_number, metavar="N",
                         help="serve Prometheus' metrics at http://HOST:N/metrics, and /healthz")
     parser.add_argument("--metrics-host", metavar="HOST", default="127.0.0.1", help="address of this machine that they are served on")
-    parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
 
 
 def _interval(value: str) -> str:
@@ -77,24 +71,26 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
             metrics = _metrics(options)
             say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
             for stream, trigger in streams:
+                error: Exception | None = None
                 failures = 0
                 while not stopping.is_set():
-                    writer = TableWriter(tables, contract, source, start)
-                    batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
+                    batches = 0
+                    try:
+                        if error:
+                            start = check()
+                            say("Going on from the last committed offsets.")
+                        writer = TableWriter(tables, contract, source, start)
+                        batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
+                    except SourceAwayError as away:
+                        error = away
                     if not error:
                         break
                     if explanation := explain(error, tables.table, options.checkpoint):
                         raise PipelineError(explanation) from error
                     failures = 1 if batches else failures + 1
-                    while error and not stopping.is_set():
-                        if failures > MOST_FAILURES:
-                            raise error
-                        source.wait_out(error, stopping)
-                        try:
-                            start, error = check(), None
-                            say("Going on from the last committed offsets.")
-                        except SourceAwayError as again:
-                            error, failures = again, failures + 1
+                    if failures > MOST_FAILURES:
+                        raise error
+                    source.wait_out(error, stopping)
     finally:
         spark.stop()
     if not options.once:
@@ -114,62 +110,26 @@ def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, c
 
     Prints a line for each batch that has taken in records.
     """
-    lock = threading.Lock()  # held while a batch is written
-    reports: dict[int, BatchReport] = {}  # those that were not printed yet
-    written: list[int] = []
-    errors: list[Exception] = []
-
-    def write(batch: DataFrame, batch_id: int) -> None:
-        with lock:
-            try:
-                if stopping.is_set():
-                    raise Stopped  # before anything of this batch was written; the next start repeats it
-                reports[batch_id] = writer.write(batch, batch_id, stream_of(batch))
-                written.append(batch_id)
-            except Exception as error:
-                errors.append(error)
-                raise
-
-    def report() -> None:
-        newest = None
-        for progress in query.recentProgress:
-            if "addBatch" not in progress["durationMs"]:  # a look that found nothing, under the number of the next batch
-                continue
-            if (batch := reports.pop(progress["batchId"], None)) and batch.rows:
-                lag = writer.source.lag(progress)
-                say(batch_line(batch, progress, lag))
-                metrics.batch(batch, progress, lag)
-                newest = progress
-        if newest:
-            writer.source.note(newest)
-
+    batches = Batches(writer, stopping, metrics)
     try:
-        query = stream.writeStream.foreachBatch(write).option("checkpointLocation", checkpoint).trigger(**trigger).start()
+        query = stream.writeStream.foreachBatch(batches.write).option("checkpointLocation", checkpoint).trigger(**trigger).start()
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
     metrics.working(True)
-    halves = 0  # of a second that a batch is being written for
     try:
         with in_progress(only_on_terminal=True) as note:
             while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
-                report()
-                halves = halves + 1 if lock.locked() else 0
-                note("A batch is being written …" if halves > 6 else "")
-        with lock:
-            last_batch = written[-1] if written else None
-        _wait_for_commit(query, last_batch)
+                batches.report(query)
+                note("A batch is being written …" if batches.running_for() > 3 else "")
+        batches.wait_for_commit(query)
         query.stop()
     except StreamingQueryException as error:
-        if not errors or not isinstance(errors[-1], Stopped):
-            return len(written), errors[-1] if errors else error
+        if not isinstance(batches.error, Stopped):
+            return batches.written, batches.error or error
     finally:
         metrics.working(False)
-        report()
-    return len(written), None
-
-
-class Stopped(Exception):
-    """Ends a query between two batches."""
+        batches.report(query)
+    return batches.written, None
 
 
 def explain(error: Exception, table: str, checkpoint: str) -> str | None:
@@ -184,11 +144,11 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
         fullest = min(free, key=lambda place: free[place], default=table)
-        return f"There is no space left for {fullest} ({message}). Make some and start again. {next_start}"
+        return f"There is no space left for {fullest} ({message}). Free some and start again. {next_start}"
     if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
                  message):
         closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
-        return f"This user may not write to {closed} ({message}). Give it the right and start again. {next_start}"
+        return f"This user may not write to {closed} ({message}). Give it permission and start again. {next_start}"
     return None
 
 
@@ -197,28 +157,3 @@ def _existing(path: str) -> str:
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return path
-
-
-def _wait_for_commit(query: StreamingQuery, batch_id: int | None, seconds: float = 5) -> None:
-    """Gives the query time to note in the checkpoint that `batch_id`, which is in the tables, is done."""
-    deadline = time.monotonic() + seconds
-    while (batch_id is not None and query.isActive and time.monotonic() < deadline
-           and not any(progress["batchId"] == batch_id and "addBatch" in progress["durationMs"]
-                       for progress in query.recentProgress)):
-        time.sleep(0.05)
-
-
-def batch_line(report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> str:
-    """What is printed of a batch. `lag`: records of each partition that were not read yet."""
-    rejected = {reason: rows for reason, rows in report.rows.items() if reason}
-    most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
-    reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)
-    if len(rejected) > MOST_REASONS:
-        reasons += f" and {len(rejected) - MOST_REASONS} more"
-    rows, seconds = sum(report.rows.values()), progress["batchDuration"] / 1000
-    left = sum(lag.values()) * seconds / rows
-    unknown = ", ".join(map(without_controls, report.unknown))
-    return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
-            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
-            + (f", {sum(lag.values()):,} behind" if lag else "") + (f" ({left:,.0f} s at this rate)" if left > 3 else "")
-            + (f", {report.with_unknown:,} with fields unknown to the contract: {unknown}" if report.unknown else ""))

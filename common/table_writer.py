@@ -36,11 +36,12 @@ class Start:
 
 
 class BatchReport(NamedTuple):
-    """What became of a batch: rows by reject_reason (None: accepted), and how many of those accepted had fields that the
-    contract does not name, and which."""
+    """What became of a batch: rows by reject_reason (None: accepted), how many of those accepted had fields that the contract
+    does not name, and which, and the newest of their times (microseconds since 1970; None without one)."""
     rows: dict[str | None, int]
     with_unknown: int
     unknown: list[str]
+    newest: int | None
 
 
 class Unwatched:
@@ -86,7 +87,7 @@ class TableWriter:
                 try:
                     clean_up(spark, table)
                 except (PySparkException, Py4JJavaError) as error:  # the records are there; the next thousand batches try again
-                    warn(f"What {table} no longer needs can't be removed: {first_line(root_cause(error))}")
+                    warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
         for table in (tables.table, tables.quarantine):
             state_of(spark, table, stream)
@@ -114,6 +115,8 @@ class TableWriter:
             F.expr("approx_top_k(CASE WHEN reject_reason IS NULL AND size(_unknown_fields) > 0 "
                    "THEN to_json(transform(slice(_unknown_fields, 1, 20), name -> left(name, 50))) END, 100, 1000)").alias("unknown"),
             F.max_by(F.struct(*rejected.columns), F.when(is_kept, 1), most_kept).alias("kept"),
+            # One whose clock is ahead is no newer than its arrival.
+            F.max(F.when(~is_rejected, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))).alias("newest"),
         ).where(~is_rejected)
         with _code_generation(spark):
             if batch_id <= state_of(spark, self.tables.table, stream)[1]:  # it was written before a crash
@@ -124,14 +127,14 @@ class TableWriter:
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
         if found.length() == 0:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
-            return BatchReport(dict(map(tuple, parsed.groupBy("reject_reason").count().collect())), 0, []), rejected
+            return BatchReport(dict(map(tuple, parsed.groupBy("reject_reason").count().collect())), 0, [], None), rejected
         rows, unknown = ({row.get(0): row.get(1) for row in found.getList(number)} for number in (0, 1))
         unknown.pop(None, None)
         kept = found.getList(2)  # None for none
         if kept and len(kept) == sum(count for reason, count in rows.items() if reason):
             rejected = from_java_rows(spark, kept, rejected).coalesce(1)
         names = sorted({name for several in unknown for name in json.loads(several)})
-        return BatchReport(rows, sum(unknown.values()), names), rejected
+        return BatchReport(rows, sum(unknown.values()), names, found.get(3)), rejected
 
     def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str) -> None:
         """Appends `records` to `table`, unless its log says that this stream's batch is there: a batch repeated after a

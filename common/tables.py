@@ -82,7 +82,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     if writer == NO_WRITER:
         set_properties(spark, path, owner)
     elif writer != owner[WRITER]:
-        raise PipelineError(f"Another stream has made the table {path} meanwhile. Give this one a --table and a "
+        raise PipelineError(f"Another stream has created the table {path} meanwhile. Give this one a --table and a "
                             f"--checkpoint of its own.")
 
 

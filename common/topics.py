@@ -1,9 +1,7 @@
 """The Kafka topic from a script's point of view: is it there, is it still the same, and what to do if not."""
 
 import argparse
-import logging
 import re
-import socket
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -11,27 +9,19 @@ from typing import Any
 
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import OffsetSpec
-from kafka.errors import AuthorizationError, KafkaError, NoError, SaslAuthenticationFailedError, TopicAlreadyExistsError
+from kafka.errors import KafkaError, NoError, TopicAlreadyExistsError
 from kafka.protocol.consumer.offsets import IsolationLevel
 from kafka.structs import OffsetAndMetadata
 
-from common.console import PipelineError, at_least, first_line, in_progress, location, root_cause, say
-from common.kafka_config import python_settings, read_properties
+from common.brokers import Broker, NoBrokerError, add_broker_options
+from common.console import PipelineError, at_least, first_line, in_progress, root_cause, say
+from common.kafka_config import read_properties
 from common.process import StopFlag
 
 TOPIC = "sensor_data"
 PARTITIONS = 3
-SERVERS = "localhost:9092"
 NOTE_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
 OUTAGE = 300  # seconds that a running stream waits for its broker to come back
-
-
-def add_broker_options(parser: argparse.ArgumentParser) -> None:
-    """The options --bootstrap-servers and --kafka-config."""
-    parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,…",
-                        help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})")
-    parser.add_argument("--kafka-config", type=location, metavar="FILE",
-                        help="properties of a Kafka client, such as security.protocol and sasl.jaas.config")
 
 
 def add_topic_options(parser: argparse.ArgumentParser) -> None:
@@ -45,54 +35,20 @@ def add_topic_options(parser: argparse.ArgumentParser) -> None:
 def topic_name(value: str) -> str:
     """The type of an option that takes the name of a topic: https://kafka.apache.org/39/documentation.html#topicconfigs"""
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in (".", ".."):
-        raise argparse.ArgumentTypeError(f'{value!r} is no name of a topic, which has letters A to Z, digits, ".", "_" and "-" '
-                                         f"alone, 249 at most")
+        raise argparse.ArgumentTypeError(f'{value!r} is not a valid topic name, which has only letters A to Z, digits, ".", "_" and "-", '
+                                         f"at most 249 of them")
     return value
-
-
-class _Refusals(logging.Handler):
-    """Catches why a broker refuses a connection: kafka-python says it in its log only, and then raises a mere timeout.
-
-    It loses the broker's last words where these come together with the end of the connection (3.0.12, over TLS). Then all
-    that is known is that the broker has hung up.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Exception] = []
-        self.has_hung_up = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.found += [value for value in record.args or () if isinstance(value, (SaslAuthenticationFailedError, AuthorizationError))
-                       or isinstance(value, Exception) and "[SSL:" in str(value)]
-        self.has_hung_up |= "socket disconnected" in record.getMessage()
-
-    def __enter__(self) -> None:
-        logging.getLogger("kafka.net").addHandler(self)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("kafka.net").removeHandler(self)
 
 
 class NoTopicError(PipelineError):
     """The broker answers, and has no such topic."""
 
 
-class Topic:
-    """A topic. `servers`: "host:port,…"; `properties`: those of a Kafka client, as in `--kafka-config`."""
+class Topic(Broker):
+    """A topic of a cluster."""
 
     def __init__(self, servers: str | None, name: str = TOPIC, properties: dict[str, str] | None = None):
-        self.properties = properties or {}
-        self.servers = servers or self.properties.get("bootstrap.servers", SERVERS)
-        self.addresses: list[tuple[str, int]] = []
-        for server in filter(None, map(str.strip, self.servers.split(","))):
-            parts = re.fullmatch(r"(?:\w+://)?(?:\[([\da-fA-F:]+)\]|([^\s:]+)):(\d{1,5})", server)
-            if parts and 0 < int(parts[3]) < 65_536:
-                self.addresses.append((parts[1] or parts[2], int(parts[3])))
-            else:
-                raise PipelineError(f"{server!r} is no address of a Kafka broker, which is HOST:PORT. Mend --bootstrap-servers or "
-                                    f"bootstrap.servers in --kafka-config.")
-        python_settings(self.properties, KafkaAdminClient.DEFAULT_CONFIG)  # says what it can't follow before Kafka is waited for
+        super().__init__(servers, properties)
         self.name = name
         # What a transaction has aborted was never sent, and what it has not committed may yet be aborted.
         self.isolation_level = self.properties.get("isolation.level", "read_committed")
@@ -114,11 +70,6 @@ class Topic:
         name = table.rstrip("/").rpartition("/")[2]
         return self.properties.get("group.id", f"pipeline-{name}")
 
-    def client(self, kind: Any, **settings: Any) -> Any:
-        """A client of kafka-python of this `kind`; the properties win over `settings`."""
-        return kind(**settings | python_settings(self.properties, kind.DEFAULT_CONFIG),
-                    bootstrap_servers=self.servers.split(","))
-
     def wait(self, seconds: float, create: bool = False, stopping: StopFlag | None = None) -> None:
         """Returns once the topic is there, or `stopping` is set; `create` makes it where it is missing.
 
@@ -126,56 +77,31 @@ class Topic:
         """
         deadline = time.monotonic() + seconds
         with in_progress() as note:
-            while problem := self._what_is_missing(create):
-                if time.monotonic() >= deadline:
-                    raise problem
-                note(f"{problem} Waiting up to {seconds:g} s for it …")
-                if stopping:
-                    if stopping.wait(0.5):
-                        return
-                else:
-                    time.sleep(0.5)
+            while not (stopping and stopping.is_set()):
+                try:
+                    return self._require(create)
+                except (NoBrokerError, NoTopicError) as problem:
+                    if time.monotonic() >= deadline:
+                        raise
+                    note(f"{problem} Waiting up to {seconds:g} s for it …")
+                (stopping.wait if stopping else time.sleep)(0.5)
 
-    def _require_listener(self) -> None:
-        """Raises OSError where no broker listens. A client that finds none leaves its thread behind (kafka-python 3.0.12)."""
-        for number, address in enumerate(self.addresses, 1):
-            try:
-                socket.create_connection(address, timeout=3).close()
+    def _require(self, create: bool) -> None:
+        """Raises NoBrokerError or NoTopicError where one is not there; `create` makes the topic."""
+        def look(admin: KafkaAdminClient) -> None:
+            if self.name in admin.list_topics():
                 return
-            except OSError:
-                if number == len(self.addresses):
-                    raise
-
-    def _what_is_missing(self, create: bool) -> PipelineError | None:
-        """What to say of the broker or the topic that is not there; None where both are. `create` makes the topic."""
-        refusals = _Refusals()
-        try:
-            self._require_listener()
-            with refusals, self.client(KafkaAdminClient, bootstrap_timeout_ms=3000) as admin:
-                if self.name in admin.list_topics():
-                    return None
-                if create:
-                    admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1}},
-                                        wait_for_metadata=True)
-                    say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
-                    return None
-        except TopicAlreadyExistsError:
-            return NoTopicError(f'The topic "{self.name}" on {self.servers} is just being made, or deleted.')
-        except (KafkaError, OSError) as error:
-            if refusals.found:
-                raise PipelineError(self._refused(str(refusals.found[0]))) from error
-            if refusals.has_hung_up and "SASL" in self.properties.get("security.protocol", "").upper():
-                return PipelineError(self._refused("the broker hangs up during the login"))
-            return PipelineError(f"No Kafka broker answers on {self.servers} ({type(error).__name__}). Start one: docker compose up -d, "
-                                 f"or python3 local_kafka.py.")
-        return NoTopicError(
-            f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '
-            f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
-            f"--replication-factor 1.")
-
-    def _refused(self, reason: str) -> str:
-        return (f"Kafka on {self.servers} and this script don't come together: {reason.rstrip('.')}. Check the user, the "
-                f"password, the rights and the certificates of --kafka-config.")
+            if not create:
+                raise NoTopicError(
+                    f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '
+                    f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
+                    f"--replication-factor 1.")
+            try:
+                admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1}}, wait_for_metadata=True)
+            except TopicAlreadyExistsError:
+                raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
+            say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
+        self.ask(look)
 
     @cached_property
     def _admin(self) -> KafkaAdminClient:
@@ -196,7 +122,7 @@ class Topic:
             elif first[partition] > next_offset:
                 gone.append(f"partition {partition} offsets {next_offset} to {first[partition] - 1}")
             elif end[partition] < next_offset:
-                gone.append(f"partition {partition} offsets {end[partition]} to {next_offset - 1}, read or not,")
+                gone.append(f"partition {partition} offsets {end[partition]} to {next_offset - 1} (already read; others take their place)")
         return ", ".join(gone)
 
     def read_too_far(self, unread: dict[int, int]) -> str:
@@ -239,7 +165,7 @@ class Topic:
 
         Raises KafkaError, or OSError where no broker listens.
         """
-        self._require_listener()
+        self.require_listener()
         with self.client(KafkaAdminClient, bootstrap_timeout_ms=1000) as admin:
             noted = admin.list_group_offsets([group])[group]
             ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))
@@ -252,7 +178,7 @@ class Topic:
         """
         message = root_cause(error)
         if re.search("[Aa]uthenticat|[Aa]uthoriz|SSL", message):
-            raise PipelineError(self._refused(first_line(message))) from error
+            raise self.refused(first_line(message)) from error
         if re.search("may have been lost|is out of range for partition", message):  # what is lost is looked at next
             return
         has_no_topic = re.search(
@@ -260,13 +186,13 @@ class Topic:
         if not (has_no_topic or isinstance(error, KafkaError) or re.search(r"[Tt]imed out|[Tt]imeout|[Dd]isconnect", message)):
             raise error
         if not has_no_topic:
-            say(f"Kafka on {self.servers} does not answer any more.")
+            say(f"Kafka on {self.servers} no longer answers.")
         try:
             self.wait(10 if has_no_topic else OUTAGE, stopping=stopping)  # a broker has no topic for a moment after its start
         except NoTopicError:
             raise PipelineError(f"{self} is gone, with what was not read yet. To go on with a new one, make it and start "
                                 f"with --accept-data-loss.".replace("the", "The", 1)) from error
-        except PipelineError:
+        except NoBrokerError:
             if not has_no_topic:
                 raise
             self.wait(OUTAGE, stopping=stopping)

@@ -26,7 +26,7 @@ def main(make: str, archive: str) -> None:
     spark = build_spark("class-archive", make_archive=f"{make}={archive}")
     with tempfile.TemporaryDirectory() as folder:
         options = argparse.Namespace(input=f"{REPOSITORY}/input/sensor_data", checkpoint=f"{folder}/checkpoint", once=True,
-                                     max_files_per_trigger=1)
+                                     max_files_per_trigger=1, archive=None)
         contract = load_contract(f"{REPOSITORY}/readings.py")
         tables = bronze_tables(f"{folder}/table", contract.columns)
         writer = TableWriter(tables, contract, FileSource(is_multiline=False), Start({}, {}))

@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.console import PipelineError, argument_parser, at_least, say, table_location
+from common.console import PipelineError, at_least, say
 from common.internals import files_of
-from common.session import READER_JVM, build_spark
 from common.tables import quarantine_of
 
 CUT_AT = 120  # characters of a value, unless all of it is asked for
@@ -26,33 +25,6 @@ FOLD_AT = 30  # columns of the terminal that a long value gets, where not all ha
 # Columns that a narrow terminal leaves out, in this order: the tables' own columns before the contract's.
 LEAST_NEEDED = ("raw_json", "_rescued_data", "kafka_key", "topic", "kafka_timestamp", "source_file", "partition", "offset", "ingest_time")
 ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
-
-
-def show_latest(manual: str, default_table: str, written_by: str) -> None:
-    """The whole of a reader script: options, session, the newest rows, the number of rows.
-
-    `written_by`: the command that makes the table, for whoever has none yet.
-    """
-    parser = argument_parser(manual)
-    parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
-    parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
-    parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")
-    parser.add_argument("--follow", action="store_true",
-                        help="go on: on a terminal the newest rows in place, else each new row as a line; Ctrl+C ends it")
-    add_reader_options(parser)
-    options = parser.parse_args()
-
-    spark = build_spark("reader", READER_JVM, options.verbose)
-    if options.follow:
-        from common.follow import follow
-        follow(spark, options)
-        return
-    accepted = read_table(spark, options.table, written_by)
-    rejected = read_table(spark, quarantine_of(options.table), written_by)
-    show(newest_rows(spark, options), options.limit, options.format, whole=options.raw)
-    if options.format == "table":
-        say(f"{accepted.count():,} rows in {options.table}")
-        say(f"{rejected.count():,} rows in {quarantine_of(options.table)}")
 
 
 def rows_of(spark: SparkSession, options: argparse.Namespace) -> tuple[DataFrame, list[str]]:
@@ -73,11 +45,10 @@ def newest_rows(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
 
 
 def add_reader_options(parser: argparse.ArgumentParser) -> None:
-    """The options that all readers have: --limit, --format, --verbose."""
+    """The options that all readers have: --limit, --format."""
     parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table",
                         help="a table for people, or for programs all columns: json, an object per line, or csv")
-    parser.add_argument("--verbose", action="store_true", help="show Spark's own log and the traceback of an error")
 
 
 def read_table(spark: SparkSession, path: str, written_by: str, **time_travel: Any) -> DataFrame:

@@ -1,6 +1,7 @@
 """What the tests share: one SparkSession, one real broker made from docker-compose.yml, and scripts run as processes."""
 
 import argparse
+import functools
 import itertools
 import os
 import re
@@ -22,6 +23,7 @@ from common.class_archive import use_archive
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from common.process import StopFlag
 from common.session import build_spark
+from common.source import Source
 from common.streams import TO_ITS_END, run_query
 from common.table_writer import Start, TableWriter, Unwatched
 from common.tables import bronze_tables, quarantine_of, silver_tables
@@ -77,6 +79,14 @@ def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subpr
     """Runs a script, by the command `prefix` if told, to its end; its exit code, stdout and stderr."""
     return subprocess.run([*prefix, sys.executable, str(REPOSITORY / name), *map(str, arguments)], capture_output=True, text=True,
                           **{"cwd": "/", "timeout": PATIENCE, "stdin": subprocess.DEVNULL} | options)
+
+
+@functools.cache
+def manual(script: str) -> str:
+    """What a script prints for --help."""
+    run = run_script(script, "--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout
 
 
 def pytest_addoption(parser):
@@ -162,20 +172,10 @@ def spark():
     session.stop()
 
 
-class GivenRecords(FileSource):
+class GivenRecords(Source):
     """A source whose batches are records already."""
 
-    def __init__(self):
-        super().__init__(is_multiline=False)
-
-    def read_batch(self, batch):
-        return batch
-
-    def read_again(self, batch, error):
-        raise error
-
-    def after_batch(self, batch, reasons, quarantine):
-        pass
+    mode = "as given"
 
 
 def bronze_writer(table: Path, contract=CONTRACT) -> TableWriter:
@@ -199,14 +199,15 @@ def ingest(spark, tmp_path):
     folder = tmp_path / "input"
     folder.mkdir()
     options = argparse.Namespace(input=str(folder), table=str(tmp_path / "bronze"), checkpoint=str(tmp_path / "checkpoint"),
-                                 once=True, max_files_per_trigger=1000)
+                                 once=True, max_files_per_trigger=1000, archive=None)
 
     def rows():
         return [spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0
                 for path in (options.table, quarantine_of(options.table))]
 
-    def run(multiline: bool = False) -> tuple[int, int]:
+    def run(multiline: bool = False, **others: object) -> tuple[int, int]:
         before = rows()
+        vars(options).update(others)
         run_streams(spark, [(list_new_files(spark, options), TO_ITS_END)], FileSource(multiline),
                     bronze_tables(options.table, CONTRACT.columns), options)
         accepted, rejected = (now - then for now, then in zip(rows(), before))

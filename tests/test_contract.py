@@ -18,7 +18,8 @@ from test_rules import ARRIVAL, reading
 
 from common.checkpoints import check_start
 from common.console import PipelineError
-from common.contract import Boolean, Contract, ContractError, Integer, Number, Text, Timestamp, load_contract
+from common.contract import Boolean, Contract, Integer, Number, Text, Timestamp, load_contract
+from common.fields import ContractError
 from common.parsing import parse
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
@@ -178,12 +179,12 @@ def test_a_contract_of_a_hundred_fields_is_read(spark):
 @pytest.mark.parametrize("source, complaint", [
     ("", "has no CONTRACT"),
     ("CONTRACT = 7", "has no CONTRACT"),
-    ("CONTRACT = Contract(", "is no Python in line 2"),
+    ("CONTRACT = Contract(", "is not valid Python in line 2"),
     ("CONTRACT = Contract((Text('a', bits=3),))", "fails in line 2: TypeError"),
     ("import nowhere", "fails in line 2: ModuleNotFoundError"),
-    ("CONTRACT = Contract(())", "its fields are to be of the kinds"),
-    ("CONTRACT = Contract(('a',))", "its fields are to be of the kinds"),
-    ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a is there twice"),
+    ("CONTRACT = Contract(())", "it needs at least one field, of the kinds"),
+    ("CONTRACT = Contract(('a',))", "it needs at least one field, of the kinds"),
+    ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a appears twice"),
     ("CONTRACT = Contract((Text('a'), Number('A')))", "the fields a and A have one column, A"),
     ("CONTRACT = Contract((Text('a.b'), Number('a_b')))", "the fields a.b and a_b have one column, a_b"),
     ("CONTRACT = Contract((Text('a'), Number('a.b')))", "the field a has a value, so a.b can't be in it"),
@@ -195,11 +196,11 @@ def test_a_contract_of_a_hundred_fields_is_read(spark):
     ("CONTRACT = Contract((Text('.a'),))", "the field '.a' needs a name"),
     ("CONTRACT = Contract((Text(''),))", "the field '' needs a name"),
     ("CONTRACT = Contract((Integer('a', bits=16),))", "the field a has bits=16"),
-    ("CONTRACT = Contract((Timestamp('a', format='iso'),))", "the field a has format='iso', and can have rfc3339"),
+    ("CONTRACT = Contract((Timestamp('a', format='iso'),))", "the field a has format='iso', which must be one of rfc3339"),
     ("CONTRACT = Contract((Timestamp('a', at_most_ahead='soon'),))", "the field a has at_most_ahead='soon'"),
     ("CONTRACT = Contract((Text('a'),), {'missing_a': 'true'})", "the rule missing_a has the name of another reason"),
     ("CONTRACT = Contract((Text('a'),), {'unreadable_file': 'true'})", "the rule unreadable_file has the name of another"),
-    ("CONTRACT = Contract((Text('a'),), {'r': 7})", "the rule 'r' is to be a name with SQL"),
+    ("CONTRACT = Contract((Text('a'),), {'r': 7})", "the rule 'r' must be a name and its SQL"),
     ("CONTRACT = Contract((Timestamp('a'),), {'old': 'a < now() - INTERVAL 1 DAY'})", "the rule old uses now"),
 ])
 def test_a_contract_that_cannot_be_is_one_sentence(tmp_path, source, complaint):
@@ -241,7 +242,7 @@ def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, 
     wrong.write_text("from common.contract import *\nCONTRACT = Contract((Text('a'),), {'red': 'colour = 1'})\n")
     run = run_script(script, *source, *options[4:], "--readings", wrong, "--once")
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and not run.stdout
-    assert run.stderr.startswith(f"error: The contract in {wrong} can't be: the rule red is no condition over a, ingest_time: ")
+    assert run.stderr.startswith(f"error: Invalid contract in {wrong}: the rule red is not a condition over a, ingest_time: ")
     assert not (tmp_path / "silver").exists() and not (tmp_path / "checkpoint").exists()
 
 

@@ -15,9 +15,9 @@ from conftest import run_script
 from test_rules import VALID, reading
 
 from common.java import DELTA, KAFKA_SOURCE, spark_jars
+from common.simulator import Simulator
 from common.tables import bronze_tables, quarantine_of
-from kafka_producer import simulate
-from readings import CONTRACT
+from readings import CONTRACT, SENSOR_TYPES
 
 SCRIPT = "streaming_files_to_delta_bronze.py"
 
@@ -124,17 +124,20 @@ def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bron
     assert stream.stop(signal.SIGTERM) == 0
     assert "Traceback" not in stream.output and "Stopped." in stream.output
     put(folder, "1.json", reading(value=99))  # a name that was read
-    put(folder, "3.json", reading(value=3))
+    for number in (3, 4, 5):
+        put(folder, f"{number} ü.json", reading(value=number))
     again = run_script(SCRIPT, *options, "--once", "--max-files-per-trigger", 1)
     assert again.returncode == 0, again.stderr
-    assert rows_of(spark, tmp_path / "bronze", ["value"]) == [(1.0,), (2.0,), (3.0,)]
+    assert re.findall(r"s, (\d files? left)|s\n", again.stdout) == ["2 files left", "1 file left", ""]
+    assert rows_of(spark, tmp_path / "bronze", ["value"]) == [(1.0,), (2.0,), (3.0,), (4.0,), (5.0,)]
 
 
 def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path, start):
     run = run_script("kafka_producer.py", "--to-folder", tmp_path / "new" / "folder", "--rate", 0, "--count", 25_000, "--seed", 1,
                      "--invalid-fraction", 0.1)
     assert (run.returncode, run.stderr) == (0, "")
-    records = sum(bool(record) for _, record in itertools.islice(simulate(12, 0.1, seed=1), 25_000))  # a blank line is none
+    messages = itertools.islice(Simulator(CONTRACT, SENSOR_TYPES).messages(12, 0.1, seed=1), 25_000)
+    records = sum(bool(record) for _, record in messages)  # a blank line is none
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert [file.read_bytes().count(b"\n") for file in files] == [10_000, 10_000, records - 20_000]
     assert run.stdout.endswith(f"{records:,} records in 3 files written.\n") and all(file.suffix == ".json" for file in files)

@@ -91,6 +91,30 @@ def test_a_file_whose_name_is_not_in_utf8_is_named(ingest, capsys):
     assert r"gr\udcf6\udcdfe.json can't be read: its name is not in UTF-8" in capsys.readouterr().err
 
 
+def test_files_that_were_read_are_archived_and_not_read_again(ingest, tmp_path):
+    folder, run = ingest
+    names = ["1.json", "größe [a] é.json", "2026-11-20T08:00:00Z.json", "sub/deep.json"]
+    (folder / "sub").mkdir()
+    for name in names:
+        (folder / name).write_bytes(VALID)
+    archive = tmp_path / "archive"
+    assert run(archive=str(archive), max_files_per_trigger=2) == (4, 0)
+    put(folder, "next.json", VALID, BROKEN)
+    assert run() == (1, 1)
+    put(folder, "last.json", VALID)
+    assert run() == (1, 0)
+    moved = {str(path.relative_to(archive)) for path in archive.rglob("*.json")}
+    assert moved >= {f"{folder}/{name}".lstrip("/") for name in (*names, "next.json")}
+    assert run() == (0, 0)
+
+
+def test_an_archive_in_the_folder_is_refused(ingest):
+    folder, run = ingest
+    for archive in (folder, folder / "archive"):
+        with pytest.raises(PipelineError, match=f"The folder {archive} is in {folder}, from which it would be read again"):
+            run(archive=str(archive))
+
+
 def test_thousands_of_files_are_read(ingest):
     folder, run = ingest
     for number in range(5000):
@@ -174,6 +198,6 @@ def test_what_is_at_the_table_and_not_of_this_pipeline_is_left_alone(spark, inge
         spark.range(3).write.format("delta").save(str(table))
     before = sorted(table.rglob("*"))
     for _ in range(2):
-        with pytest.raises(PipelineError, match="There is something at .*bronze that no stream of this pipeline has made"):
+        with pytest.raises(PipelineError, match="There is something at .*bronze that this pipeline has not created"):
             run()
     assert sorted(table.rglob("*")) == before

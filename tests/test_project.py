@@ -1,11 +1,12 @@
 """The README, the pages of docs, the layout and the files around the code say what is true."""
 
+import ast
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, run_script
+from conftest import REPOSITORY, manual
 
 from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS
 from common.tables import bronze_tables, silver_tables
@@ -22,12 +23,11 @@ def test_every_option_of_a_script_that_the_pages_name_exists(script):
     assert script in README
     named = {option for call in re.findall(rf"{re.escape(script)}((?: +[^\s`|&]+)*)", PAGES)
              for option in re.findall(r"--[a-z-]+", call)}
-    manual = run_script(script, "--help").stdout
-    assert named <= set(re.findall(r"--[a-z-]+", manual)), named
+    assert named <= set(re.findall(r"--[a-z-]+", manual(script))), named
 
 
 def test_the_options_that_the_pages_name_alone_exist():
-    known = {option for script in SCRIPTS for option in re.findall(r"--[a-z-]+", run_script(script, "--help").stdout)}
+    known = {option for script in SCRIPTS for option in re.findall(r"--[a-z-]+", manual(script))}
     assert set(re.findall(r"`(--[a-z-]+)`", PAGES)) <= known
 
 
@@ -61,6 +61,23 @@ def test_the_pages_have_every_reason_and_every_column():
     for tables in (bronze_tables("", CONTRACT.columns), silver_tables("", CONTRACT.columns)):
         for columns in (tables.columns, tables.quarantine_columns):
             assert f"| {', '.join(columns)} |" in README
+
+
+OF_SPARK = {"Class …S3AFileSystem not found", "The specified bucket does not exist", "Connection refused"}
+
+
+def test_the_messages_of_the_pages_are_those_of_the_scripts():
+    said = []
+    for file in (*REPOSITORY.glob("*.py"), *(REPOSITORY / "common").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant):
+                said.append(str(node.value))
+    table = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8").split("## Messages")[1]
+    for message in set(re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (.*?) \| ", table, re.MULTILINE)))) - OF_SPARK:
+        pattern = ".*".join(map(re.escape, re.split(r"…|\d+", message)))
+        assert any(re.search(pattern, text) for text in said) or message[0] in ".-_", message
 
 
 def test_ci_runs_the_test_command_of_the_readme():

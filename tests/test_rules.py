@@ -8,8 +8,8 @@ import pytest
 from pyspark.sql import functions as F
 
 from common.parsing import parse
-from kafka_producer import BREAKS
-from readings import CONTRACT
+from common.simulator import Simulator
+from readings import CONTRACT, SENSOR_TYPES
 
 ARRIVAL = "2026-11-20T12:00:00Z"
 VALID = {"timestamp": "2026-11-20T10:00:00Z", "device_id": "sensor-001", "building": "A", "floor": 2,
@@ -211,7 +211,7 @@ def test_every_reason_has_a_case():
 
 
 def test_the_simulator_breaks_every_rule(spark):
-    broken = {reason: break_rule(VALID) for reason, break_rule in BREAKS.items()}
+    broken = {reason: break_rule(VALID) for reason, break_rule in Simulator(CONTRACT, SENSOR_TYPES).breaks.items()}
     assert [row.reject_reason for row in judge(spark, list(broken.values()))] == list(CONTRACT.reasons)
 
 

@@ -50,8 +50,8 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
     assert "Traceback" not in pipeline.output and "error" not in pipeline.output
     stopped = [line.split("|")[0].strip() for line in pipeline.lines[pipeline.lines.index("Stopping …\n"):]
                if "acknowledged." in line or " written." in line or "topped" in line]
-    assert stopped == ["kafka_producer.py", "kafka_producer.py", "spark_kafka_consumer.py", "streaming_files_to_delta_bronze.py",
-                       "local_kafka.py"]
+    assert stopped == ["kafka_producer.py", "kafka_producer.py --to-folder", "spark_kafka_consumer.py",
+                       "streaming_files_to_delta_bronze.py", "local_kafka.py"]
     [accepted] = re.findall(rf"^([\d,]+) rows in {clone}/lake/bronze/sensor_data$", pipeline.output, re.MULTILINE)
     assert int(accepted.replace(",", "")) > 18  # those of the samples
     assert f" rows in {clone}/lake/silver/sensor_data_quarantine\n" in pipeline.output

@@ -179,13 +179,13 @@ def test_kafka_knows_how_far_the_stream_is_and_where_it_must_not_be_told_the_str
 @pytest.mark.parametrize("name", ["sénsor", "a b", "", ".", "x" * 250])
 def test_a_topic_that_cannot_be_is_refused_at_the_start(name):
     run = run_script(PRODUCER, "--topic", name, "--create-topic")
-    assert run.returncode == 2 and "is no name of a topic" in run.stderr
+    assert run.returncode == 2 and "is not a valid topic name" in run.stderr
 
 
 @pytest.mark.parametrize("servers", ["localhost", "localhost:kafka", "localhost:99999", "localhost:9092,other", "::1:9092"])
 def test_an_address_that_cannot_be_is_said(servers):
     run = run_script(PRODUCER, "--bootstrap-servers", servers)
-    assert run.returncode == 1 and "is no address of a Kafka broker, which is HOST:PORT" in run.stderr
+    assert run.returncode == 1 and "is not the address of a Kafka broker, which is HOST:PORT" in run.stderr
 
 
 def test_a_file_of_properties_may_come_from_windows(broker, silver, tmp_path):

@@ -72,7 +72,7 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     kafka.process.kill()  # now none starts them again
     kill(tmp_path, "kafka")
     kill(tmp_path, "zookeeper")
-    consumer.wait_for("does not answer any more")
+    consumer.wait_for("no longer answers")
     last_start = start_broker()
     consumer.wait_for("Going on from the last committed offsets")
     consumer.wait_for("batch", times=consumer.output.count("batch") + 2)

@@ -100,7 +100,7 @@ def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, broker, silver
     producer = produce(topic)
     first.wait_for("batch")
     run = run_script(CONSUMER, *options, "--once")
-    assert run.returncode == 1 and run.stderr.startswith(f"error: Another stream works with the checkpoint {options[-1]}. Stop that one")
+    assert run.returncode == 1 and run.stderr.startswith(f"error: Another stream is using the checkpoint {options[-1]}. Stop that one")
     first.wait_for("batch", times=3)
     delivered = acknowledged(producer)
     assert first.stop() == 0
@@ -122,7 +122,7 @@ def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, s
     while all(stream.process.poll() is None for stream in two):
         time.sleep(0.2)
     first, second = sorted(two, key=lambda stream: stream.process.poll() is not None)
-    assert second.wait() == 1 and "error: Another stream works with the checkpoint file://" in second.output
+    assert second.wait() == 1 and "error: Another stream is using the checkpoint file://" in second.output
     first.wait_for("batch", times=first.output.count("batch") + 1)
     delivered = acknowledged(producer)
     assert first.stop() == 0

@@ -94,7 +94,7 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     make_topic(admin, topic)
     wait_for_more(broker, topic, read, 1)
 
-    complaint = re.escape(f'"{topic}" on {broker} was deleted and made again since the table was written: what the old one had from '
+    complaint = re.escape(f'"{topic}" on {broker} was deleted and recreated since the table was written: what the old one had from '
                           f"{{'0': {read[0]}}} on (partition: offset) is gone. Nothing was skipped. With --accept-data-loss")
     with pytest.raises(PipelineError, match=complaint):
         world.consume()
@@ -186,7 +186,7 @@ def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(spa
         time.sleep(0.2)
     make_topic(admin, topic)
 
-    with pytest.raises(PipelineError, match="was deleted and made again"):
+    with pytest.raises(PipelineError, match="was deleted and recreated"):
         world.consume()
     assert [world.consume(accept_data_loss=True), world.consume()] == [(0, 0), (0, 0)]
     assert len(list(tmp_path.glob("checkpoint.*"))) == 1

@@ -12,8 +12,16 @@ import psutil
 import pytest
 import yaml
 from conftest import REPOSITORY, origins, run_script
-from kafka import KafkaAdminClient
-from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.admin import (
+    ACL,
+    ACLOperation,
+    ACLPermissionType,
+    ResourcePattern,
+    ResourceType,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 
 from common.java import SCALA, find_java, resolve_jars
 from local_kafka import LOGGING, Server, free_ports, is_free, kafka_properties, kafka_version, zookeeper_properties
@@ -47,6 +55,8 @@ def secure_broker(tmp_path_factory):
         "KAFKA_SASL_ENABLED_MECHANISMS": "SCRAM-SHA-512",
         "KAFKA_LISTENER_NAME_HOST_SCRAM-SHA-512_SASL_JAAS_CONFIG":
             "org.apache.kafka.common.security.scram.ScramLoginModule required;",
+        "KAFKA_AUTHORIZER_CLASS_NAME": "kafka.security.authorizer.AclAuthorizer", "KAFKA_SUPER_USERS": "User:ANONYMOUS",
+        "KAFKA_ALLOW_EVERYONE_IF_NO_ACL_FOUND": "true",
         "KAFKA_SSL_KEYSTORE_TYPE": "PKCS12", "KAFKA_SSL_KEYSTORE_LOCATION": store, "KAFKA_SSL_KEYSTORE_PASSWORD": "changeit",
     }
     with zookeeper:
@@ -137,9 +147,34 @@ def test_the_wrong_password_is_said_and_not_shown(script, secure):
     # The broker may answer, or hang up first and answer when it is tried again: then that line comes before the error.
     assert run.returncode == 1 and run.stderr.count("\n") <= 2, run.stderr
     for line in run.stderr.splitlines():
-        assert re.search("invalid credentials|hangs up during the login", line) and "--kafka-config" in line
+        assert re.search("invalid credentials|hung up during the login", line) and "--kafka-config" in line
     assert line.startswith("error: ")
     assert "swordfish" not in run.stderr + run.stdout
+
+
+def test_what_the_user_may_not_do_is_said_and_is_no_reason_to_stop_where_it_need_not_be(spark, secure_broker, secure, tmp_path):
+    _, plain, _ = secure_broker
+    topic, _ = secure
+    options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint", "--group-id", "closed", "--once"]
+    send = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 10]
+    assert run_script(*send).returncode == 0
+
+    def forbid(kind: ResourceType, name: str) -> None:
+        with KafkaAdminClient(bootstrap_servers=plain) as admin:
+            admin.create_acls([ACL("User:sensors", "*", operation, permission, ResourcePattern(kind, name)) for operation, permission in (
+                (ACLOperation.READ, ACLPermissionType.DENY), (ACLOperation.DESCRIBE, ACLPermissionType.ALLOW))])
+
+    forbid(ResourceType.GROUP, "closed")
+    run = run_script(CONSUMER, *options)
+    assert run.returncode == 0 and "10 rows in" in run.stdout
+    assert re.fullmatch(r"Kafka does not note how far the stream is \(GroupAuthorizationFailedError\), .* the group closed\. .*\n",
+                        run.stderr)
+    forbid(ResourceType.TOPIC, topic[-1])
+    with KafkaProducer(bootstrap_servers=plain) as producer:
+        producer.send(topic[-1], b"{}")
+    run = run_script(CONSUMER, *options)
+    assert run.returncode == 1 and re.fullmatch("error: This script can't use Kafka on .*Not authorized to access topics.*\n", run.stderr)
+    assert spark.read.format("delta").load(str(tmp_path / "silver")).count() == 10
 
 
 def test_a_certificate_that_is_not_trusted_is_said(secure, tmp_path):
@@ -158,7 +193,7 @@ CONFIGS = [
     ("sasl.mechanism=PLAIN\nsasl.jaas.config=none", "sasl.jaas.config has to name"),
     ("security.protocol=SSL\nssl.truststore.location=/etc/hosts", "ssl.truststore.type has to be PEM"),
     ("security.protocol=SSL\nssl.truststore.type=PEM\nssl.truststore.location=/nowhere", "can't be loaded"),
-    ("sasl.login.callback.handler.class=x", "nothing like the property sasl.login.callback.handler.class"),
+    ("sasl.login.callback.handler.class=x", "no equivalent of the property sasl.login.callback.handler.class"),
     ("request.timeout.ms=soon", "request.timeout.ms needs a whole number"),
 ]
 

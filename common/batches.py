@@ -1,0 +1,91 @@
+"""The batches of a query: written by the query's thread, reported by the script's, a line for each."""
+
+import threading
+import time
+from typing import Any
+
+from pyspark.sql import DataFrame
+from pyspark.sql.streaming.query import StreamingQuery
+
+from common.console import say, without_controls
+from common.internals import stream_of
+from common.process import StopFlag
+from common.source import Left
+from common.table_writer import BatchReport, TableWriter, Unwatched
+
+MOST_REASONS = 3  # in the line of a batch
+
+
+class Stopped(Exception):
+    """Ends a query between two batches."""
+
+
+class Batches:
+    """The batches that one query writes."""
+
+    def __init__(self, writer: TableWriter, stopping: StopFlag, metrics: Unwatched):
+        self.writer, self.stopping, self.metrics = writer, stopping, metrics
+        self.lock = threading.Lock()  # held while a batch is written
+        self.begun = float("inf")  # when that began
+        self.reports: dict[int, BatchReport] = {}  # those that were not printed yet
+        self.written, self.last = 0, -1  # how many, and the number of the last one
+        self.error: Exception | None = None
+
+    def write(self, batch: DataFrame, batch_id: int) -> None:
+        with self.lock:
+            self.begun = time.monotonic()
+            try:
+                if self.stopping.is_set():
+                    raise Stopped  # before anything of this batch was written; the next start repeats it
+                self.reports[batch_id] = self.writer.write(batch, batch_id, stream_of(batch))
+                self.written, self.last = self.written + 1, batch_id
+            except Exception as error:
+                self.error = error
+                raise
+            finally:
+                self.begun = float("inf")
+
+    def running_for(self) -> float:
+        """Seconds for which a batch has been written by now; less than 0 for none."""
+        return time.monotonic() - self.begun
+
+    def report(self, query: StreamingQuery) -> None:
+        """Prints the lines of the batches that are done since the last time."""
+        newest = None
+        for progress in done_in(query):
+            if (batch := self.reports.pop(progress["batchId"], None)) and batch.rows:
+                source = self.writer.source
+                say(batch_line(batch, progress, source.left(progress, sum(batch.rows.values()))))
+                self.metrics.batch(batch, progress, source.lag(progress))
+                newest = progress
+        if newest:
+            self.writer.source.note(newest)
+
+    def wait_for_commit(self, query: StreamingQuery, seconds: float = 5) -> None:
+        """Lets the running batch end, and gives the query time to note in the checkpoint that it is done."""
+        with self.lock:
+            last, deadline = self.last, time.monotonic() + seconds
+        while (last >= 0 and query.isActive and time.monotonic() < deadline
+               and not any(progress["batchId"] == last for progress in done_in(query))):
+            time.sleep(0.05)
+
+
+def done_in(query: StreamingQuery) -> list[dict[str, Any]]:
+    """What Spark reports of the last batches, less looks that found nothing: they have the number of the next batch."""
+    return [progress for progress in query.recentProgress if "addBatch" in progress["durationMs"]]
+
+
+def batch_line(report: BatchReport, progress: dict[str, Any], left: Left | None) -> str:
+    """What is printed of a batch. `left`: what was not read yet."""
+    rejected = {reason: rows for reason, rows in report.rows.items() if reason}
+    most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
+    reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)
+    if len(rejected) > MOST_REASONS:
+        reasons += f" and {len(rejected) - MOST_REASONS} more"
+    rows, seconds = sum(report.rows.values()), progress["batchDuration"] / 1000
+    seconds_left = left.amount * seconds / max(1, left.of_batch) if left else 0
+    unknown = ", ".join(map(without_controls, report.unknown))
+    return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
+            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
+            + (f", {left.amount:,} {left.kind}" if left else "") + (f" ({seconds_left:,.0f} s at this rate)" if seconds_left > 3 else "")
+            + (f", {report.with_unknown:,} with fields unknown to the contract: {unknown}" if report.unknown else ""))

@@ -89,6 +89,14 @@ def idle(bench: Bench) -> Iterator[tuple]:
             yield alone(f"% of a core, idle before {what}", cpu_percent(process.pid, bench.size(60)), f"at most {goal}")
 
 
+def small(bench: Bench) -> Iterator[tuple]:
+    """Small batches, without Kafka's long poll and with it."""
+    long_poll = bench.new("long_poll.properties")
+    long_poll.write_text("fetch.max.wait.ms=500\n")  # Kafka's default
+    ours, polled = alternate(lambda: median_batch(bench, 3, 1), lambda: median_batch(bench, 3, 1, "--kafka-config", long_poll), rounds=1)
+    yield compared("seconds of the median batch, 1 message a second, 3 partitions | with Kafka's long poll", ours, polled, "at most 0.7")
+
+
 def partitions(bench: Bench) -> Iterator[tuple]:
     """Small batches of many partitions."""
     few, *many = alternate(*(lambda partitions=partitions: median_batch(bench, partitions) for partitions in (3, 50, 200)), rounds=1)
@@ -96,10 +104,10 @@ def partitions(bench: Bench) -> Iterator[tuple]:
         yield compared(f"seconds of the median batch, 500 messages a second, {count} partitions | 3 partitions", figures, few, goal)
 
 
-def median_batch(bench: Bench, partitions: int) -> float:
+def median_batch(bench: Bench, partitions: int, rate: float = 500, *arguments) -> float:
     """The seconds of the median of 20 batches of the stream with its default trigger, after 20 to warm up."""
     topic, batches = bench.topic(1, partitions), bench.size(20)
-    with running(*bench.produce(topic, 500)), running(*bench.stream(topic)) as process:
+    with running(*bench.produce(topic, rate)), running(*bench.stream(topic, *arguments)) as process:
         found = list(itertools.islice(batch_lines(process), 2 * batches))
     return statistics.median(found[batches:])
 
@@ -242,7 +250,8 @@ def soak(bench: Bench) -> Iterator[tuple]:
                    [memory[-1]], [memory[5]], "flat")
 
 
-MEASURES = {measure.__name__: measure for measure in (live, idle, partitions, start, sustained, cold, files, readers, producer, soak)}
+MEASURES = {measure.__name__: measure for measure in (
+    live, idle, small, partitions, start, sustained, cold, files, readers, producer, soak)}
 
 if __name__ == "__main__":
     run_main(main)

@@ -143,12 +143,13 @@ class Cluster:
 
 def read_files(cluster: Cluster) -> tuple[int, ...]:
     """Puts files into the bucket and reads them into Bronze; the account of their lines."""
-    for file in range(FILES):
+    files = [f"2026-11-20T08:{number:02}:00Z.json" for number in range(FILES)]  # as gateways name them
+    for file in files:
         lines = [{"timestamp": "2026-11-20T08:00:00Z", "device_id": f"line-{line}", "building": "A", "type": "humidity",
                   "value": 43.5 if line % 20 else 101, "unit": "%"} for line in range(LINES)]  # 101 % is out of range
-        cluster.bucket.put_object(Key=f"input/{file}.json", Body="\n".join(map(json.dumps, lines)).encode())
+        cluster.bucket.put_object(Key=f"input/{file}", Body="\n".join(map(json.dumps, lines)).encode())
     table = run_with_a_kill(cluster, BRONZE, "--max-files-per-trigger", 2)
-    sent = {(f"s3a://lake/input/{file}.json", f"line-{line}") for file in range(FILES) for line in range(LINES)}
+    sent = {(f"s3a://lake/input/{file}", f"line-{line}") for file in files for line in range(LINES)}
     return balance(cluster, table, sent, lambda row: (
         row["source_file"], row.get("device_id") or json.loads(row["raw"])["device_id"]))
 

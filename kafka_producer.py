@@ -148,7 +148,7 @@ def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: ar
     producer = topic.client(Producer, enable_idempotence=True, acks="all", batch_size=128 * 1024,
                             linger_ms=0 if options.rate and options.rate < 100 else 20, allow_auto_create_topics=False)
     say(f"Sending to {topic}. Ctrl+C stops.")
-    delivery, failure, shown = Delivery(stopping), None, time.monotonic()
+    delivery, shown = Delivery(stopping), time.monotonic()
     try:
         # The tick comes first, so that the time in a message is the one at which it is sent.
         for _, (key, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
@@ -160,14 +160,14 @@ def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: ar
         if not delivery.failure:  # after which kafka-python may never be done with the rest (3.0.12)
             producer.flush(timeout=producer.config["delivery_timeout_ms"] / 1000 + 10)
     except KafkaError as error:
-        failure = error
+        delivery.failure = delivery.failure or error  # what became of a message says more than that a flush failed
     finally:
         with suppress(KafkaError):  # it flushes again, and fails again; what failed is known by then
             producer.close(timeout=10)
     say(f"{delivery}.")
-    if failure := delivery.failure or failure:  # what became of a message says more than that a flush failed
+    if delivery.failure:
         raise PipelineError(f"{delivery.sent - delivery.acknowledged:,} of {delivery.sent:,} messages could not be delivered to "
-                            f"{topic}: {failure}. Check that Kafka runs and has the topic, then start again.")
+                            f"{topic}: {delivery.failure}. Check that Kafka runs and has the topic, then start again.")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,9 @@ class Part:
     then it is what `overview` shows."""
 
     def __init__(self, script: str, *arguments: str, is_quiet: bool):
-        self.name, self.is_quiet = " ".join([script, *["--to-folder"] * ("--to-folder" in arguments)]), is_quiet  # one of two producers
+        # Two producers run; the other one sends to Kafka.
+        self.name = f"{script} --to-folder" if "--to-folder" in arguments else script
+        self.is_quiet = is_quiet
         self.lines: deque[str] = deque(maxlen=20)
         self.error = self.behind = ""
         self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()

@@ -25,7 +25,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
@@ -74,9 +74,8 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     """
     if not FileSystem(spark, options.input).is_folder(options.input):
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
-    if options.archive and f"{options.archive}/".startswith(f"{options.input}/"):
-        raise PipelineError(f"The folder {options.archive} is in {options.input}, from which it would be read again. Name another "
-                            f"with --archive.")
+    if options.archive:
+        check_archive(options.archive, options.input)
     for place, _, names in os.walk(options.input):  # of a URI there is nothing
         for name in names:
             if re.search("[\ud800-\udfff]", name):
@@ -98,6 +97,15 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         .load(escape_glob(options.input))
         .select("path", "length", "modificationTime", F.current_timestamp().alias("ingest_time"))
     )
+
+
+def check_archive(archive: str, folder: str) -> None:
+    """Raises PipelineError where Spark can't move files from `folder` to `archive`, or would read them there again."""
+    place, source = (urlsplit(path.removeprefix("file://")) for path in (archive, folder))
+    is_root, is_within = not place.path.strip("/"), f"{archive}/".startswith(folder.rstrip("/") + "/")
+    if is_root or is_within or place[:2] != source[:2]:
+        raise PipelineError(f"{archive} can't be the archive of {folder}, which has to be a folder of the same store, and not in it. "
+                            f"Name another with --archive.")
 
 
 def count_waiting(options: argparse.Namespace) -> int:

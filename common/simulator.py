@@ -21,7 +21,7 @@ WRONG_VALUES: dict[str, dict[str, Any]] = {
 
 
 class Simulator:
-    """Sends readings by `contract`. `sensor_types`: those of readings.py, where the contract has such.
+    """Makes readings by `contract`. `sensor_types`: those of readings.py, where the contract has such.
 
     `breaks`: a way to break a reading for each of the contract's reasons, by the reason, but for rules that are unknown here.
     """

@@ -14,6 +14,7 @@ from test_rules import reading
 from common.console import PipelineError
 from common.json_files import LONGEST_RECORD, find_unreadable
 from local_kafka import free_ports
+from streaming_files_to_delta_bronze import check_archive
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -108,11 +109,18 @@ def test_files_that_were_read_are_archived_and_not_read_again(ingest, tmp_path):
     assert run() == (0, 0)
 
 
-def test_an_archive_in_the_folder_is_refused(ingest):
+@pytest.mark.parametrize("archive", ["{input}", "{input}/archive", "/", "s3a://lake", "s3a://lake/archive", "file:///"])
+def test_an_archive_that_cannot_be_is_refused(ingest, archive):
     folder, run = ingest
-    for archive in (folder, folder / "archive"):
-        with pytest.raises(PipelineError, match=f"The folder {archive} is in {folder}, from which it would be read again"):
-            run(archive=str(archive))
+    archive = archive.format(input=folder)
+    with pytest.raises(PipelineError, match=f"{archive} can't be the archive of {folder}, which has to be a folder of the same store"):
+        run(archive=archive)
+
+
+def test_an_archive_is_in_the_bucket_of_the_folder():
+    check_archive("s3a://lake/old", "s3a://lake/in")
+    with pytest.raises(PipelineError, match="s3a://other/old can't be the archive of s3a://lake/in"):
+        check_archive("s3a://other/old", "s3a://lake/in")
 
 
 def test_thousands_of_files_are_read(ingest):

@@ -104,8 +104,8 @@ def check_archive(archive: str, folder: str) -> None:
     place, source = (urlsplit(path.removeprefix("file://")) for path in (archive, folder))
     is_root, is_within = not place.path.strip("/"), f"{archive}/".startswith(folder.rstrip("/") + "/")
     if is_root or is_within or place[:2] != source[:2]:
-        raise PipelineError(f"{archive} can't be the archive of {folder}, which has to be a folder of the same store, and not in it. "
-                            f"Name another with --archive.")
+        raise PipelineError(f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and outside "
+                            f"of that one. Name another with --archive.")
 
 
 def count_waiting(options: argparse.Namespace) -> int:

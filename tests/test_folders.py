@@ -113,7 +113,7 @@ def test_files_that_were_read_are_archived_and_not_read_again(ingest, tmp_path):
 def test_an_archive_that_cannot_be_is_refused(ingest, archive):
     folder, run = ingest
     archive = archive.format(input=folder)
-    with pytest.raises(PipelineError, match=f"{archive} can't be the archive of {folder}, which has to be a folder of the same store"):
+    with pytest.raises(PipelineError, match=f"{archive} can't be the archive of {folder}: it has to be a folder of the same store"):
         run(archive=archive)
 
 

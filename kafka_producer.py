@@ -143,7 +143,7 @@ def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: ar
          stopping: StopFlag) -> None:
     """Sends `messages` at the rate and up to the count asked for, or until `stopping` is set; delivers all it has sent.
 
-    Raises PipelineError where one can't be delivered.
+    Raises PipelineError if one can't be delivered.
     """
     producer = topic.client(Producer, enable_idempotence=True, acks="all", batch_size=128 * 1024,
                             linger_ms=0 if options.rate and options.rate < 100 else 20, allow_auto_create_topics=False)

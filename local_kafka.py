@@ -22,9 +22,9 @@ from pathlib import Path
 
 import javaproperties
 import yaml
-from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
+from common.brokers import Admin
 from common.console import PipelineError, argument_parser, location, port_number, run, say
 from common.java import SCALA, find_java, resolve_jars
 from common.process import REPOSITORY, StopFlag, on_stop_signal
@@ -131,7 +131,7 @@ class Server:
             return subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
     def keep_running(self) -> None:
-        """Starts it again where it has ended, as `restart: on-failure` does; PipelineError where it can't stay up."""
+        """Starts it again if it has ended, as `restart: on-failure` does; PipelineError if it can't stay up."""
         if self.process.poll() is None:
             return
         if self.process.returncode < 0:
@@ -158,7 +158,7 @@ class Server:
 
 def answers(port: int) -> bool:
     try:
-        KafkaAdminClient(bootstrap_servers=f"localhost:{port}", bootstrap_timeout_ms=1000).close()
+        Admin(bootstrap_servers=f"localhost:{port}", bootstrap_timeout_ms=1000).close()
         return True
     except (KafkaError, OSError):
         return False

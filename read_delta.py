@@ -12,16 +12,20 @@
 import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
+import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError, argument_parser, at_least, first_line, location, run, say, table_location
+from common.console import PipelineError, argument_parser, at_least, first_line, location, root_cause, run, say, table_location, warn
 from common.internals import FileSystem
 from common.session import READER_JVM, build_spark
 from common.tables import LAKE, clean_up, time_travel
@@ -48,7 +52,8 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("table", type=table_location, nargs="?", metavar="TABLE", help="path of a Delta table")
-    parser.add_argument("--sql", metavar="QUERY", help="a query over all tables of the lake, as FOLDER.TABLE")
+    parser.add_argument("--sql", metavar="QUERY",
+                        help='a query over all tables of the lake, as FOLDER.TABLE, with "_" for "-" and the like')
     parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
     parser.add_argument("--history", action="store_true", help="the table's commits, newest first")
     parser.add_argument("--optimize", action="store_true", help="merge the table's small files now")
@@ -73,19 +78,35 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
     with tempfile.TemporaryDirectory() as folder:  # a database has a place, though nothing is written there
         place = re.sub(r"(['\\])", r"\\\1", folder)
         for name, path in lake_tables(spark, options.lake).items():
-            database, _, table = name.rpartition("/")
-            database = database.replace("/", "_") or "default"
+            # Spark's names have letters, digits and "_" alone.
+            database, table = (re.sub(r"\W", "_", part, flags=re.ASCII) for part in os.path.split(name))
+            database = database or "default"
             spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}` LOCATION '{place}'")
-            spark.catalog.createTable(f"`{database}`.`{table}`", path, source="delta")
+            with in_the_lake(path):
+                spark.catalog.createTable(f"`{database}`.`{table}`", path, source="delta")
     try:
-        return spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")  # which can only read
+        rows = spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")  # which can only read
     except PySparkException as error:
         problem = re.sub(r"^\[\w+\.?\w*\] |\.? SQLSTATE.*", "", first_line(str(error).strip()))
         raise PipelineError(f"--sql takes one query, and Spark can't run this one: {problem}.") from error
+    names: list[str] = []
+    for name in rows.columns:  # a join may have two of one name
+        times = [each.lower() for each in rows.columns[:len(names)]].count(name.lower())
+        names.append(f"{name}_{times + 1}" if times else name)
+    return rows.toDF(*names)
+
+
+@contextmanager
+def in_the_lake(path: str) -> Iterator[None]:
+    """Names a table that can't be read, which is no reason not to show the others."""
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        warn(f"{path} can't be read: {first_line(root_cause(error))}")
 
 
 def lake_tables(spark: SparkSession, lake: str) -> dict[str, str]:
-    """The paths of the tables under the folder `lake` by their names there. Raises PipelineError where there is none."""
+    """The paths of the tables under the folder `lake` by their names there. Raises PipelineError if there is none."""
     if tables := find_tables(spark, lake):
         return dict(sorted(tables.items()))
     raise PipelineError(f"No Delta table under {lake} yet. Tables appear with the first records; start {STREAMS}.")
@@ -95,14 +116,16 @@ def show_overview(spark: SparkSession, options: argparse.Namespace) -> None:
     """Prints a line for each table under the folder --lake: rows, live files, size, last commit."""
     overview = []
     for name, path in lake_tables(spark, options.lake).items():
-        table = DeltaTable.forPath(spark, path)
-        [detail] = table.detail().collect()
-        [commit] = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).collect()
-        line = {"table": name, "rows": table.toDF().count(), "live_files": detail["numFiles"],
-                "size_mb": round(detail["sizeInBytes"] / 1e6, 2), "version": commit["version"],
-                "last_commit": commit["operation"], "last_commit_time": commit["timestamp"]}
-        overview.append(spark.range(1).select(*[F.lit(value).alias(name) for name, value in line.items()]))
-    show(reduce(DataFrame.union, overview), len(overview), options.format)
+        with in_the_lake(path):
+            table = DeltaTable.forPath(spark, path)
+            [detail] = table.detail().collect()
+            [commit] = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).collect()
+            line = {"table": name, "rows": table.toDF().count(), "live_files": detail["numFiles"],
+                    "size_mb": round(detail["sizeInBytes"] / 1e6, 2), "version": commit["version"],
+                    "last_commit": commit["operation"], "last_commit_time": commit["timestamp"]}
+            overview.append(spark.range(1).select(*[F.lit(value).alias(name) for name, value in line.items()]))
+    if overview:
+        show(reduce(DataFrame.union, overview), len(overview), options.format)
 
 
 def tidy(spark: SparkSession, options: argparse.Namespace) -> None:

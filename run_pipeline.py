@@ -3,8 +3,8 @@
     kafka_producer.py ──> input/sensor_data/*.json ──> streaming_files_to_delta_bronze.py ──> lake/bronze/sensor_data
     kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ────────────────────────────────> lake/silver/sensor_data
 
-It uses the Kafka that answers on localhost:9092 (--port); where none does, it starts local_kafka.py. It makes the topic if
-it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py where what that
+It uses the Kafka that answers on localhost:9092 (--port); if none does, it starts local_kafka.py. It makes the topic if
+it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py if what that
 needs is installed. On a terminal it shows what each does, in place; in a pipe, or with --plain, each line they print, marked
 with the script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the newest rows of both
 tables. If a part dies (not the page), it says which, stops the others and ends with exit code 1.
@@ -150,7 +150,7 @@ class Part:
         return "stopped" if self.process.returncode == 0 else f"exit code {self.process.returncode}"
 
     def rate(self) -> str:
-        """Records a second, by the last two lines that had a number of them; "" where none has come for long."""
+        """Records a second, by the last two lines that had a number of them; "" if none has come for long."""
         return f"{self.per_second:,.1f}" if self.total and time.monotonic() - self.counted_at < QUIET_SECONDS else ""
 
     def wait_for_output(self) -> None:

@@ -23,6 +23,8 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -37,7 +39,7 @@ from common.json_files import escape_glob, find_multiline, read_lines, read_valu
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.source import Left, Source
-from common.streams import add_stream_options, run_until_stopped, trigger_of
+from common.streams import add_stream_options, may_not_read, run_until_stopped, trigger_of
 from common.tables import BRONZE, bronze_tables
 
 MOST_PATTERNS = 100
@@ -76,11 +78,9 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
     if options.archive:
         check_archive(options.archive, options.input)
-    for place, _, names in os.walk(options.input):  # of a URI there is nothing
-        for name in names:
-            if re.search("[\ud800-\udfff]", name):
-                path = os.path.join(place, name).encode(errors="backslashreplace").decode()
-                warn(f"{path} can't be read: its name is not in UTF-8. Rename it.")
+    for path in paths_in(options.input):
+        if re.search("[\ud800-\udfff]", path):
+            warn(f"{path.encode(errors='backslashreplace').decode()} can't be read: its name is not in UTF-8. Rename it.")
     # Of n files whose paths look like patterns Spark makes a list of n * n.
     most_files = options.max_files_per_trigger if escape_glob(options.input) == options.input else min(
         options.max_files_per_trigger, MOST_PATTERNS)
@@ -100,16 +100,23 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
 
 
 def check_archive(archive: str, folder: str) -> None:
-    """Raises PipelineError where Spark can't move files from `folder` to `archive`, or would read them there again."""
+    """Raises PipelineError if Spark can't move files from `folder` to `archive`, or would read them there again."""
     place, source = (urlsplit(path.removeprefix("file://")) for path in (archive, folder))
-    is_root, is_within = not place.path.strip("/"), f"{archive}/".startswith(folder.rstrip("/") + "/")
-    if is_root or is_within or place[:2] != source[:2]:
-        raise PipelineError(f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and outside "
-                            f"of that one. Name another with --archive.")
+    one, other = (f"/{each.path.strip('/')}".rstrip("/") + "/" for each in (place, source))
+    if place[:2] != source[:2] or one.startswith(other) or other.startswith(one):
+        raise PipelineError(f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and neither of the "
+                            f"two may be in the other. Name another with --archive.")
+    if not place.scheme:
+        with suppress(OSError):  # what can't be made can't be written to
+            os.makedirs(place.path, exist_ok=True)
+        for path in (place.path, source.path):  # Spark would silently leave the files where they are
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PipelineError(f"This user may not move files from {folder} to {archive}: {path} can't be written to. Give it "
+                                    f"permission, or name another folder with --archive.")
 
 
 def count_waiting(options: argparse.Namespace) -> int:
-    """How many files were not taken yet; 0 where the folder or the checkpoint is not on this machine."""
+    """How many files were not taken yet; 0 if the folder or the checkpoint is not on this machine."""
     if "://" in options.input + options.checkpoint:
         return 0
     logs = Path(options.checkpoint, "sources", "0").glob("[0-9]*")  # a version, then a line of JSON for each file
@@ -117,9 +124,22 @@ def count_waiting(options: argparse.Namespace) -> int:
         taken = {unquote(json.loads(line)["path"]) for log in logs for line in log.read_text(encoding="utf-8").splitlines()[1:]}
     except (OSError, ValueError):  # the stream will say what is wrong with it
         return 0
-    there = {f"file://{place}/{name}" for place, _, names in os.walk(options.input) for name in names
-             if re.search(r"(?i)^[^._].*\.(jsonl?|ndjson)(\.gz)?$", name)}
+    there = {f"file://{path}" for path in paths_in(options.input) if re.search(r"(?i)\.(jsonl?|ndjson)(\.gz)?$", path)}
     return len(there - taken)
+
+
+def paths_in(folder: str) -> Iterator[str]:
+    """The files in a folder of this machine and in those inside it, but for hidden ones; of a URI none.
+
+    Raises PipelineError if one of them may not be read.
+    """
+    def refuse(error: OSError) -> None:
+        if isinstance(error, PermissionError):  # not one that has just gone
+            raise PipelineError(may_not_read(error.filename)) from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = (name for name in folders if name[0] not in "._")
+        yield from (os.path.join(place, name) for name in names if name[0] not in "._")
 
 
 class FileSource(Source):

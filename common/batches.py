@@ -13,7 +13,7 @@ from common.process import StopFlag
 from common.source import Left
 from common.table_writer import BatchReport, TableWriter, Unwatched
 
-MOST_REASONS = 3  # in the line of a batch
+MOST_REASONS, MOST_FIELDS = 3, 10  # in the line of a batch
 
 
 class Stopped(Exception):
@@ -53,11 +53,12 @@ class Batches:
         """Prints the lines of the batches that are done since the last time."""
         newest = None
         for progress in done_in(query):
-            if (batch := self.reports.pop(progress["batchId"], None)) and batch.rows:
+            batch = self.reports.pop(progress["batchId"], None)
+            newest = progress if batch else newest
+            if batch and batch.rows:
                 source = self.writer.source
                 say(batch_line(batch, progress, source.left(progress, sum(batch.rows.values()))))
                 self.metrics.batch(batch, progress, source.lag(progress))
-                newest = progress
         if newest:
             self.writer.source.note(newest)
 
@@ -84,7 +85,9 @@ def batch_line(report: BatchReport, progress: dict[str, Any], left: Left | None)
         reasons += f" and {len(rejected) - MOST_REASONS} more"
     rows, seconds = sum(report.rows.values()), progress["batchDuration"] / 1000
     seconds_left = left.amount * seconds / max(1, left.of_batch) if left else 0
-    unknown = ", ".join(map(without_controls, report.unknown))
+    unknown = ", ".join(map(without_controls, report.unknown[:MOST_FIELDS]))
+    if len(report.unknown) > MOST_FIELDS:
+        unknown += f" and {len(report.unknown) - MOST_FIELDS:,} more"
     return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
             f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
             + (f", {left.amount:,} {left.kind}" if left else "") + (f" ({seconds_left:,.0f} s at this rate)" if seconds_left > 3 else "")

@@ -25,7 +25,7 @@ READ_AGAIN = "read all that is still there into a new --table with a new --check
 
 @contextmanager
 def exclusive(path: str) -> Iterator[None]:
-    """Keeps the checkpoint at `path` from other processes of this machine. PipelineError where one of them has it.
+    """Keeps the checkpoint at `path` from other processes of this machine. PipelineError if one of them has it.
 
     Where it is a URI (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
     the other fails. A store that can't rename in one step lets both, if they write at the same moment.
@@ -33,7 +33,8 @@ def exclusive(path: str) -> Iterator[None]:
     if "://" in path:
         yield
         return
-    place = Path(path).with_name(f".{Path(path).name}.lock")  # beside it, so that it may be deleted or moved
+    real = Path(os.path.realpath(path))  # by whatever links it is named
+    place = real.with_name(f".{real.name}.lock")  # beside it, so that it may be deleted or moved
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place, blocking=False).acquire()
@@ -47,12 +48,17 @@ def exclusive(path: str) -> Iterator[None]:
 
 
 def check_places(options: argparse.Namespace) -> None:
-    """PipelineError where the checkpoint is where Delta's clean-up of the table, or of its quarantine, would delete it."""
-    for table in (options.table, quarantine_of(options.table)):
-        below = os.path.relpath(options.checkpoint, table).split(os.sep)[0] if "://" not in table + options.checkpoint else ".."
-        if below == "." or below[0] not in "._":
-            raise PipelineError(f"The checkpoint {options.checkpoint} must not be in the table {table}, which deletes what does "
-                                f"not belong to it. Name another place with --checkpoint.")
+    """PipelineError if the stream has a folder in a table, whose clean-up would delete it. URIs are not looked at."""
+    ours = {os.path.realpath(table) for table in (options.table, quarantine_of(options.table)) if "://" not in table}
+    for option in ("checkpoint", "input", "archive"):
+        place = getattr(options, option, None) or "://"
+        real = Path(os.path.realpath(place))
+        inner = real / "…"  # the folder itself is no place for it either
+        for table in inner.parents if "://" not in place else ():
+            is_table = str(table) in ours or (table / "_delta_log").is_dir()
+            if is_table and inner.relative_to(table).parts[0][0] not in "._":  # which are left alone
+                raise PipelineError(f"--{option} {place} must not be in the table {table}, which deletes what does not belong to it. "
+                                    f"Name another place.")
 
 
 def damaged(path: str, reason: str) -> str:
@@ -115,7 +121,7 @@ class Checkpoint:
 def check_start(spark: SparkSession, source: Source, tables: TablePair, contract: Contract, checkpoint_path: str) -> Start:
     """Makes sure that checkpoint, tables, source and contract belong together, and that the tables have the contract's columns.
 
-    Raises PipelineError where going on would lose records (a checkpoint that has read them, tables that don't have them) or
+    Raises PipelineError if going on would lose records (a checkpoint that has read them, tables that don't have them) or
     write them twice.
     """
     checkpoint = Checkpoint(spark, checkpoint_path)
@@ -166,7 +172,7 @@ def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, p
                read_by: dict[str, str]) -> None:
     """Brings the table, which has these `properties`, to the contract's columns.
 
-    Raises PipelineError where it can't, and where a batch was half written and is now `read_by` another contract or in another
+    Raises PipelineError if it can't, or if a batch was half written and is now `read_by` another contract or in another
     mode: some of its records would then be in both tables, or in none.
     """
     is_changed = any(properties.get(name, value) != value for name, value in read_by.items())

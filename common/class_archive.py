@@ -28,7 +28,7 @@ def use_archive(java: Java, jars: list[str]) -> str:
     """
     make, use = OPTIONS[java.release >= 25]
     path = os.path.realpath(java.path)
-    # Java refuses it, in silence, where one of the jars has another path or another time, as PySpark's have in another virtual
+    # Java refuses it, silently, if one of the jars has another path or another time, as PySpark's have in another virtual
     # environment, or in one that was made again.
     times = [str(os.path.getmtime(each)) for each in (path, SPARK_JARS)]
     place = _short_hash(path, str(SPARK_JARS))
@@ -54,9 +54,10 @@ def _make(archive: Path, option: str) -> None:
     run = subprocess.Popen([sys.executable, "-m", "common.training_run", option, draft], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        if run.wait() or not draft.exists():  # this Java can't make one: it starts with an empty one, too
-            draft.write_bytes(b"")
-        os.replace(draft, archive)  # whole or not at all
+        if run.wait() == 0:  # else the next start tries again
+            if not draft.exists():  # this Java can't make one, and starts with an empty one, too
+                draft.write_bytes(b"")
+            os.replace(draft, archive)  # whole or not at all
     finally:
         with suppress(ProcessLookupError):  # after a Ctrl+C: that process and its JVM
             os.killpg(run.pid, signal.SIGKILL)

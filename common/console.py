@@ -14,8 +14,6 @@ from py4j.protocol import Py4JNetworkError
 
 from common.process import Interrupt, ignore_stop_signals, on_stop_signal
 
-LARGEST = 2**31 - 1  # what Spark takes for a number of rows or files
-
 
 class PipelineError(Exception):
     """Something that a user can fix: one sentence that says what happened, where, and what to do next."""
@@ -24,7 +22,7 @@ class PipelineError(Exception):
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         """Names the default of an option that has one; a switch and an option that may be left out have none."""
-        return (action.help or "") if action.default in (None, False) else super()._get_help_string(action) or ""
+        return (action.help or "") if action.default is None or action.default is False else super()._get_help_string(action) or ""
 
 
 def argument_parser(manual: str) -> argparse.ArgumentParser:
@@ -61,8 +59,8 @@ def table_location(value: str) -> str:
     return location(value)
 
 
-def at_least(minimum: float, number: Callable[[str], float] = int) -> Callable[[str], float]:
-    """The type of an option that takes a number from `minimum` on."""
+def at_least(minimum: float, number: Callable[[str], float] = int, at_most: float = 2**31 - 1) -> Callable[[str], float]:
+    """The type of an option that takes a number from `minimum` to `at_most`; by default the most that Spark takes for rows or files."""
 
     def parse(value: str) -> float:
         try:
@@ -72,27 +70,15 @@ def at_least(minimum: float, number: Callable[[str], float] = int) -> Callable[[
         if parsed is None or not minimum <= parsed < float("inf"):
             kind = "a whole number" if number is int else "a number"
             raise argparse.ArgumentTypeError(f"{value!r} is not {kind} of {minimum} or more")
-        if parsed > LARGEST:
-            raise argparse.ArgumentTypeError(f"{value!r} is more than {LARGEST}")
+        if parsed > at_most:
+            raise argparse.ArgumentTypeError(f"{value!r} is more than {at_most}")
         return parsed
 
     return parse
 
 
-def fraction(value: str) -> float:
-    """The type of an option that takes a share, 0 to 1."""
-    share = at_least(0, float)(value)
-    if share > 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is more than 1")
-    return share
-
-
-def port_number(value: str) -> int:
-    """The type of an option that takes a TCP port."""
-    port = int(at_least(1)(value))
-    if port > 65_535:
-        raise argparse.ArgumentTypeError(f"{value!r} is more than 65535")
-    return port
+fraction = at_least(0, float, at_most=1)
+port_number = at_least(1, at_most=65_535)
 
 
 def _innermost(error: BaseException) -> Any:

@@ -24,7 +24,8 @@ from common.internals import is_deterministic
 from common.process import REPOSITORY
 
 __all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]  # what readings.py and the like take from here
-CLOCK = r"(?i)\b(current_(?:date|time|timestamp)|curdate|now|localtimestamp)\b"
+CLOCK = r"(?i)\b(current_(?:date|time|timestamp)|localtimestamp|(?:curdate|now)(?=\s*\())\b"
+STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]*`"""  # or a quoted name
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Contract:
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
             if reason in (*self.reasons[:-len(self.rules)], "unreadable_file"):
                 raise ContractError(f"the rule {reason} has the name of another reason; give it one of its own")
-            if clock := re.search(CLOCK, sql):
+            if clock := re.search(CLOCK, re.sub(STRING, "''", sql)):
                 raise ContractError(f"the rule {reason} uses {clock[0]}, which a repeated batch would see change; use ingest_time")
 
     @property
@@ -79,7 +80,7 @@ class Contract:
                 *(f"invalid_{each.name}" for each in self.fields), *self.rules)
 
     def check_rules(self, spark: SparkSession) -> None:
-        """Raises ContractError where a rule is no SQL over the columns, or not the same for the same record."""
+        """Raises ContractError if a rule is no SQL over the columns, or not the same for the same record."""
         columns = self.columns | {"ingest_time": "TIMESTAMP"}
         empty = spark.range(0).selectExpr(*(f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in columns.items()))
         for reason, sql in self.rules.items():
@@ -108,7 +109,7 @@ def add_readings_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load_contract(path: str) -> Contract:
-    """The CONTRACT of the Python file at `path`. Raises PipelineError where there is none, or an invalid one."""
+    """The CONTRACT of the Python file at `path`. Raises PipelineError if there is none, or an invalid one."""
     return load_readings(path)["CONTRACT"]
 
 

@@ -60,7 +60,7 @@ class Field(ABC):
         return tuple(self.name.split("."))
 
     def value(self, text: str) -> str:
-        """SQL: the column's value, from the SQL of the JSON value as a string; null where it is none."""
+        """SQL: the column's value, from the SQL of the JSON value as a string; null if it is none."""
         return text
 
     def is_invalid(self, value: str) -> str:
@@ -69,7 +69,7 @@ class Field(ABC):
 
 
 class Text(Field):
-    """A string. A blank one is as good as none where the field is required."""
+    """A string. A blank one is as good as none if the field is required."""
     type = "STRING"
     json_types = ("STRING",)
     # It does not begin with white space, so it is not blank, and ends below U+FFFD, as which Java sees what is not UTF-8.

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, Row, SparkSession
+from pyspark.sql.streaming.query import StreamingQuery
 
 
 def without_pandas(module: str) -> None:
@@ -58,7 +59,7 @@ class FileSystem:
         return self._files.exists(self._path(path)) and self._files.getFileStatus(self._path(path)).isDirectory()
 
     def names_in(self, folder: str) -> list[str]:
-        """The names in a folder; none where there is no such folder."""
+        """The names in a folder; none if there is no such folder."""
         return [status.getPath().getName() for status in self._statuses(folder)]
 
     def folders_in(self, folder: str) -> list[str]:
@@ -69,7 +70,7 @@ class FileSystem:
         return list(self._files.listStatus(self._path(folder))) if self.is_folder(folder) else []
 
     def read(self, path: str) -> str | None:
-        """The text of a file; None where there is none."""
+        """The text of a file; None if there is none."""
         if not self._files.exists(self._path(path)):
             return None
         with self._open(path) as content:
@@ -94,7 +95,7 @@ class FileSystem:
             content.close()
 
     def rename(self, old: str, new: str) -> bool:
-        """False where it can't be done; true, too, where there is nothing to rename."""
+        """False if it can't be done; true, too, if there is nothing to rename."""
         return not self._files.exists(self._path(old)) or self._files.rename(self._path(old), self._path(new))
 
 
@@ -114,8 +115,15 @@ def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, 
 
 
 def stream_of(batch: DataFrame) -> str:
-    """The id of the query that has given this micro-batch to `foreachBatch`: the query itself is not known there yet."""
+    """The id of the query that has given this micro-batch to `foreachBatch`, which itself is not told."""
     return batch.sparkSession._jsc.sc().getLocalProperty("sql.streaming.queryId")
+
+
+def query_of(batch: DataFrame) -> StreamingQuery:
+    """The query that has given this micro-batch to `foreachBatch`."""
+    query = batch.sparkSession.streams.get(stream_of(batch))
+    assert query
+    return query
 
 
 def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes]":

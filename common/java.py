@@ -36,7 +36,7 @@ class Java(NamedTuple):
 def find_java() -> Java:
     """The Java that Spark will use: `$JAVA_HOME/bin/java`, or else `java` on the PATH.
 
-    Raises PipelineError where there is none, or one that Spark cannot run on.
+    Raises PipelineError if there is none, or one that Spark cannot run on.
     """
     home = os.environ.get("JAVA_HOME")
     java = os.path.join(home, "bin", "java") if home else shutil.which("java")
@@ -62,7 +62,7 @@ def find_java() -> Java:
 def cache_folder() -> Path:
     """Where jars and Java's class archive are kept: `$PIPELINE_CACHE`, by default Ivy's own place, `~/.ivy2`.
 
-    Raises PipelineError where it can be no such place.
+    Raises PipelineError if it can be no such place.
     """
     elsewhere = "Name another folder for the jars: export PIPELINE_CACHE=/path/to/folder."
     try:
@@ -88,7 +88,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
     """Paths of the jars of Maven `coordinates` and of all they depend on, less the artifacts named `without`.
 
     The first call downloads them with the Ivy that comes with pyspark into `cache_folder()`, and says so; from then on a
-    list beside them answers. Raises PipelineError where a jar can't be downloaded.
+    list beside them answers. Raises PipelineError if a jar can't be downloaded.
     """
     coordinates = sorted(coordinates)
     cache = cache_folder()
@@ -107,7 +107,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
 
 
 def _listed_in(known: Path) -> list[str]:
-    """The jars on a list that `_download` has written; none where one of them is missing."""
+    """The jars on a list that `_download` has written; none if one of them is missing."""
     jars = known.read_text(encoding="utf-8").strip().split(os.pathsep) if known.exists() else []
     return jars if all(map(os.path.exists, jars)) else []
 

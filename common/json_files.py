@@ -134,7 +134,7 @@ def source_file() -> Column:
 def find_oversized(spark: SparkSession, files: list[Row], text_options: dict[str, Any]) -> list[str]:
     """Paths of those of `files` with more in one piece than the memory could hold, each named on stderr.
 
-    READ_OPTIONS leave out a line that long without a word: what is read is then shorter than the file.
+    READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file.
     """
     is_multiline = "wholetext" in text_options
     sizes = {file.path: size for file in files if (size := unpacked_size(spark, file)) > LONGEST_RECORD}

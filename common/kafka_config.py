@@ -17,6 +17,8 @@ from common.console import PipelineError
 PYTHON_NAMES = {"sasl.kerberos.service.name": "sasl_kerberos_service_name"}
 SSL_NAMES = ("ssl.truststore.location", "ssl.truststore.certificates", "ssl.truststore.type", "ssl.keystore.location",
              "ssl.keystore.type", "ssl.key.password", "ssl.endpoint.identification.algorithm")
+# Properties whose value is a class of Java, or the name of a default that has none in kafka-python.
+JAVA_ONLY = r"((key|value)\.serializer|metric\.reporters)=.*|compression\.type=none"
 USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -44,7 +46,7 @@ def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[s
     settings = {}
     for name, value in properties.items():
         setting = PYTHON_NAMES.get(name, name.replace(".", "_"))
-        if name in SSL_NAMES or name in ("sasl.jaas.config", "bootstrap.servers"):
+        if name in SSL_NAMES or name in ("sasl.jaas.config", "bootstrap.servers") or re.fullmatch(JAVA_ONLY, f"{name}={value}"):
             continue
         if setting in known:
             settings[setting] = _as_type_of(known[setting], value, name)

@@ -17,7 +17,7 @@ POINTS = 200  # of a chart, from left to right
 QUICKEST = 2  # seconds from one refresh to the next
 MOST_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
 MOST_COPIED = 1_000_000  # records that are kept in memory while the page is drawn
-CUT_AT = 300  # bytes of a rejected record
+CUT_AT = 300  # characters of a text, bytes of a rejected record
 NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[:0]
 
 
@@ -51,6 +51,8 @@ class Lake:
         self.log = DeltaTable(choice.table)
         rows = self.log.to_pyarrow_dataset()
         self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
+        # When a record was made, or if it does not say, when it arrived.
+        self.moment = f"coalesce({quoted(choice.time)}, ingest_time)"
         self.is_from_kafka = "offset" in rows.schema.names
         try:
             rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
@@ -66,7 +68,9 @@ class Lake:
         [[records]] = self.duckdb.execute(f"SELECT count(*) FROM all_accepted WHERE {of_span}").fetchall()
         # Several queries follow, each of which would open each file again.
         kind = "TABLE" if records <= MOST_COPIED else "VIEW"
-        columns = ", ".join(map(quoted, [*self.columns, "ingest_time"]))
+        texts = [column.name for column in rows.schema if str(column.type) in ("string", "large_string", "string_view")]
+        columns = ", ".join([*(f"left({quoted(name)}, {CUT_AT}) AS {quoted(name)}" if name in texts else quoted(name)
+                               for name in self.columns), "ingest_time"])
         self.duckdb.execute(f"CREATE {kind} accepted AS SELECT {columns} FROM all_accepted WHERE {of_span}")
         self.duckdb.execute(f"CREATE VIEW rejected AS FROM all_rejected WHERE {of_span}")
 
@@ -75,7 +79,7 @@ class Lake:
 
     def course(self, field: str, series: str) -> tuple[pd.DataFrame, int]:
         """The averages of the field (time, series, chart, value) in a 200th of the time each, and how many series are left out."""
-        field, series, moment = (quoted(name) for name in (field, series, self.choice.time))
+        field, series, moment = quoted(field), quoted(series), self.moment
         chart = quoted(self.choice.charts) if self.choice.charts else "NULL"
         there = f"FROM accepted WHERE {field} IS NOT NULL AND {series} IS NOT NULL"
         names = [name for [name] in self.duckdb.execute(f"SELECT DISTINCT {series}::VARCHAR AS name {there} ORDER BY name").fetchall()]
@@ -97,8 +101,8 @@ class Lake:
         """The newest record of each series, or of each that a chart has, the newest first."""
         record = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in self.columns)
         keys = ", ".join(quoted(name) for name in filter(None, (self.choice.series, self.choice.charts)))
-        return plain(self.ask(f"SELECT unnest(newest) FROM (SELECT arg_max(struct_pack({record}), {quoted(self.choice.time)}) AS newest, "
-                              f"max({quoted(self.choice.time)}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time DESC "
+        return plain(self.ask(f"SELECT unnest(newest) FROM (SELECT arg_max(struct_pack({record}), {self.moment}) AS newest, "
+                              f"max({self.moment}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time DESC "
                               f"LIMIT {MOST_DEVICES})"))
 
     def arrivals(self) -> pd.DataFrame:

@@ -1,13 +1,10 @@
 """A stream's figures for Prometheus, and whether it works, over HTTP: `--metrics-port`."""
 
-import socketserver
-import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
 from common.console import PipelineError, say
 from common.table_writer import BatchReport, Unwatched
@@ -27,25 +24,25 @@ class Metrics(Unwatched):
         self.lag = Gauge("pipeline_lag_records", "Records of the partition that were not read yet", ["partition"], registry=registry)
         self.newest = Gauge("pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry)
         self.commit = Gauge("pipeline_last_commit_timestamp_seconds", "End of the last batch", registry=registry)
-        self.metrics = make_wsgi_app(registry)
         try:
-            server = make_server(host, port, self._answer, _Server, _SilentHandler)
+            server, _ = start_http_server(port, host, registry)
         except OSError as error:
             raise PipelineError(f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another "
                                 f"--metrics-port.") from error
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.figures: Any = server.get_app()
+        server.set_app(self._answer)
         say(f"Metrics: http://{host}:{port}/metrics")
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/healthz":
-            return self.metrics(environ, start_response)
+            return self.figures(environ, start_response)
         start_response("200 OK" if self.works else "503 Service Unavailable", [("Content-Type", "text/plain")])
         return [b"ok\n" if self.works else b"the stream does not run\n"]
 
     def working(self, works: bool) -> None:
         self.works = works
 
-    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> None:
+    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[int, int]) -> None:
         self.accepted.inc(report.rows.get(None, 0))
         for reason, rows in report.rows.items():
             if reason:
@@ -57,12 +54,3 @@ class Metrics(Unwatched):
             self.newest_at = max(self.newest_at, report.newest / 1e6)
             self.newest.set(self.newest_at)
         self.commit.set(time.time())
-
-
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _SilentHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass

@@ -27,7 +27,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
 
     In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there is a
     `reject_reason` already, it stays.
-    Out: the same columns; those of the contract (null where the record has no such value); `reject_reason` (string: the
+    Out: the same columns; those of the contract (null if the record has no such value); `reject_reason` (string: the
     first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields that the contract
     does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names).
     """

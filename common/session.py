@@ -24,6 +24,9 @@ SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.sql.session.timeZone": "UTC",
+    # A rule that can't be computed for a record (a division by 0) is null and so does not hold; by default it stops the stream.
+    "spark.sql.ansi.enabled": "false",
+    "spark.sql.legacy.sizeOfNull": "false",  # null, not -1, as with ANSI
     # A record may carry any date from the year 0 on; without this a date before 1900 would fail the whole batch.
     "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
     # INT96, the default, takes a quarter more time to write.
@@ -71,7 +74,7 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
     """A SparkSession with Delta and the Kafka source, in UTC, on `local[*]` or on the master that spark-submit was given.
 
     `jvm`: settings of the driver's JVM, `STREAM_JVM` or `READER_JVM`. `verbose`: lets Spark's own log through.
-    What spark-submit was told by `--conf` wins over `SETTINGS`. Raises PipelineError where Spark can't start.
+    What spark-submit was told by `--conf` wins over `SETTINGS`. Raises PipelineError if Spark can't start.
     """
     is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, whose JVM runs already
     launch = SparkConf(loadDefaults=False) if is_submitted else _local_launch(jvm, make_archive)

@@ -11,7 +11,7 @@ from operator import getitem
 from typing import Any
 
 from common.contract import Contract, load_readings
-from common.fields import Boolean, Field, Integer, Number, Timestamp
+from common.fields import Boolean, Field, Integer, Number, Text, Timestamp
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
@@ -39,7 +39,7 @@ class Simulator:
 
     @classmethod
     def of(cls, readings: str) -> "Simulator":
-        """The simulator for the contract in the file `readings`. Raises PipelineError where there is none."""
+        """The simulator for the contract in the file `readings`. Raises PipelineError if there is none."""
         names = load_readings(readings)
         return cls(names["CONTRACT"], names.get("SENSOR_TYPES", {}))
 
@@ -59,7 +59,8 @@ class Simulator:
                 device["value"] = round(device["exact"], 2)
             reading: dict[str, Any] = {}
             for field in self.contract.fields:
-                put(reading, field, device[field.name] if field.name in device else any_value(field, rng))
+                value = device.get(field.name)
+                put(reading, field, value if is_of(field, value) else any_value(field, rng))
             is_broken = rng.random() < invalid_fraction
             yield device["device_id"], next(breaks)(reading) if is_broken else to_json(reading)
 
@@ -71,6 +72,12 @@ class Simulator:
             usual = rng.uniform(*sensor.typical)
             device |= {"type": sensor_type, "unit": sensor.unit, "usual": usual, "exact": usual}
         return device | {"building": rng.choice(BUILDINGS), "floor": rng.choice(FLOORS)}
+
+
+def is_of(field: Field, value: Any) -> bool:
+    """Whether the field can have this value, which a device has for its name."""
+    kinds = ((Text, str), (Integer, int), (Number, (int, float)))
+    return any(isinstance(field, kind) and isinstance(value, types) for kind, types in kinds)
 
 
 def any_value(field: Field, rng: random.Random) -> Any:

@@ -39,18 +39,18 @@ class Source:
         raise error
 
     def identity(self) -> dict[str, str]:
-        """Table properties that identify the source; a recreated one has others. {} where it has none, or can't say."""
+        """Table properties that identify the source; a recreated one has others. {} if it has none, or can't say."""
         return {}
 
     def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         """Whether the source differs from the one in `written_from`, the properties of its table.
 
-        Raises PipelineError where what the old one still had would be lost, unless that was accepted.
+        Raises PipelineError if what the old one still had would be lost, unless that was accepted.
         """
         return False
 
     def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
-        """Raises PipelineError where the source no longer has what comes after the offsets `unread` of the checkpoint."""
+        """Raises PipelineError if the source no longer has what comes after the offsets `unread` of the checkpoint."""
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
@@ -62,10 +62,10 @@ class Source:
     def note(self, progress: dict[str, Any]) -> None:
         """Tells the source how far the stream has come, after a batch of which Spark reports `progress`: for those who look there."""
 
-    def lag(self, progress: dict[str, Any]) -> dict[str, int]:
-        """Records left to read after a batch of which Spark reports `progress`, by partition; {} where that is not known."""
+    def lag(self, progress: dict[str, Any]) -> dict[int, int]:
+        """Records left to read after a batch of which Spark reports `progress`, by partition; {} if that is not known."""
         return {}
 
     def left(self, progress: dict[str, Any], rows: int) -> Left | None:
-        """What is left to read after a batch of so many rows, of which Spark reports `progress`; None where that is not known."""
+        """What is left to read after a batch of so many rows, of which Spark reports `progress`; None if that is not known."""
         return None

@@ -23,6 +23,7 @@ from common.table_writer import TableWriter, Unwatched
 from common.tables import TablePair
 
 TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
+NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
 MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch between them
 
 
@@ -54,16 +55,16 @@ def trigger_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, dict[str, Any]]], source: Source, tables: TablePair,
                       contract: Contract, options: argparse.Namespace) -> None:
-    """Runs `streams` of `source`, each with its trigger, into `tables`, one after the other, until the last ends or Ctrl+C or
-    SIGTERM comes; the running batch is finished.
+    """Runs `streams` of `source`, each with its trigger, into `tables`, one after the other, until the last ends or a signal comes:
+    then the running batch is finished. If the source stops answering, it waits for it and goes on.
 
-    Where the source stops answering, it waits for it and goes on. Raises PipelineError where it can't start or can't go on.
+    Raises PipelineError if it can't start or can't go on.
     """
     stopping = StopFlag()
     on_stop_signal(stopping.set)
     check_places(options)
     check = partial(check_start, spark, source, tables, contract, options.checkpoint)
-    try:
+    with spark:
         with in_file(options.readings):
             contract.check_rules(spark)
         with exclusive(options.checkpoint):
@@ -91,8 +92,6 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                     if failures > MOST_FAILURES:
                         raise error
                     source.wait_out(error, stopping)
-    finally:
-        spark.stop()
     if not options.once:
         say("Stopped. The next start goes on from here.")
 
@@ -140,16 +139,22 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     if re.search(r"[Ii]ncomplete log file|[Ll]og file was malformed", message):
         return damaged(checkpoint, message)
     places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
-    next_start = "Nothing is lost: the next start goes on from the last committed offsets."
     if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
         fullest = min(free, key=lambda place: free[place], default=table)
-        return f"There is no space left for {fullest} ({message}). Free some and start again. {next_start}"
+        return f"There is no space left for {fullest} ({message}). Free some and start again. {NEXT_START}"
+    denied = re.search(r"(/.*): Permission denied", message)
+    if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
+        return may_not_read(denied[1])
     if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
                  message):
         closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
-        return f"This user may not write to {closed} ({message}). Give it permission and start again. {next_start}"
+        return f"This user may not write to {closed} ({message}). Give it permission and start again. {NEXT_START}"
     return None
+
+
+def may_not_read(folder: str) -> str:
+    return f"This user may not read the folder {folder}. Give it permission, or move the folder, and start again. {NEXT_START}"
 
 
 def _existing(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, Observation, SparkSession
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import PipelineError, first_line, root_cause, warn
@@ -50,7 +50,7 @@ class Unwatched:
     def working(self, works: bool) -> None:
         """Whether the query runs."""
 
-    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[str, int]) -> None:
+    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[int, int]) -> None:
         """A batch with records, of which Spark reports `progress`; `lag`: records left to read, by partition."""
 
 
@@ -104,20 +104,8 @@ class TableWriter:
         parsed = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
         is_rejected = F.col("reject_reason").isNotNull()
         rejected = parsed.where(is_rejected).select(*self.tables.quarantine_columns)
-        binary = [F.coalesce(F.octet_length(name), F.lit(0)) for name, kind in self.tables.quarantine_columns.items() if kind == "BINARY"]
-        is_kept = is_rejected & (sum(binary, F.lit(0)) <= LONGEST_KEPT)
-        most_kept = min(100_000, MOST_KEPT // cores)  # of each task, and Spark's limit
         seen = Observation()
-        accepted = parsed.observe(
-            seen,
-            # Exact for so few reasons; it counts null too, and takes less time than a count for each.
-            F.expr("approx_top_k(reject_reason, 700, 1000)").alias("rows"),
-            F.expr("approx_top_k(CASE WHEN reject_reason IS NULL AND size(_unknown_fields) > 0 "
-                   "THEN to_json(transform(slice(_unknown_fields, 1, 20), name -> left(name, 50))) END, 100, 1000)").alias("unknown"),
-            F.max_by(F.struct(*rejected.columns), F.when(is_kept, 1), most_kept).alias("kept"),
-            # One whose clock is ahead is no newer than its arrival.
-            F.max(F.when(~is_rejected, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))).alias("newest"),
-        ).where(~is_rejected)
+        accepted = parsed.observe(seen, *self._figures(is_rejected, most_kept=min(100_000, MOST_KEPT // cores))).where(~is_rejected)
         with _code_generation(spark):
             if batch_id <= state_of(spark, self.tables.table, stream)[1]:  # it was written before a crash
                 accepted.write.format("noop").mode("overwrite").save()
@@ -129,12 +117,27 @@ class TableWriter:
         if found.length() == 0:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
             return BatchReport(dict(map(tuple, parsed.groupBy("reject_reason").count().collect())), 0, [], None), rejected
         rows, unknown = ({row.get(0): row.get(1) for row in found.getList(number)} for number in (0, 1))
-        unknown.pop(None, None)
-        kept = found.getList(2)  # None for none
+        kept = found.getList(3)  # None for none
         if kept and len(kept) == sum(count for reason, count in rows.items() if reason):
             rejected = from_java_rows(spark, kept, rejected).coalesce(1)
-        names = sorted({name for several in unknown for name in json.loads(several)})
-        return BatchReport(rows, sum(unknown.values()), names, found.get(3)), rejected
+        names = sorted({name for several in unknown if several for name in json.loads(several)})
+        return BatchReport(rows, found.get(2), names, found.get(4)), rejected
+
+    def _figures(self, is_rejected: Column, most_kept: int) -> Iterator[Column]:
+        """What is observed of a batch: the values of a BatchReport, and as `kept` the rejected records as the quarantine takes them,
+        if they are not too many or too long. `most_kept`: of each task, at most 100,000, which is Spark's limit."""
+        has_unknown = ~is_rejected & (F.size("_unknown_fields") > 0)
+        names = F.transform(F.slice("_unknown_fields", 1, 20), lambda name: F.left(name, F.lit(50)))
+        columns = self.tables.quarantine_columns
+        binary = [F.coalesce(F.octet_length(name), F.lit(0)) for name, kind in columns.items() if kind == "BINARY"]
+        is_kept = is_rejected & (sum(binary, F.lit(0)) <= LONGEST_KEPT)
+        # Exact for so few reasons; it counts null too, and takes less time than a count for each.
+        yield F.call_function("approx_top_k", F.col("reject_reason"), F.lit(700), F.lit(1000)).alias("rows")
+        yield F.call_function("approx_top_k", F.when(has_unknown, F.to_json(names)), F.lit(100), F.lit(1000)).alias("unknown")
+        yield F.count_if(has_unknown).alias("with_unknown")
+        yield F.max_by(F.struct(*columns), F.when(is_kept, 1), most_kept).alias("kept")
+        # One whose clock is ahead is no newer than its arrival.
+        yield F.max(F.when(~is_rejected, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))).alias("newest")
 
     def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str) -> None:
         """Appends `records` to `table`, unless its log says that this stream's batch is there: a batch repeated after a

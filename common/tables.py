@@ -68,7 +68,7 @@ def quarantine_of(table: str) -> str:
 
 def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str]) -> None:
     """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name, or takes over one that
-    has no writer any more. Raises PipelineError where the table is another stream's.
+    has no writer any more. Raises PipelineError if the table is another stream's.
     """
     table = DeltaTable.createIfNotExists(spark).location(path)
     for name, kind in columns.items():
@@ -89,7 +89,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
 def fit_table(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
     """Adds to the table at `path` those of `columns` that it lacks; older rows have null there.
 
-    A column that is no longer among them stays, and is null in newer rows. Raises PipelineError where one has another type.
+    A column that is no longer among them stays, and is null in newer rows. Raises PipelineError if one has another type.
     """
     there = {name.lower(): kind.upper() for name, kind in spark.read.format("delta").load(path).dtypes}
     for name, kind in columns.items():
@@ -120,7 +120,7 @@ def time_travel(spark: SparkSession, path: str) -> str:
 
 
 def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:
-    """The properties of the table at `path`; None where there is no table."""
+    """The properties of the table at `path`; None if there is no table."""
     if not DeltaTable.isDeltaTable(spark, path):
         return None
     # Takes them from the newest commit's checksum; DeltaTable.detail() would read the whole table's state.

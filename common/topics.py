@@ -3,18 +3,24 @@
 import argparse
 import re
 import time
-from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import TopicPartition
 from kafka.admin import OffsetSpec
-from kafka.errors import KafkaError, NoError, TopicAlreadyExistsError
+from kafka.errors import (
+    AuthorizationError,
+    BrokerResponseError,
+    InvalidReplicationFactorError,
+    KafkaError,
+    NoError,
+    TopicAlreadyExistsError,
+)
 from kafka.protocol.consumer.offsets import IsolationLevel
 from kafka.structs import OffsetAndMetadata
 
-from common.brokers import Broker, NoBrokerError, add_broker_options
-from common.console import PipelineError, at_least, first_line, in_progress, root_cause, say
+from common.brokers import Admin, Broker, NoBrokerError, add_broker_options
+from common.console import PipelineError, at_least, first_line, in_progress, java_class, root_cause, say
 from common.kafka_config import read_properties
 from common.process import StopFlag
 
@@ -71,9 +77,9 @@ class Topic(Broker):
         return self.properties.get("group.id", f"pipeline-{name}")
 
     def wait(self, seconds: float, create: bool = False, stopping: StopFlag | None = None) -> None:
-        """Returns once the topic is there, or `stopping` is set; `create` makes it where it is missing.
+        """Returns once the topic is there, or `stopping` is set; `create` makes it if it is missing.
 
-        Raises PipelineError where no broker answers, or there is no topic, for so many seconds.
+        Raises PipelineError if no broker answers, or there is no topic, for so many seconds.
         """
         deadline = time.monotonic() + seconds
         with in_progress() as note:
@@ -87,9 +93,12 @@ class Topic(Broker):
                 (stopping.wait if stopping else time.sleep)(0.5)
 
     def _require(self, create: bool) -> None:
-        """Raises NoBrokerError or NoTopicError where one is not there; `create` makes the topic."""
-        def look(admin: KafkaAdminClient) -> None:
+        """Raises NoBrokerError or NoTopicError if one is not there; `create` makes the topic."""
+        def look(admin: Admin) -> None:
             if self.name in admin.list_topics():
+                [topic] = admin.describe_topics([self.name])
+                if any(partition["leader_id"] < 0 for partition in topic["partitions"]):
+                    raise NoBrokerError(f"The broker of some partitions of {self} is away.")
                 return
             if not create:
                 raise NoTopicError(
@@ -100,22 +109,29 @@ class Topic(Broker):
                 admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1}}, wait_for_metadata=True)
             except TopicAlreadyExistsError:
                 raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
+            except BrokerResponseError as error:
+                # A broker that has just started knows of none that could have a replica.
+                if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
+                    raise
+                raise PipelineError(f"Kafka refuses to make {self} ({type(error).__name__}). Choose another --topic, or have it made by "
+                                    f"somebody who may.") from error
             say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
         self.ask(look)
 
     @cached_property
-    def _admin(self) -> KafkaAdminClient:
-        return self.client(KafkaAdminClient)
+    def _admin(self) -> Admin:
+        return self.client(Admin)
 
     def id(self) -> str:
-        """Kafka's id of the topic, which changes when it is deleted and made again; "" where there is no topic."""
+        """Kafka's id of the topic, which changes when it is deleted and made again; "" if there is no topic."""
         [topic] = self._admin.describe_topics([self.name])
         return str(topic["topic_id"] or "")
 
     def lost(self, unread: dict[int, int]) -> str:
         """Offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
-        first, end = (self._offsets(unread, spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+        first, end = (self._offsets(spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
         gone = []
+        unread = dict.fromkeys(first, 0) | unread  # partitions that are new are read from their beginning
         for partition, next_offset in sorted(unread.items()):
             if partition not in end:
                 gone.append(f"partition {partition} from offset {next_offset} on")
@@ -125,26 +141,29 @@ class Topic(Broker):
                 gone.append(f"partition {partition} offsets {end[partition]} to {next_offset - 1} (already read; others take their place)")
         return ", ".join(gone)
 
+    def beginning(self) -> dict[int, int]:
+        """The first offset of each partition."""
+        return self._offsets(OffsetSpec.EARLIEST)
+
     def read_too_far(self, unread: dict[int, int]) -> str:
         """Where `unread` is past the start of a transaction that is still open, as text; "" if nowhere."""
-        end = self._offsets(unread, OffsetSpec.LATEST)
-        settled = self._offsets(unread, OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
+        end = self._offsets(OffsetSpec.LATEST)
+        settled = self._offsets(OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
         return ", ".join(f"partition {partition} from offset {settled[partition]} on"
                          for partition, next_offset in sorted(unread.items())
                          if partition in end and settled[partition] < next_offset <= end[partition])
 
-    def _offsets(self, partitions: Iterable[int], spec: OffsetSpec, **options: Any) -> dict[int, int]:
-        """The first or last offset of those of `partitions` that the topic has."""
+    def _offsets(self, spec: OffsetSpec, **options: Any) -> dict[int, int]:
+        """The first or last offset of each partition."""
         [topic] = self._admin.describe_topics([self.name])
-        there = {partition["partition_index"] for partition in topic["partitions"]}
-        places = {TopicPartition(self.name, partition): spec for partition in partitions if partition in there}
+        places = {TopicPartition(self.name, partition["partition_index"]): spec for partition in topic["partitions"]}
         return {place.partition: found.offset
                 for place, found in self._admin.list_partition_offsets(places, **options).items()}
 
     @cached_property
-    def _notes(self) -> KafkaAdminClient:
+    def _notes(self) -> Admin:
         """A client of its own: the stream asks the other one at the same time."""
-        return self.client(KafkaAdminClient, request_timeout_ms=NOTE_SECONDS * 1000, bootstrap_timeout_ms=NOTE_SECONDS * 1000)
+        return self.client(Admin, request_timeout_ms=NOTE_SECONDS * 1000, bootstrap_timeout_ms=NOTE_SECONDS * 1000)
 
     def note_offsets(self, group: str, offsets: dict[int, int]) -> None:
         """Notes in Kafka that the consumer group `group` goes on at these offsets (partition: next offset). Raises KafkaError."""
@@ -163,10 +182,10 @@ class Topic(Broker):
     def unread(self, group: str) -> int | None:
         """How many records come after the offsets that the consumer group has noted; None if it has noted none.
 
-        Raises KafkaError, or OSError where no broker listens.
+        Raises KafkaError, or OSError if no broker listens.
         """
         self.require_listener()
-        with self.client(KafkaAdminClient, bootstrap_timeout_ms=1000) as admin:
+        with self.client(Admin, bootstrap_timeout_ms=1000) as admin:
             noted = admin.list_group_offsets([group])[group]
             ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))
         return sum(max(0, ends[place].offset - note.offset) for place, note in noted.items()) if noted else None
@@ -174,16 +193,15 @@ class Topic(Broker):
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
 
-        Raises PipelineError where Kafka stays away or waiting is of no use; `error` where it is not Kafka's.
+        Raises PipelineError if Kafka stays away or waiting is of no use; `error` if it is not Kafka's.
         """
-        message = root_cause(error)
-        if re.search("[Aa]uthenticat|[Aa]uthoriz|SSL", message):
-            raise self.refused(first_line(message)) from error
-        if re.search("may have been lost|is out of range for partition", message):  # what is lost is looked at next
-            return
+        message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"
+        if re.search(r"(Authenticat|Authoriz|S[sS][lL])\w*(Exception|Error)", message):
+            raise self.refused(first_line(root_cause(error))) from error
         has_no_topic = re.search(
             r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)
-        if not (has_no_topic or isinstance(error, KafkaError) or re.search(r"[Tt]imed out|[Tt]imeout|[Dd]isconnect", message)):
+        is_away = r"kafka\.\S*(Timeout|Disconnect|Network|NotAvailable|NotLeader)\w*Exception|java\.util\.concurrent\.TimeoutException"
+        if not (has_no_topic or isinstance(error, KafkaError) or re.search(is_away, message)):
             raise error
         if not has_no_topic:
             say(f"Kafka on {self.servers} no longer answers.")

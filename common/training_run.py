@@ -4,32 +4,42 @@
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 from pyspark.sql import functions as F
 
-from common.contract import load_contract
+from common.contract import Contract, Integer, Number, Text, Timestamp
 from common.internals import jvm_of
-from common.process import REPOSITORY, StopFlag
+from common.process import StopFlag
 from common.session import build_spark
+from common.simulator import Simulator
 from common.streams import TO_ITS_END, run_query
 from common.table_writer import Start, TableWriter, Unwatched
 from common.tables import bronze_tables
 from common.viewer import newest_since, read_table, show
 from streaming_files_to_delta_bronze import FileSource, list_new_files
 
+# Of all kinds, and not the user's, which may change.
+CONTRACT = Contract((Timestamp("time"), Text("device_id"), Integer("floor", required=False), Number("value")), {"below_0": "value < 0"})
+
 
 def main(make: str, archive: str) -> None:
-    """Takes the sample files through a stream into tables, and shows these."""
+    """Takes two files through a stream into tables, and shows these."""
     spark = build_spark("class-archive", make_archive=f"{make}={archive}")
     with tempfile.TemporaryDirectory() as folder:
-        options = argparse.Namespace(input=f"{REPOSITORY}/input/sensor_data", checkpoint=f"{folder}/checkpoint", once=True,
-                                     max_files_per_trigger=1, archive=None)
-        contract = load_contract(f"{REPOSITORY}/readings.py")
-        tables = bronze_tables(f"{folder}/table", contract.columns)
-        writer = TableWriter(tables, contract, FileSource(is_multiline=False), Start({}, {}))
+        files = Path(folder, "input")
+        files.mkdir()
+        messages = Simulator(CONTRACT, {}).messages(devices=12, invalid_fraction=0.2, seed=1)
+        for name in ("1.json", "2.json"):
+            (files / name).write_bytes(b"\n".join(record or b"" for _, record in itertools.islice(messages, 20)))
+        options = argparse.Namespace(input=str(files), checkpoint=f"{folder}/checkpoint", once=True, max_files_per_trigger=1,
+                                     archive=None)
+        tables = bronze_tables(f"{folder}/table", CONTRACT.columns)
+        writer = TableWriter(tables, CONTRACT, FileSource(is_multiline=False), Start({}, {}))
         run_query(list_new_files(spark, options), TO_ITS_END, writer, options.checkpoint, StopFlag(), Unwatched())
         for table in (tables.table, tables.quarantine):
             newest_since(spark, table, 5)

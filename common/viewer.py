@@ -54,7 +54,7 @@ def add_reader_options(parser: argparse.ArgumentParser) -> None:
 def read_table(spark: SparkSession, path: str, written_by: str, **time_travel: Any) -> DataFrame:
     """The Delta table at `path`, at a version or time if told (`versionAsOf`, `timestampAsOf`).
 
-    Raises PipelineError where there is none; `written_by` is the command that makes it.
+    Raises PipelineError if there is none; `written_by` is the command that makes it.
     """
     if not DeltaTable.isDeltaTable(spark, path):
         raise PipelineError(f"No Delta table at {path} yet. It appears with the first records; start {written_by}.")
@@ -65,7 +65,7 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
     """A time (microseconds since 1970) such that at least `limit` rows of the table have an ingest_time from it on.
 
     It comes from the statistics of the files in the table's log. So the newest rows are found without a look at all of
-    them: Delta skips each file whose rows are all older. None where no file may be skipped.
+    them: Delta skips each file whose rows are all older. None if no file may be skipped.
     """
     statistics = F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>")
     files = (files_of(spark, path).select(statistics.alias("file"))

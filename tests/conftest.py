@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from pyspark.sql import SparkSession
 
 from common.checkpoints import check_start
 from common.class_archive import use_archive
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
-from common.process import StopFlag
+from common.process import STOP_SIGNALS, StopFlag
 from common.session import build_spark
 from common.source import Source
 from common.streams import TO_ITS_END, run_query
@@ -170,6 +172,35 @@ def spark():
     session = build_spark("tests")
     yield session
     session.stop()
+
+
+@pytest.fixture
+def run_here(request, capsys):
+    """As `run_script`, in this process and in the session of the tests: for what a script does, where its start is not the point."""
+    def run(name: str, *arguments) -> subprocess.CompletedProcess:
+        def session(*_, **__):
+            session = request.getfixturevalue("spark")
+            session._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # as in a new process
+            return session
+
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        capsys.readouterr()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("common.session.build_spark", session)
+                patch.setattr("common.reader.build_spark", session)
+                patch.setattr(SparkSession, "stop", lambda _: None)
+                patch.setattr(sys, "argv", [str(REPOSITORY / name), *map(str, arguments)])
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return subprocess.CompletedProcess([name, *arguments], code, *capsys.readouterr())
+
+    return run
 
 
 class GivenRecords(Source):

@@ -3,11 +3,12 @@
 import itertools
 import json
 import random
+import time
 from pathlib import Path
 
 import oracle
 import pytest
-from conftest import REPOSITORY, bronze_writer, run_script, tables
+from conftest import REPOSITORY, bronze_writer, tables
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kafka import KafkaProducer
@@ -21,6 +22,8 @@ from common.console import PipelineError
 from common.contract import Boolean, Contract, Integer, Number, Text, Timestamp, load_contract
 from common.fields import ContractError
 from common.parsing import parse
+from common.simulator import Simulator
+from readings import SENSOR_TYPES
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 
@@ -174,6 +177,15 @@ def test_a_contract_of_a_hundred_fields_is_read(spark):
     assert [(row.n1, row.n99) for row in rows if not row.reject_reason] == [(1, 99), (1, 99), (1, None)]
 
 
+def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_names_of_its_own_with_other_kinds():
+    kinds = (Text, Boolean, Number, Integer, Timestamp)
+    for kind in kinds:
+        contract = Contract(tuple(kind(name) for name in ("device_id", "building", "floor", "type", "unit", "value", "usual", "exact")))
+        for sensor_types in ({}, SENSOR_TYPES):
+            for _, record in itertools.islice(Simulator(contract, sensor_types).messages(3, seed=1), 20):
+                assert oracle.read(contract, record, time.time_ns() // 1000)[0] is None, record
+
+
 # --- What can't be a contract
 
 @pytest.mark.parametrize("source, complaint", [
@@ -234,16 +246,35 @@ def test_a_rule_may_use_all_columns_and_the_time_of_arrival(spark):
 
 
 @pytest.mark.parametrize("script", [BRONZE, CONSUMER])
-def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, silver):
+def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, silver, run_here):
     topic, options = silver
-    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     source = topic if script == CONSUMER else ["--input", tmp_path]
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from common.contract import *\nCONTRACT = Contract((Text('a'),), {'red': 'colour = 1'})\n")
-    run = run_script(script, *source, *options[4:], "--readings", wrong, "--once")
+    run = run_here(script, *source, *options[4:], "--readings", wrong, "--once")
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and not run.stdout
     assert run.stderr.startswith(f"error: Invalid contract in {wrong}: the rule red is not a condition over a, ingest_time: ")
     assert not (tmp_path / "silver").exists() and not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("rule, record", [
+    ("n + 1 > 100", {"n": 2**31 - 1}), ("1 / n > 3", {"n": 0}), ("CAST(a AS INT) > 5", {"a": "x"}),
+    ("CAST(a AS DATE) > '2026'", {"a": "x"}),
+    ("split(a, '-')[3] = 'x'", {"a": "x"}), ("to_timestamp(a) > ingest_time", {"a": "yesterday"})])
+def test_a_rule_that_cannot_be_computed_does_not_hold_and_stops_nothing(spark, rule, record):
+    contract = Contract((Text("a", required=False), Integer("n", required=False, bits=32)), {"odd": rule})
+    contract.check_rules(spark)
+    [row] = read(spark, contract, [json.dumps(record).encode()])
+    assert row.reject_reason is None
+
+
+def test_a_rule_may_speak_of_now_and_not_ask_for_it(spark):
+    rules = {"a": "mode = 'right now'", "b": "now > 3", "c": "`now` < 0 OR mode = \"now()\""}
+    contract = Contract((Text("mode"), Number("now")), rules)
+    contract.check_rules(spark)
+    [row] = read(spark, contract, [b'{"mode": "x", "now": 4}'])
+    assert row.reject_reason == "b"
 
 
 # --- What becomes of the tables
@@ -257,12 +288,12 @@ def one_line_more(tmp_path: Path, line: str) -> Path:
     return file
 
 
-def test_an_optional_field_is_one_line_by_both_roads(spark, broker, silver, tmp_path):
+def test_an_optional_field_is_one_line_by_both_roads(spark, broker, silver, tmp_path, run_here):
     topic, kafka = silver
     folder = tmp_path / "input"
     folder.mkdir()
     files = ["--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"]
-    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
 
     def send(name: str, *records: bytes) -> list:
         """Sends the records by both roads and reads them; what both streams said."""
@@ -270,7 +301,7 @@ def test_an_optional_field_is_one_line_by_both_roads(spark, broker, silver, tmp_
         with KafkaProducer(bootstrap_servers=broker) as producer:
             for record in records:
                 producer.send(topic[3], record)
-        return [run_script(script, *options, "--once", *readings) for script, options in ((BRONZE, files), (CONSUMER, kafka))]
+        return [run_here(script, *options, "--once", *readings) for script, options in ((BRONZE, files), (CONSUMER, kafka))]
 
     readings: list = []
     for run in send("1.json", reading(value=1), reading(value=2, battery=90, rssi=-70)):
@@ -398,17 +429,17 @@ def test_an_uplink_of_the_things_stack_is_read_and_its_contract_may_grow(spark, 
         uplink(-70), uplink("cold"), uplink(3, f_cnt=None), uplink(4, decoded_payload="AQ==")])
 
 
-def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tmp_path):
+def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tmp_path, run_here):
     topic, kafka = silver
     example = REPOSITORY / "examples"
     sample = (example / "zigbee2mqtt" / "sample.jsonl").read_bytes().splitlines()
-    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     with KafkaProducer(bootstrap_servers=broker) as producer:
         for record in sample:
             producer.send(topic[3], record)
     files = ["--input", example / "zigbee2mqtt", "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"]
     for script, options in ((BRONZE, files), (CONSUMER, kafka)):
-        run = run_script(script, *options, "--readings", example / "zigbee2mqtt.py", "--once")
+        run = run_here(script, *options, "--readings", example / "zigbee2mqtt.py", "--once")
         assert run.returncode == 0, run.stderr
         assert ("7 rows in, 4 accepted, 3 rejected (invalid_last_seen 1, missing_device.friendlyName 1, "
                 "percentage_out_of_range 1)") in run.stdout

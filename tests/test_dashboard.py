@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.contract import load_contract
+from common.lake import Choice, Lake
 from local_kafka import free_ports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -102,6 +103,16 @@ def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):
     page, _ = visit(tmp_path)
     expect(page.get_by_text("Newest records")).to_be_visible()
     expect_in_table(page, 0, json.loads(records[0])["device"]["friendlyName"])
+
+
+def test_records_without_a_time_count_by_their_arrival_and_long_texts_are_cut(spark, tmp_path):
+    contract = load_contract(f"{REPOSITORY}/examples/zigbee2mqtt.py")
+    records = [{"device": {"friendlyName": name * 1000}, "temperature": number} for number, name in enumerate("aab")]
+    write(spark, bronze_writer(tmp_path / "home", contract), 0, *(json.dumps(record).encode() for record in records))
+    lake = Lake(Choice(str(tmp_path / "home"), 900, "temperature", "device", None, "last_seen"))
+    points, _ = lake.course("temperature", "device")
+    assert sorted(points["value"]) == [0.5, 2]
+    assert sorted(lake.newest_of_each()["device"]) == ["a" * 300, "b" * 300]
 
 
 def test_no_lake_and_an_empty_one_are_waited_for_until_a_table_comes(spark, tmp_path, visit):

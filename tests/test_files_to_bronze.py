@@ -74,16 +74,16 @@ def test_files_of_all_kinds_arrive_and_broken_ones_hurt_nobody_else(spark, bronz
     assert "10 rows in, 5 accepted, 5 rejected (malformed_json 2, invalid_encoding 1, out_of_range 1 and 1 more), " in run.stdout
 
 
-def test_the_tables_have_the_columns_of_the_design_and_nobody_elses(spark, bronze, tmp_path):
+def test_the_tables_have_the_columns_of_the_design_and_nobody_elses(spark, bronze, tmp_path, run_here):
     folder, options = bronze
     put(folder, "one.json", reading(), b"{")
-    assert run_script(SCRIPT, *options, "--once").returncode == 0
+    assert run_here(SCRIPT, *options, "--once").returncode == 0
     pair = bronze_tables(str(tmp_path / "bronze"), CONTRACT.columns)
     for table, columns in ((pair.table, pair.columns), (pair.quarantine, pair.quarantine_columns)):
         assert [(name, kind.upper()) for name, kind in spark.read.format("delta").load(table).dtypes] == list(columns.items())
 
 
-def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path):
+def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path, run_here):
     folder, options = bronze
     pretty = {"indent": 2, "ensure_ascii": False}
     put(folder, "object.json", json.dumps(VALID | {"value": 1.0}, **pretty).encode())
@@ -99,7 +99,7 @@ def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path):
     put(folder, "lines.json", reading(), reading())
     put(folder, "latin1.json", "[{\"building\":\"é\"}]".encode("latin-1"))
 
-    assert run_script(SCRIPT, *options, "--multiline", "--once").returncode == 0
+    assert run_here(SCRIPT, *options, "--multiline", "--once").returncode == 0
 
     accepted = rows_of(spark, tmp_path / "bronze", ["value", "device_id", "building"])
     assert accepted == [(1.0, "sensor-001", "A"), (2.0, "sensor-001", "A"), (3.0, "Ärger {[,]}", "A"),
@@ -114,7 +114,7 @@ def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path):
     assert (whole["tail.json"], whole["disguised.json"]) == (tail + b"\n", disguised + b"\n")
 
 
-def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bronze, tmp_path, start):
+def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bronze, tmp_path, start, run_here):
     folder, options = bronze
     put(folder, "1.json", reading(value=1))
     stream = start(SCRIPT, *options, "--trigger", "0 seconds")
@@ -126,14 +126,14 @@ def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bron
     put(folder, "1.json", reading(value=99))  # a name that was read
     for number in (3, 4, 5):
         put(folder, f"{number} ü.json", reading(value=number))
-    again = run_script(SCRIPT, *options, "--once", "--max-files-per-trigger", 1)
+    again = run_here(SCRIPT, *options, "--once", "--max-files-per-trigger", 1)
     assert again.returncode == 0, again.stderr
     assert re.findall(r"s, (\d files? left)|s\n", again.stdout) == ["2 files left", "1 file left", ""]
     assert rows_of(spark, tmp_path / "bronze", ["value"]) == [(1.0,), (2.0,), (3.0,), (4.0,), (5.0,)]
 
 
-def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path, start):
-    run = run_script("kafka_producer.py", "--to-folder", tmp_path / "new" / "folder", "--rate", 0, "--count", 25_000, "--seed", 1,
+def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path, start, run_here):
+    run = run_here("kafka_producer.py", "--to-folder", tmp_path / "new" / "folder", "--rate", 0, "--count", 25_000, "--seed", 1,
                      "--invalid-fraction", 0.1)
     assert (run.returncode, run.stderr) == (0, "")
     messages = itertools.islice(Simulator(CONTRACT, SENSOR_TYPES).messages(12, 0.1, seed=1), 25_000)
@@ -150,7 +150,7 @@ def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path
     assert len(list(tmp_path.glob("2*.json"))) == int(files)
     assert sum(file.read_bytes().count(b"\n") for file in tmp_path.glob("2*.json")) == int(records)
 
-    run = run_script("kafka_producer.py", "--to-folder", "/proc/none", "--count", 1)
+    run = run_here("kafka_producer.py", "--to-folder", "/proc/none", "--count", 1)
     assert run.returncode == 1 and run.stderr.startswith("error: /proc/none can't be written to: ") and run.stderr.count("\n") == 1
 
 
@@ -167,21 +167,21 @@ def test_ctrl_c_under_spark_submit_lets_the_batch_finish(bronze, start):
     assert "Traceback" not in stream.output and "Stopped." in stream.output
 
 
-def test_a_checkpoint_without_its_table_and_a_table_without_its_checkpoint_are_refused(bronze, tmp_path):
+def test_a_checkpoint_without_its_table_and_a_table_without_its_checkpoint_are_refused(bronze, tmp_path, run_here):
     folder, options = bronze
     put(folder, "1.json", reading())
-    assert run_script(SCRIPT, *options, "--once").returncode == 0
+    assert run_here(SCRIPT, *options, "--once").returncode == 0
 
     other = [*options[:4], "--checkpoint", tmp_path / "other"]
-    run = run_script(SCRIPT, *other, "--once")
+    run = run_here(SCRIPT, *other, "--once")
     assert run.returncode == 1 and "was not written with the checkpoint" in run.stderr and "Traceback" not in run.stderr
 
     os.rename(quarantine_of(str(tmp_path / "bronze")), tmp_path / "gone")
-    run = run_script(SCRIPT, *options, "--once")
+    run = run_here(SCRIPT, *options, "--once")
     assert run.returncode == 1 and "there is no such table" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_a_missing_input_folder_is_an_error_with_a_way_out(tmp_path):
-    run = run_script(SCRIPT, "--input", tmp_path / "nowhere", "--once")
+def test_a_missing_input_folder_is_an_error_with_a_way_out(tmp_path, run_here):
+    run = run_here(SCRIPT, "--input", tmp_path / "nowhere", "--once")
     assert (run.returncode, run.stderr) == (
         1, f"error: No folder {tmp_path}/nowhere. Make it, or name another with --input.\n")

@@ -1,5 +1,6 @@
 """Folders and files of every shape, in one session of Spark through the stream's own functions."""
 
+import argparse
 import gzip
 import itertools
 import json
@@ -11,10 +12,10 @@ from conftest import run_script
 from test_files_to_bronze import put
 from test_rules import reading
 
-from common.console import PipelineError
+from common.console import PipelineError, location
 from common.json_files import LONGEST_RECORD, find_unreadable
 from local_kafka import free_ports
-from streaming_files_to_delta_bronze import check_archive
+from streaming_files_to_delta_bronze import check_archive, count_waiting
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -109,18 +110,31 @@ def test_files_that_were_read_are_archived_and_not_read_again(ingest, tmp_path):
     assert run() == (0, 0)
 
 
-@pytest.mark.parametrize("archive", ["{input}", "{input}/archive", "/", "s3a://lake", "s3a://lake/archive", "file:///"])
+@pytest.mark.parametrize("archive", ["{input}", "{input}/archive", "{input}/..", "/", "s3a://lake", "s3a://lake/archive", "file:///"])
 def test_an_archive_that_cannot_be_is_refused(ingest, archive):
     folder, run = ingest
-    archive = archive.format(input=folder)
+    archive = location(archive.format(input=folder))
     with pytest.raises(PipelineError, match=f"{archive} can't be the archive of {folder}: it has to be a folder of the same store"):
         run(archive=archive)
 
 
 def test_an_archive_is_in_the_bucket_of_the_folder():
     check_archive("s3a://lake/old", "s3a://lake/in")
-    with pytest.raises(PipelineError, match="s3a://other/old can't be the archive of s3a://lake/in"):
-        check_archive("s3a://other/old", "s3a://lake/in")
+    for archive, folder in (("s3a://other/old", "s3a://lake/in"), ("s3a://lake/old", "s3a://lake")):
+        with pytest.raises(PipelineError, match=f"{archive} can't be the archive of {folder}"):
+            check_archive(archive, folder)
+
+
+def test_an_archive_that_cannot_be_written_to_is_refused(tmp_path):
+    with pytest.raises(PipelineError, match=f"may not move files from {tmp_path} to /proc/none: /proc/none can't be written to"):
+        check_archive("/proc/none", str(tmp_path))
+
+
+def test_files_that_wait_are_counted_as_the_stream_takes_them(tmp_path):
+    for name in ("a.json", "sub/b.JSONL.gz", "sub/c.txt", ".tmp/d.json", "_drafts/deep/e.json", "_f.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert count_waiting(argparse.Namespace(input=str(tmp_path), checkpoint=str(tmp_path / "none"))) == 2
 
 
 def test_thousands_of_files_are_read(ingest):

@@ -11,7 +11,7 @@ from collections import Counter
 
 import oracle
 import pytest
-from conftest import origins, run_script, tables
+from conftest import origins, tables
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
@@ -137,16 +137,16 @@ def hostile(pytestconfig) -> list[bytes]:
     return corpus(110_000 if pytestconfig.option.long else 20_000, seed=2)
 
 
-def test_hostile_records_go_through_kafka(spark, broker, silver, hostile, account):
+def test_hostile_records_go_through_kafka(spark, broker, silver, hostile, account, run_here):
     topic, options = silver
-    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     with KafkaProducer(bootstrap_servers=broker, linger_ms=50) as producer:
         for number, record in enumerate([*hostile, None, b""]):
             producer.send(topic[3], key=b"device", value=record, partition=number % 3)
     with KafkaConsumer(topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
         sent = {(message.topic, message.partition, message.offset): message.value for message in consumer}
 
-    run = run_script(CONSUMER, *options, "--once")
+    run = run_here(CONSUMER, *options, "--once")
 
     assert (run.returncode, run.stderr) == (0, "")
     account("hostile records by Kafka", *origins(spark, broker, options))
@@ -164,7 +164,7 @@ def test_hostile_records_go_through_kafka(spark, broker, silver, hostile, accoun
     assert not sent
 
 
-def test_hostile_records_go_through_files(spark, tmp_path, hostile, account):
+def test_hostile_records_go_through_files(spark, tmp_path, hostile, account, run_here):
     folder, table = tmp_path / "input", str(tmp_path / "bronze")
     folder.mkdir()
     # One record is one line, and a blank line is none; a file that begins with a byte order mark is read without it.
@@ -174,7 +174,7 @@ def test_hostile_records_go_through_files(spark, tmp_path, hostile, account):
         (folder / f"_{number}").write_bytes(content)
         os.rename(folder / f"_{number}", folder / f"{number}.json")
 
-    run = run_script(BRONZE, "--input", folder, "--table", table, "--checkpoint", tmp_path / "checkpoint", "--once")
+    run = run_here(BRONZE, "--input", folder, "--table", table, "--checkpoint", tmp_path / "checkpoint", "--once")
 
     assert (run.returncode, run.stderr) == (0, "")
     accepted, rejected = (spark.read.format("delta").load(path) for path in (table, quarantine_of(table)))

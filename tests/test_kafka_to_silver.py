@@ -84,9 +84,9 @@ def test_a_stream_imports_no_library_of_what_nobody_asks_for(script):
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):
+def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver, run_here):
     topic, options = silver
-    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     records = [reading(device_id="Gerät 🌡", building="\x00\n"), b"\xff\xfe", None, b"", b'{"device_id": "\x1b[2J"}', b"[1]"]
     with KafkaProducer(bootstrap_servers=broker) as producer:
         for record in records:
@@ -106,15 +106,15 @@ def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver):
         (records[1], "invalid_encoding", *sent[1]), (None, "empty_record", *sent[2]), (b"", "empty_record", *sent[3]),
         (records[4], "malformed_json", *sent[4]), (b"[1]", "malformed_json", *sent[5])]
 
-    shown = run_script("read_silver.py", "--table", options[5], "--rejected", "--raw")
+    shown = run_here("read_silver.py", "--table", options[5], "--rejected", "--raw")
     assert shown.returncode == 0 and "\x1b" not in shown.stdout and "device_id" in shown.stdout
     assert f"1 rows in {options[5]}\n5 rows in {options[5]}_quarantine\n" in shown.stdout
 
 
-def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver):
+def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver, run_here):
     topic, _ = silver
     command = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 50, "--seed", 3, "--devices", 4]
-    for run in (run_script(*command), run_script(*command)):
+    for run in (run_here(*command), run_here(*command)):
         assert (run.returncode, run.stdout.splitlines()[-1]) == (0, "50 sent, 50 acknowledged.")
     with KafkaConsumer(topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
         records = [(message.key, re.sub(rb'"timestamp": "[^"]+"', b"", message.value)) for message in consumer]
@@ -124,12 +124,12 @@ def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver):
     assert len({re.sub(rb'"value": [^,]+', b"", value) for _, value in records}) == 4  # a device stays what it is
 
 
-def test_a_message_that_cannot_be_delivered_is_an_error_and_never_silence(broker, silver):
+def test_a_message_that_cannot_be_delivered_is_an_error_and_never_silence(broker, silver, run_here):
     topic, _ = silver
     with KafkaAdminClient(bootstrap_servers=broker) as admin:
         admin.create_topics({topic[3]: {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "10"}}},
                             wait_for_metadata=True)
-    run = run_script(PRODUCER, *topic, "--rate", 0, "--count", 3)
+    run = run_here(PRODUCER, *topic, "--rate", 0, "--count", 3)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert run.stderr.startswith(f'error: 3 of 3 messages could not be delivered to the topic "{topic[3]}" on {broker}: ')
     assert run.stdout.endswith("3 sent, 0 acknowledged.\n")

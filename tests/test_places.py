@@ -1,5 +1,7 @@
 """The scripts in odd places and locales, without what they usually have, and stopped at any moment."""
 
+import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -16,6 +18,8 @@ from test_files_to_bronze import put
 from test_rules import reading
 
 from common import class_archive
+from common.checkpoints import check_places, exclusive
+from common.console import PipelineError
 from common.java import cache_folder, find_java
 from local_kafka import free_ports
 
@@ -68,15 +72,41 @@ def test_a_place_that_cannot_hold_the_jars_is_said_with_the_way_out(environment,
                                             ("read_delta.py", None)])
 @pytest.mark.parametrize("value, complaint", [("a`b", 'has a "`"'), ("a\udcff", "is not in UTF-8"), ("", "it is empty")],
                          ids=["backtick", "no UTF-8", "empty"])
-def test_a_path_that_cannot_be_is_refused_at_the_start(script, option, value, complaint):
-    run = run_script(script, *filter(None, [option]), value)
+def test_a_path_that_cannot_be_is_refused_at_the_start(script, option, value, complaint, run_here):
+    run = run_here(script, *filter(None, [option]), value)
     assert run.returncode == 2 and complaint in run.stderr and "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("table, checkpoint", [("t", "t"), ("t", "t/checkpoint"), ("t", "t_quarantine/checkpoint")])
-def test_a_checkpoint_that_a_clean_up_of_the_table_would_delete_is_refused(tmp_path, table, checkpoint):
-    run = run_script(BRONZE, "--table", tmp_path / table, "--checkpoint", tmp_path / checkpoint, "--once")
-    assert run.returncode == 1 and "must not be in the table" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+@pytest.mark.parametrize("option, place, table", [
+    ("--checkpoint", "t", "t"), ("--checkpoint", "t/checkpoint", "t"), ("--checkpoint", "t_quarantine/checkpoint", "t_quarantine"),
+    ("--checkpoint", "other/checkpoint", "other"), ("--checkpoint", "link/checkpoint", "other"), ("--archive", "other/sub/old", "other"),
+    ("--input", "other/_sub/../new", "other")])
+def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, option, place, table, run_here):
+    (tmp_path / "other" / "_delta_log").mkdir(parents=True)
+    for folder in ("in", "other/new", "other/_sub"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    options = {"--input": tmp_path / "in", "--table": tmp_path / "t", "--checkpoint": tmp_path / "c"} | {option: tmp_path / place}
+    run = run_here(BRONZE, *itertools.chain(*options.items()), "--once")
+    assert run.returncode == 1 and run.stderr.startswith(f"error: {option} {tmp_path}/"), run.stderr
+    assert f"must not be in the table {tmp_path}/{table}, " in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_a_hidden_folder_of_the_table_may_have_the_checkpoint():
+    check_places(argparse.Namespace(table="/lake/t", checkpoint="/lake/t/_checkpoint"))
+
+
+def test_a_checkpoint_that_is_named_by_a_link_is_locked_too(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
+    with exclusive(str(tmp_path / "checkpoint")), pytest.raises(PipelineError, match="Another stream is using the checkpoint"):
+        with exclusive(str(tmp_path / "link")):
+            pass
+
+
+def test_a_training_run_that_fails_leaves_no_archive_and_the_next_start_tries_again(tmp_path):
+    archive = tmp_path / "classes.jsa"
+    class_archive._make(archive, "-Xmx")  # which a path is no size for
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_virtual_environment_has_an_archive_of_its_own_which_follows_its_jars(tmp_path, monkeypatch):

@@ -67,14 +67,14 @@ def test_the_newest_readings_come_first_with_the_counts_under_them(lake, script,
     assert first.rindex("0.0") + 3 == header.rindex("value") + 5 and "2025-11-20 00:53:20  " in first  # numbers to the right, times short
 
 
-def test_raw_and_rejected_records_are_shown_when_asked_for(lake):
+def test_raw_and_rejected_records_are_shown_when_asked_for(lake, run_here):
     table = lake / "silver" / "sensor_data"
-    assert run_script("read_silver.py", "--table", table, "--raw").stdout.count('{"whole": "record"}') == 20
-    run = run_script("read_silver.py", "--table", table, "--rejected")
+    assert run_here("read_silver.py", "--table", table, "--raw").stdout.count('{"whole": "record"}') == 20
+    run = run_here("read_silver.py", "--table", table, "--rejected")
     assert run.stdout.count("malformed_json  {\ufffd  ") == 3
 
 
-def test_programs_get_all_columns_as_json_or_csv(lake):
+def test_programs_get_all_columns_as_json_or_csv(lake, run_here):
     table = lake / "silver" / "sensor_data"
     run = run_script("read_silver.py", "--table", table, "--limit", 2, "--format", "json")
     assert column(run, "building") == ["A\x1b[31m"] * 2 and column(run, "floor") == [None] * 2 and column(run, "value") == [0.0, 1.0]
@@ -82,7 +82,7 @@ def test_programs_get_all_columns_as_json_or_csv(lake):
     assert column(run, "raw_json") == ['{"whole": "record"}'] * 2
     columns = list(silver_tables("", CONTRACT.columns).columns)
     assert list(json.loads(run.stdout.splitlines()[0])) == columns
-    run = run_script("read_silver.py", "--table", table, "--limit", 2, "--format", "csv")
+    run = run_here("read_silver.py", "--table", table, "--limit", 2, "--format", "csv")
     header, first, second = csv.reader(run.stdout.splitlines())
     assert header == columns and (first[0], first[1], second[header.index("value")], first[3]) == (
         "2025-11-20T00:53:20.000000Z", "d20", "1.0", "")
@@ -188,16 +188,28 @@ def test_sql_goes_over_all_tables_of_the_lake_and_can_only_read(lake):
     assert sorted(lake.rglob("*")) == before
 
 
-def test_read_delta_sorts_and_travels_in_time(lake):
+def test_tables_of_any_name_can_be_asked_and_a_broken_one_is_named(spark, tmp_path, run_here):
+    table = tmp_path / "2nd floor é" / "door-sensors"
+    spark.range(2).selectExpr("id AS n", "id AS `N2`").write.format("delta").save(str(table))
+    (tmp_path / "2nd floor é" / "broken" / "_delta_log").mkdir(parents=True)
+    run = run_here("read_delta.py", "--lake", tmp_path, "--format", "csv", "--sql",
+                   "SELECT * FROM 2nd_floor__.door_sensors a JOIN 2nd_floor__.door_sensors b ON a.n = b.n ORDER BY a.n")
+    assert (run.returncode, run.stdout) == (0, "n,N2,n_2,N2_2\n0,0,0,0\n1,1,1,1\n")
+    run = run_here("read_delta.py", "--lake", tmp_path, "--format", "json")
+    assert run.returncode == 0 and json.loads(run.stdout)["table"] == "2nd floor é/door-sensors"
+    assert run.stderr.startswith(f"file:{tmp_path}/2nd floor é/broken can't be read: ") and run.stderr.count("\n") == 1
+
+
+def test_read_delta_sorts_and_travels_in_time(lake, run_here):
     table = lake / "silver" / "sensor_data"
-    run = run_script("read_delta.py", table, "--sort-by", "value", "--limit", 4, "--version", 2, "--format", "json")
+    run = run_here("read_delta.py", table, "--sort-by", "value", "--limit", 4, "--version", 2, "--format", "json")
     assert column(run, "value") == [9.0, 9.0, 8.0, 8.0]
-    assert run_script("read_delta.py", table, "--version", 2).stdout.endswith(f"20 rows in {table}\n")
-    history = run_script("read_delta.py", table, "--history", "--format", "json")
+    assert run_here("read_delta.py", table, "--version", 2).stdout.endswith(f"20 rows in {table}\n")
+    history = run_here("read_delta.py", table, "--history", "--format", "json")
     assert column(history, "version") == [3, 2, 1, 0]
     assert column(history, "rows")[:3] == ["10", "10", "10"]
     when = column(history, "timestamp")[2]
-    assert run_script("read_delta.py", table, "--timestamp", when).stdout.endswith(f"10 rows in {table}\n")
+    assert run_here("read_delta.py", table, "--timestamp", when).stdout.endswith(f"10 rows in {table}\n")
 
 
 @pytest.mark.parametrize("options, complaint", [
@@ -205,8 +217,8 @@ def test_read_delta_sorts_and_travels_in_time(lake):
     (["--timestamp", "yesterday-ish"], r"'yesterday-ish'"),
     (["--sort-by", "colour"], r"has no column colour; it has event_time, device_id, "),
 ])
-def test_read_delta_says_what_is_wrong(lake, options, complaint):
-    run = run_script("read_delta.py", lake / "silver" / "sensor_data", *options)
+def test_read_delta_says_what_is_wrong(lake, run_here, options, complaint):
+    run = run_here("read_delta.py", lake / "silver" / "sensor_data", *options)
     assert run.returncode == 1 and re.search(complaint, run.stderr) and "Traceback" not in run.stderr
 
 
@@ -232,7 +244,7 @@ def records(spark):
                                  F.current_timestamp().alias("ingest_time"))
 
 
-def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, tmp_path):
+def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, tmp_path, run_here):
     table = tmp_path / "bronze"
     written(spark, table, batches=4)
     (table / "left-by-a-crash.parquet").touch()
@@ -242,7 +254,7 @@ def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, 
     assert run.stdout == "Merged 4 files into 1.\nRemoved the files and log entries that no version of the last 0 hours needs.\n"
     assert len(list(table.glob("*.parquet"))) == 1
     assert not (table / "_delta_log" / f"{0:020}.json").exists()
-    assert run_script("read_delta.py", table).stdout.endswith(f"4 rows in {table}\n")
+    assert run_here("read_delta.py", table).stdout.endswith(f"4 rows in {table}\n")
 
 
 def test_a_stream_removes_what_no_version_needs_each_thousand_batches(spark, tmp_path):

@@ -54,8 +54,8 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize("command", BAD_OPTIONS, ids=" ".join)
-def test_a_bad_option_ends_with_exit_code_2_and_names_it(command):
-    run = run_script(*command)
+def test_a_bad_option_ends_with_exit_code_2_and_names_it(command, run_here):
+    run = run_here(*command)
     assert run.returncode == 2
     assert f"{command[0]}: error:" in run.stderr and "Traceback" not in run.stderr
 
@@ -84,15 +84,15 @@ def test_a_terminal_sees_how_long_kafka_is_waited_for():
 
 
 @pytest.mark.parametrize("script", ["kafka_producer.py", "spark_kafka_consumer.py"])
-def test_no_topic_is_said_with_the_way_out(script, broker):
-    run = run_script(script, "--bootstrap-servers", broker, "--topic", "nowhere", "--wait", 0)
+def test_no_topic_is_said_with_the_way_out(script, broker, run_here):
+    run = run_here(script, "--bootstrap-servers", broker, "--topic", "nowhere", "--wait", 0)
     assert_is_one_sentence(run, 'No topic "nowhere"', "--create-topic", f"kafka-python admin -b {broker} topics create")
 
 
 @pytest.mark.parametrize("script", ["read_bronze.py", "read_silver.py", "read_delta.py"])
-def test_no_table_yet_is_said_with_the_way_out(script, tmp_path):
+def test_no_table_yet_is_said_with_the_way_out(script, tmp_path, run_here):
     arguments = [tmp_path / "none"] if script == "read_delta.py" else ["--table", tmp_path / "none"]
-    assert_is_one_sentence(run_script(script, *arguments), f"No Delta table at {tmp_path}/none", "python3 s")
+    assert_is_one_sentence(run_here(script, *arguments), f"No Delta table at {tmp_path}/none", "python3 s")
 
 
 def test_a_port_in_use_is_said_with_the_way_out(broker, tmp_path):

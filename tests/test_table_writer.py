@@ -1,5 +1,7 @@
 """How a batch gets into a table and its quarantine: the ways that a whole stream takes only now and then."""
 
+import re
+
 import pytest
 from conftest import bronze_writer
 from pyspark.sql import functions as F
@@ -72,6 +74,10 @@ def test_records_with_unknown_fields_are_counted_and_no_others(spark, writer):
     records = [reading(battery=1), VALID, VALID.replace(b"}", b', "floor": 1e1}'), reading(unit="°C", device_id='"'), reading(a={}, b=1)]
     report = writer.write(batch_of(spark, *records), 0, "test")
     assert (report.with_unknown, report.unknown) == (2, ["a", "b", "battery"])
+    report = writer.write(batch_of(spark, *(reading(**{f"m{number}": 1}) for number in range(300))), 1, "test")
+    assert report.with_unknown == 300 and 10 < len(report.unknown) < 300
+    assert re.search(r"300 with fields unknown to the contract: (m\d+, ){9}m\d+ and \d+ more$",
+                     batch_line(report, {"batchId": 7, "batchDuration": 1}, None))
 
 
 def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_path):

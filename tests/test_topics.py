@@ -1,14 +1,18 @@
 """Topics of every shape, in one session of Spark through the stream's own functions, and starts in every order."""
 
+import os
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, origins, run_script, tables, world_of
+from conftest import PATIENCE, origins, tables, world_of
 from kafka import KafkaAdminClient, KafkaConsumer
 from test_rules import reading
 
+from common.brokers import NoBrokerError
 from common.console import PipelineError
 from common.table_writer import TableWriter
 from common.topics import Topic
@@ -117,13 +121,20 @@ def test_only_what_a_transaction_has_committed_is_read(world, account):
     world.check(account, "transactions, committed, aborted and open")
 
 
+def noted(world) -> dict[int, int]:
+    """The offsets that the stream has noted in Kafka."""
+    with KafkaAdminClient(bootstrap_servers=world.broker) as admin:
+        [places] = admin.list_group_offsets([world.topic.name]).values()
+    return {place.partition: offset.offset for place, offset in places.items()}
+
+
 def test_a_first_batch_of_aborted_records_stops_nothing(world, account):
     world = world()
     world.make(1)
     with world.transaction() as producer:
         producer.send(world.topic.name, VALID).get()
         producer.abort_transaction()
-    assert world.consume() == (0, 0)
+    assert world.consume() == (0, 0) and noted(world) == {0: 2}
     world.send(VALID)
     assert world.consume() == (1, 0)
     world.check(account, "aborted records at first")
@@ -152,18 +163,12 @@ def test_an_isolation_level_that_there_is_not_is_said():
 
 def test_kafka_knows_how_far_the_stream_is_and_where_it_must_not_be_told_the_stream_goes_on(world, account, capsys):
     each = world()
-
-    def noted() -> dict[int, int]:
-        with KafkaAdminClient(bootstrap_servers=each.broker) as admin:
-            [places] = admin.list_group_offsets([each.topic.name]).values()
-        return {place.partition: offset.offset for place, offset in places.items()}
-
     each.make(2)
     each.send(VALID, BROKEN)
     each.send(VALID, partition=1)
-    assert each.consume() == (2, 1) and noted() == {0: 2, 1: 1}
+    assert each.consume() == (2, 1) and noted(each) == {0: 2, 1: 1}
     each.send(VALID)
-    assert each.consume() == (1, 0) and noted() == {0: 3, 1: 1}
+    assert each.consume() == (1, 0) and noted(each) == {0: 3, 1: 1}
     with KafkaConsumer(each.topic.name, bootstrap_servers=each.broker, group_id=each.topic.name, enable_auto_commit=False,
                        max_poll_interval_ms=600_000) as member:
         deadline = time.monotonic() + PATIENCE
@@ -171,34 +176,60 @@ def test_kafka_knows_how_far_the_stream_is_and_where_it_must_not_be_told_the_str
             member.poll(100)
         assert capsys.readouterr().err == ""
         each.send(*[VALID] * 250)  # three batches
-        assert each.consume() == (250, 0) and noted() == {0: 3, 1: 1}
+        assert each.consume() == (250, 0) and noted(each) == {0: 3, 1: 1}
         assert capsys.readouterr().err.count(f"the lag of the group {each.topic.name}") == 1
     each.check(account, "a consumer group that has another member")
 
 
+def test_what_speaks_no_kafka_is_no_broker_and_nothing_is_left_of_the_attempt():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        def attempt() -> tuple[int, int]:
+            with pytest.raises(NoBrokerError, match="No Kafka broker answers"):
+                Topic(f"localhost:{other.getsockname()[1]}", "t").wait(0)
+            return threading.active_count(), len(os.listdir("/proc/self/fd"))
+        assert attempt() == attempt()
+
+
+def test_a_topic_whose_name_is_that_of_another_to_kafka_is_refused_with_the_reason(broker, silver, run_here):
+    topic, _ = silver
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    other = topic[3].replace("_", ".")
+    run = run_here(PRODUCER, *topic[:3], other, "--create-topic", "--count", 0)
+    assert run.returncode == 1 and run.stderr.startswith(f'error: Kafka refuses to make the topic "{other}" on {broker} (InvalidTopic')
+
+
+def test_partitions_whose_broker_is_away_are_waited_for(world):
+    world = world()
+    world.make(1)
+    with KafkaAdminClient(bootstrap_servers=world.broker) as admin:
+        admin.create_partitions({world.topic.name: {"count": 2, "assignments": [[99]]}})
+    with pytest.raises(NoBrokerError, match="The broker of some partitions of the topic .* is away"):
+        world.topic.wait(0)
+
+
 @pytest.mark.parametrize("name", ["sénsor", "a b", "", ".", "x" * 250])
-def test_a_topic_that_cannot_be_is_refused_at_the_start(name):
-    run = run_script(PRODUCER, "--topic", name, "--create-topic")
+def test_a_topic_that_cannot_be_is_refused_at_the_start(name, run_here):
+    run = run_here(PRODUCER, "--topic", name, "--create-topic")
     assert run.returncode == 2 and "is not a valid topic name" in run.stderr
 
 
 @pytest.mark.parametrize("servers", ["localhost", "localhost:kafka", "localhost:99999", "localhost:9092,other", "::1:9092"])
-def test_an_address_that_cannot_be_is_said(servers):
-    run = run_script(PRODUCER, "--bootstrap-servers", servers)
+def test_an_address_that_cannot_be_is_said(servers, run_here):
+    run = run_here(PRODUCER, "--bootstrap-servers", servers)
     assert run.returncode == 1 and "is not the address of a Kafka broker, which is HOST:PORT" in run.stderr
 
 
-def test_a_file_of_properties_may_come_from_windows(broker, silver, tmp_path):
+def test_a_file_of_properties_may_come_from_windows(broker, silver, tmp_path, run_here):
     (tmp_path / "kafka.properties").write_bytes(f"bootstrap.servers={broker}\r\nretries=3\r\n".encode("utf-8-sig"))
-    run = run_script(PRODUCER, *silver[0][2:], "--kafka-config", tmp_path / "kafka.properties", "--create-topic", "--count", 1)
+    run = run_here(PRODUCER, *silver[0][2:], "--kafka-config", tmp_path / "kafka.properties", "--create-topic", "--count", 1)
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver, start, account):
+def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver, start, account, run_here):
     topic, options = silver
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before the topic
     consumer.wait_for("No topic")
-    assert run_script(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     consumer.wait_for("Writing to")  # before the first message
     while not Path(options[-1], "commits", "0").exists():
         assert consumer.process.poll() is None, consumer.output
@@ -206,7 +237,7 @@ def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver,
     consumer.stop(signal.SIGKILL)
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
     consumer.wait_for("Writing to")
-    assert run_script(PRODUCER, *topic, "--count", 20, "--rate", 0, "--invalid-fraction", 0.5).returncode == 0
+    assert run_here(PRODUCER, *topic, "--count", 20, "--rate", 0, "--invalid-fraction", 0.5).returncode == 0
     consumer.wait_for(" rows in")
     assert consumer.stop() == 0 and "Traceback" not in consumer.output
     world_of(spark, options).consume()

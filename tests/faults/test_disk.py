@@ -30,6 +30,16 @@ def stopped(command: list) -> str:
     return run.stderr
 
 
+def test_a_folder_of_the_input_that_may_not_be_read_is_named(tmp_path):
+    closed = tmp_path / "input" / "lost+found"
+    closed.mkdir(parents=True)
+    closed.chmod(0)
+    said = stopped(["streaming_files_to_delta_bronze.py", "--input", closed.parent, "--table", tmp_path / "t",
+                    "--checkpoint", tmp_path / "c", "--once"])
+    assert f"This user may not read the folder {closed}. Give it permission" in said
+    closed.chmod(0o700)
+
+
 def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_afterwards(
         spark, broker, silver, disk, produce, account):
     folder, remount = disk

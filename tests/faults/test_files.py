@@ -63,7 +63,7 @@ def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(s
             [(file, line) for file in whole for line in range(accepted[file])], [])
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pytestconfig, account):
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pytestconfig, account, run_here):
     folder, size = tmp_path / "input", 1_000_000_000 if pytestconfig.option.long else 30_000_000
     folder.mkdir()
     lines = size // (len(RECORD) + 1)
@@ -98,5 +98,5 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     assert rejected == [("malformed_json", "small.json"), *(("unreadable_file", file) for file in unreadable)]
     account(f"a file of {size:,} bytes, a line of as many, and what can't be read", range(lines // 1000 * 1000 + 7),
             range(sum(accepted.values())), range(sum(accepted.values()), sum(accepted.values()) + len(rejected)))
-    shown = run_script("read_bronze.py", "--table", tmp_path / "bronze", "--rejected")
+    shown = run_here("read_bronze.py", "--table", tmp_path / "bronze", "--rejected")
     assert shown.returncode == 0 and "\x1b" not in shown.stdout and "\ufffd[31m" in shown.stdout

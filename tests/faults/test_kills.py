@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import PATIENCE, acknowledged, origins, run_script
+from conftest import PATIENCE, acknowledged, origins
 from test_files_to_bronze import put
 from test_rules import reading
 
@@ -57,7 +57,7 @@ def kill_again_and_again(start, command: list, table: str, kills: int) -> int:
     return between
 
 
-def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, start, produce, account, pytestconfig):
+def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, start, produce, account, pytestconfig, run_here):
     topic, options = silver
     kills = 20 if pytestconfig.option.long else 2
     producer = produce(topic)
@@ -67,14 +67,14 @@ def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, s
     between = kill_again_and_again(start, [CONSUMER, *options, "--trigger", "0 seconds"], table, kills)
 
     delivered = acknowledged(producer)
-    last = run_script(CONSUMER, *options, "--once")
+    last = run_here(CONSUMER, *options, "--once")
     assert (last.returncode, last.stderr) == (0, "")
     in_topic, *arrived = origins(spark, broker, options)
     account(f"{kills} kills of the consumer, {between} of them between its two writes", in_topic, *arrived)
     assert between and delivered == len(in_topic)
 
 
-def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, account, pytestconfig):
+def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, account, pytestconfig, run_here):
     folder, kills, sent, done = tmp_path / "input", 20 if pytestconfig.option.long else 2, [], threading.Event()
     folder.mkdir()
     table = str(tmp_path / "bronze")
@@ -94,7 +94,7 @@ def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, acc
     finally:
         done.set()
         writer.join()
-    last = run_script(BRONZE, *options, "--once")
+    last = run_here(BRONZE, *options, "--once")
     assert (last.returncode, last.stderr) == (0, "")
 
     accepted, rejected = (spark.read.format("delta").load(path).collect() for path in (table, quarantine_of(table)))

@@ -6,14 +6,16 @@ from collections import Counter
 from contextlib import suppress
 
 import pytest
-from conftest import PATIENCE, acknowledged, origins, run_script, topic_offsets, world_of
+from conftest import PATIENCE, acknowledged, origins, topic_offsets, world_of
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.errors import OffsetOutOfRangeError, TopicAlreadyExistsError
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.console import PipelineError
+from common.process import StopFlag
 from common.table_writer import Start, TableWriter
 from common.tables import silver_tables
 from common.topics import Topic
@@ -154,25 +156,109 @@ def test_a_batch_whose_topic_can_not_be_asked_for_any_more_is_kept(spark, broker
     assert spark.read.format("delta").load(tables.table).count() == 2
 
 
-def test_data_loss_is_accepted_once(spark, broker, silver, admin, start):
+def test_data_loss_is_accepted_once(spark, broker, silver, admin, start, run_here):
     (_, _, _, topic), options = silver
     make_topic(admin, topic)
     send = ["kafka_producer.py", *silver[0], "--rate", 0, "--count"]
-    assert run_script(*send, 5).returncode == 0
+    assert run_here(*send, 5).returncode == 0
     world_of(spark, options).consume()
-    run_script(*send, 10)
+    run_here(*send, 10)
     admin.delete_records({TopicPartition(topic, 0): 7})
     consumer = start(CONSUMER, *options, "--trigger", "20 seconds", "--accept-data-loss")
     consumer.wait_for("8 rows in")
     deadline = time.monotonic() + PATIENCE
     while consumer.process.poll() is None:  # until it has not been quicker
         assert time.monotonic() < deadline
-        run_script(*send, 5)
+        run_here(*send, 5)
         with suppress(OffsetOutOfRangeError):
             admin.delete_records({TopicPartition(topic, 0): topic_offsets(broker, topic)[0]})
     assert consumer.wait() == 1
     assert consumer.output.count("--accept-data-loss: it goes on") == 1
     assert re.search("error: Kafka no longer has records of .* Nothing was skipped", consumer.output), consumer.output
+
+
+def test_what_is_lost_while_the_accepted_loss_is_passed_over_stops_the_job(spark, silver, admin, capsys):
+    (_, _, _, topic), options = silver
+    world = world_of(spark, options)
+    make_topic(admin, topic)
+    world.send(*[reading()] * 5)
+    assert world.consume() == (5, 0)
+    world.send(*[reading()] * 45)
+    admin.delete_records({TopicPartition(topic, 0): 20})
+    world.options.max_offsets_per_trigger = 10  # of those the first reads nothing
+
+    class Losing(TableWriter):
+        def write(self, batch, batch_id, *others):
+            report = super().write(batch, batch_id, *others)
+            if report.rows:
+                admin.delete_records({TopicPartition(topic, 0): 40})
+            return report
+
+    with pytest.raises(StreamingQueryException, match="may have been lost"):
+        world.consume(Losing, accept_data_loss=True)
+    assert "partition 0 offsets 5 to 19." in capsys.readouterr().out
+    read = sorted(offset for _, offset in world.rows()[0])
+    assert read == [*range(5), *range(20, 25)]
+    with pytest.raises(PipelineError, match="partition 0 offsets 25 to 39. .* Nothing was skipped"):
+        world.consume()
+    assert world.consume(accept_data_loss=True) == (10, 0)
+
+
+def test_a_new_partition_that_has_lost_its_beginning_is_named(spark, silver, admin):
+    (_, _, _, topic), options = silver
+    world = world_of(spark, options)
+    make_topic(admin, topic)
+    world.send(*[reading()] * 5)
+    assert world.consume() == (5, 0)
+    admin.create_partitions({topic: 2})
+    world.send(*[reading()] * 5, partition=1)
+    admin.delete_records({TopicPartition(topic, 1): 3})
+    with pytest.raises(PipelineError, match="partition 1 offsets 0 to 2. .* Nothing was skipped. With --accept-data-loss"):
+        world.consume()
+    assert [world.consume(accept_data_loss=True), world.consume()] == [(2, 0), (0, 0)]
+
+
+def test_records_that_are_lost_before_the_first_batch_is_done_are_said_with_the_way_out(spark, silver, admin):
+    (_, _, _, topic), options = silver
+    world = world_of(spark, options)
+    make_topic(admin, topic)
+    world.send(*[reading()] * 5)
+
+    class Failing(TableWriter):
+        def write(self, *batch):
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        world.consume(Failing)
+    admin.delete_records({TopicPartition(topic, 0): 3})
+    source = KafkaSource(world.topic, accept_data_loss=False, group=topic)
+    with pytest.raises(StreamingQueryException) as lost:
+        world.consume()
+    source.wait_out(lost.value, StopFlag())  # the start looks at what is lost
+    with pytest.raises(PipelineError, match="no longer has records of the topic .* Nothing was skipped. With --accept-data-loss"):
+        source.wait_out(lost.value, StopFlag())
+    assert world.consume(accept_data_loss=True) == (2, 0)
+
+
+@pytest.mark.parametrize("problem", ["Connect to the bucket s3a://lake timed out", "Unable to execute HTTP request: Read timed out"])
+def test_a_table_whose_store_does_not_answer_is_not_taken_for_a_broker_that_does_not(broker, problem):
+    error = RuntimeError(problem)
+    with pytest.raises(RuntimeError, match=problem):
+        KafkaSource(Topic(broker, "door_authorizations"), accept_data_loss=False, group="g").wait_out(error, StopFlag())
+
+
+def test_another_topic_is_not_taken_for_the_old_one_made_again(world):
+    """A user has forgotten --table."""
+    first, other = world(), world()
+    for each in (first, other):
+        each.make(1)
+        each.send(reading())
+    assert first.consume() == (1, 0)
+    other.options.table = first.options.table
+    for accept in (False, True):
+        with pytest.raises(PipelineError, match="was not written with the checkpoint"):
+            other.consume(accept_data_loss=accept)
+    assert first.consume() == (0, 0)
 
 
 def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(spark, silver, admin, tmp_path):
@@ -194,10 +280,10 @@ def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(spa
     assert [world.consume(), world.consume()] == [(3, 0), (0, 0)]
 
 
-def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, broker, start):
+def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, broker, start, run_here):
     (_, _, _, topic), options = silver
     make_topic(admin, topic)
-    assert run_script("kafka_producer.py", *silver[0], "--rate", 0, "--count", 5).returncode == 0
+    assert run_here("kafka_producer.py", *silver[0], "--rate", 0, "--count", 5).returncode == 0
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
     consumer.wait_for("batch 0: 5 rows in")
     admin.delete_topics([topic])

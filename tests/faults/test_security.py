@@ -113,7 +113,7 @@ def pages(address: str) -> str:
     return "\n".join(seen.values())
 
 
-def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(spark, secure_broker, secure, tmp_path, start, account):
+def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(spark, secure_broker, secure, tmp_path, start, account, run_here):
     _, plain, _ = secure_broker
     topic, _ = secure
     options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint"]
@@ -126,7 +126,7 @@ def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(spark, secu
     everyone = [process.info for process in psutil.process_iter(["cmdline", "environ"])]
     shown = pages(f"http://localhost:{port}")
     assert producer.stop() == 0 and consumer.stop() == 0
-    assert run_script(CONSUMER, *options, "--once").returncode == 0
+    assert run_here(CONSUMER, *options, "--once").returncode == 0
     secrets = [PASSWORD, jaas("", PASSWORD).split('password="')[1][:-2], "Tr0ub4dor"]
     files = [file.read_bytes() for folder in ("silver", "silver_quarantine", "checkpoint")
              for file in (tmp_path / folder).rglob("*") if file.is_file()]
@@ -152,12 +152,12 @@ def test_the_wrong_password_is_said_and_not_shown(script, secure):
     assert "swordfish" not in run.stderr + run.stdout
 
 
-def test_what_the_user_may_not_do_is_said_and_is_no_reason_to_stop_where_it_need_not_be(spark, secure_broker, secure, tmp_path):
+def test_what_the_user_may_not_do_is_said_and_is_no_reason_to_stop_where_it_need_not_be(spark, secure_broker, secure, tmp_path, run_here):
     _, plain, _ = secure_broker
     topic, _ = secure
     options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint", "--group-id", "closed", "--once"]
     send = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 10]
-    assert run_script(*send).returncode == 0
+    assert run_here(*send).returncode == 0
 
     def forbid(kind: ResourceType, name: str) -> None:
         with KafkaAdminClient(bootstrap_servers=plain) as admin:
@@ -165,19 +165,19 @@ def test_what_the_user_may_not_do_is_said_and_is_no_reason_to_stop_where_it_need
                 (ACLOperation.READ, ACLPermissionType.DENY), (ACLOperation.DESCRIBE, ACLPermissionType.ALLOW))])
 
     forbid(ResourceType.GROUP, "closed")
-    run = run_script(CONSUMER, *options)
+    run = run_here(CONSUMER, *options)
     assert run.returncode == 0 and "10 rows in" in run.stdout
     assert re.fullmatch(r"Kafka does not note how far the stream is \(GroupAuthorizationFailedError\), .* the group closed\. .*\n",
                         run.stderr)
     forbid(ResourceType.TOPIC, topic[-1])
     with KafkaProducer(bootstrap_servers=plain) as producer:
         producer.send(topic[-1], b"{}")
-    run = run_script(CONSUMER, *options)
+    run = run_here(CONSUMER, *options)
     assert run.returncode == 1 and re.fullmatch("error: This script can't use Kafka on .*Not authorized to access topics.*\n", run.stderr)
     assert spark.read.format("delta").load(str(tmp_path / "silver")).count() == 10
 
 
-def test_a_certificate_that_is_not_trusted_is_said(secure, tmp_path):
+def test_a_certificate_that_is_not_trusted_is_said(secure, tmp_path, run_here):
     options, change = secure
     other = tmp_path / "other.pem"
     subprocess.run(["keytool", "-keystore", tmp_path / "o.p12", "-storepass", "changeit", "-alias", "o", "-genkeypair",
@@ -185,7 +185,7 @@ def test_a_certificate_that_is_not_trusted_is_said(secure, tmp_path):
     subprocess.run(["keytool", "-keystore", tmp_path / "o.p12", "-storepass", "changeit", "-alias", "o", "-exportcert", "-rfc",
                     "-file", other], check=True, capture_output=True)
     change(ssl_truststore_location=str(other))
-    run = run_script(PRODUCER, *options, "--wait", 0)
+    run = run_here(PRODUCER, *options, "--wait", 0)
     assert run.returncode == 1 and "certificate" in run.stderr.lower() and run.stderr.count("\n") == 1, run.stderr
 
 
@@ -199,26 +199,34 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config, complaint", CONFIGS, ids=[complaint for _, complaint in CONFIGS])
-def test_a_property_that_cannot_be_followed_is_said(config, complaint, tmp_path):
+def test_a_property_that_cannot_be_followed_is_said(config, complaint, tmp_path, run_here):
     file = tmp_path / "kafka.properties"
     file.write_text(config)
-    run = run_script(PRODUCER, "--kafka-config", file, "--wait", 0)
+    run = run_here(PRODUCER, "--kafka-config", file, "--wait", 0)
     assert run.returncode == 1 and complaint in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
 
-def test_a_config_file_that_cannot_be_read_is_said(tmp_path):
-    run = run_script(PRODUCER, "--kafka-config", tmp_path / "none")
+def test_what_a_producer_of_java_needs_is_left_out(broker, silver, tmp_path, run_here):
+    file = tmp_path / "producer.properties"
+    file.write_text(f"bootstrap.servers={broker}\nkey.serializer=org.apache.kafka.common.serialization.StringSerializer\n"
+                    f"value.serializer=x.Y\ncompression.type=none\nmetric.reporters=a.B,c.D\npartitioner.class=z\nbatch.size=16384\n")
+    run = run_here(PRODUCER, *silver[0][2:], "--kafka-config", file, "--create-topic", "--count", 1)
+    assert (run.returncode, run.stderr) == (0, "") and run.stdout.endswith("1 sent, 1 acknowledged.\n")
+
+
+def test_a_config_file_that_cannot_be_read_is_said(tmp_path, run_here):
+    run = run_here(PRODUCER, "--kafka-config", tmp_path / "none")
     assert (run.returncode, run.stderr) == (1, f"error: The Kafka properties {tmp_path}/none can't be read: No such file or "
                                                f"directory. A line of it is name=value.\n")
 
 
-def test_nothing_listens_beyond_this_machine(broker, silver, start):
+def test_nothing_listens_beyond_this_machine(broker, silver, start, run_here):
     services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
     ports = [port for service in services.values() for port in service.get("ports", ())]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
 
     topic, options = silver
-    run_script(PRODUCER, *topic, "--create-topic", "--count", 5, "--rate", 0)
+    run_here(PRODUCER, *topic, "--create-topic", "--count", 5, "--rate", 0)
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
     consumer.wait_for("batch")
     ours = [process for process in psutil.process_iter(["cmdline"])

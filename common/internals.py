@@ -120,8 +120,8 @@ def stream_of(batch: DataFrame) -> str:
 
 
 def query_of(batch: DataFrame) -> StreamingQuery:
-    """The query that has given this micro-batch to `foreachBatch`."""
-    query = batch.sparkSession.streams.get(stream_of(batch))
+    """The query that has given this micro-batch to `foreachBatch`. The session of the batch is a copy, which knows of no query."""
+    query = SparkSession.builder.getOrCreate().streams.get(stream_of(batch))
     assert query
     return query
 

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,14 @@ from streaming_files_to_delta_bronze import FileSource, list_new_files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE = 240  # seconds; a limit for what hangs, far above what any step takes
+
+
+def until(holds: Callable) -> None:
+    """Returns once `holds` is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 class Script:

@@ -2,13 +2,18 @@
 
 import re
 import signal
+import subprocess
 from collections import defaultdict
+from pathlib import Path
 
+import javaproperties
 import psutil
 import pytest
-from conftest import acknowledged, origins, world_of
-from kafka import KafkaConsumer
+from conftest import PATIENCE, acknowledged, origins, until, world_of
+from kafka import KafkaAdminClient, KafkaConsumer
 
+from common.brokers import NoBrokerError
+from common.topics import Topic
 from local_kafka import free_ports
 
 CONSUMER = "spark_kafka_consumer.py"
@@ -98,3 +103,34 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     kill(tmp_path, "kafka")
     assert producer.wait() == 1
     assert re.search(r"error: [\d,]+ of [\d,]+ messages could not be delivered to the topic", producer.output), producer.output
+
+
+def test_partitions_whose_broker_is_away_are_waited_for(own_broker, tmp_path, start):
+    start_broker, address = own_broker
+    start_broker()
+    topic = Topic(address, "readings")
+    topic.wait(PATIENCE, create=True)
+    [server] = processes(tmp_path, "kafka")
+    settings = javaproperties.loads(Path(server.cmdline()[-1]).read_text())
+    ports = free_ports(2)
+    for name in ("listeners", "advertised.listeners"):
+        unused = iter(ports)
+        settings[name] = re.sub(r":\d+", lambda _: f":{next(unused)}", settings[name])  # noqa: B023
+    second = tmp_path / "second.properties"
+    second.write_text(javaproperties.dumps(settings | {"broker.id": "2", "log.dirs": str(tmp_path / "second")}))
+    with (tmp_path / "second.log").open("w") as log:
+        subprocess.Popen([*server.cmdline()[:-1], str(second)], stdout=log, stderr=log)
+    with KafkaAdminClient(bootstrap_servers=address) as admin:
+        until(lambda: len(admin.describe_cluster()["brokers"]) == 2)
+        admin.create_partitions({topic.name: {"count": 4, "assignments": [[2]]}})
+    topic.wait(PATIENCE)
+    kill(tmp_path, "second")
+
+    def is_away() -> bool:
+        try:
+            topic.wait(0)
+            return False
+        except NoBrokerError as problem:
+            return str(problem) == f"The broker of some partitions of {topic} is away."
+
+    until(is_away)

@@ -36,6 +36,7 @@ KAFKA_IN_CONFLUENT = {"7.9": "3.9.2"}
 ZOOKEEPER_PROPERTIES = {"CLIENT_PORT": "clientPort", "TICK_TIME": "tickTime", "ADMIN_ENABLE_SERVER": "admin.enableServer"}
 # A broker that was killed is turned away until ZooKeeper takes it for dead, which takes some starts.
 MOST_ENDS_A_MINUTE = 8
+STOP_SECONDS = 50  # for each of the two; run_pipeline.py gives both two minutes
 LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka brings slf4j 1.7 without a place to log to
 
 
@@ -153,7 +154,12 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            say(f"{self.name} did not stop within {STOP_SECONDS} s and was killed.")
+            self.process.kill()
+            self.process.wait()
 
 
 def answers(port: int) -> bool:

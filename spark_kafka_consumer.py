@@ -123,7 +123,7 @@ class KafkaSource(Source):
     def __init__(self, topic: Topic, accept_data_loss: bool, group: str):
         self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group
         self.mode = f"isolation.level={topic.isolation_level}"
-        self.beginning: dict[int, int] = {}  # of the topic after an accepted loss, by partition
+        self.beginning: dict[int, int] = {}  # of the topic at the start, by partition, if data loss is accepted
         self.has_failed = False  # for lost records, and was started again
         self.has_warned = False  # that it can't note how far it is
 
@@ -134,7 +134,7 @@ class KafkaSource(Source):
         """Ends the stream that passes over lost records as soon as it is past them: the next one stops where more is lost."""
         if self.accept_data_loss and (done := done_in(query_of(batch))):
             end = self._offsets(done[-1], "endOffset")
-            if all(end.get(partition, offset) >= offset for partition, offset in self.beginning.items()):
+            if all(end.get(partition, -1) >= offset for partition, offset in self.beginning.items()):
                 raise Stopped
         return batch
 
@@ -153,6 +153,9 @@ class KafkaSource(Source):
         return True
 
     def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
+        if self.accept_data_loss:
+            with self._asking():
+                self.beginning = self.topic.beginning()
         if not unread:
             return
         if self.topic.name not in unread:
@@ -164,8 +167,6 @@ class KafkaSource(Source):
         if lost:
             self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
                        f"or something else did.", GOES_ON)
-            with self._asking():
-                self.beginning = self.topic.beginning()
         if too_far:
             raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
@@ -101,7 +101,8 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
 
 def check_archive(archive: str, folder: str) -> None:
     """Raises PipelineError if Spark can't move files from `folder` to `archive`, or would read them there again."""
-    place, source = (urlsplit(path.removeprefix("file://")) for path in (archive, folder))
+    place, source = (urlsplit(path) if "://" in path else SplitResult("", "", path, "", "")
+                     for path in (archive.removeprefix("file://"), folder.removeprefix("file://")))
     one, other = (f"/{each.path.strip('/')}".rstrip("/") + "/" for each in (place, source))
     if place[:2] != source[:2] or one.startswith(other) or other.startswith(one):
         raise PipelineError(f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and neither of the "

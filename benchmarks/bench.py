@@ -30,7 +30,7 @@ READABLE_BREAKS = ("out_of_range", "unknown_type", "wrong_unit")
 INVALID_FRACTION = 0.01
 DEVICES = 1000
 ROUNDS = 2  # of what takes a minute or more
-WARM_UP = 60  # seconds of a stream that are not counted
+WARM_UP = 45  # seconds of a stream that are not counted
 SIMULATOR = Simulator.of(str(REPOSITORY / "readings.py"))
 SIMULATOR.breaks = {name: SIMULATOR.breaks[name] for name in READABLE_BREAKS}
 

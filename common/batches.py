@@ -28,7 +28,7 @@ class Batches:
         self.lock = threading.Lock()  # held while a batch is written
         self.begun = float("inf")  # when that began
         self.reports: dict[int, BatchReport] = {}  # those that were not printed yet
-        self.written, self.last = 0, -1  # how many, and the number of the last one
+        self.written = 0
         self.error: Exception | None = None
 
     def write(self, batch: DataFrame, batch_id: int) -> None:
@@ -38,7 +38,7 @@ class Batches:
                 if self.stopping.is_set():
                     raise Stopped  # before anything of this batch was written; the next start repeats it
                 self.reports[batch_id] = self.writer.write(batch, batch_id, stream_of(batch))
-                self.written, self.last = self.written + 1, batch_id
+                self.written += 1
             except Exception as error:
                 self.error = error
                 raise
@@ -52,7 +52,7 @@ class Batches:
     def report(self, query: StreamingQuery) -> None:
         """Prints the lines of the batches that are done since the last time."""
         newest = None
-        for progress in done_in(query):
+        for progress in done_in(query) if self.reports else ():
             batch = self.reports.pop(progress["batchId"], None)
             newest = progress if batch else newest
             if batch and batch.rows:
@@ -65,9 +65,9 @@ class Batches:
     def wait_for_commit(self, query: StreamingQuery, seconds: float = 5) -> None:
         """Lets the running batch end, and gives the query time to note in the checkpoint that it is done."""
         with self.lock:
-            last, deadline = self.last, time.monotonic() + seconds
-        while (last >= 0 and query.isActive and time.monotonic() < deadline
-               and not any(progress["batchId"] == last for progress in done_in(query))):
+            deadline = time.monotonic() + seconds
+        while self.reports and query.isActive and time.monotonic() < deadline:
+            self.report(query)
             time.sleep(0.05)
 
 

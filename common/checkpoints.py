@@ -128,7 +128,7 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
     written_from = properties[tables.table] or {}
     identity = source.identity()
-    read_by = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
+    start = Start(identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
     if source.is_made_anew(identity, written_from, checkpoint.unread()):
         say(f"The old checkpoint is now {checkpoint.set_aside()}.")
         checkpoint = Checkpoint(spark, checkpoint_path)
@@ -139,8 +139,8 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     _check_tables(spark, checkpoint, properties, tables)
     source.check_unread(checkpoint.unread(), checkpoint.path)
     if written_from:
-        _fit_table(spark, checkpoint, tables, written_from, read_by)
-    return Start(identity, read_by)
+        _fit_table(spark, checkpoint, tables, written_from, start)
+    return start
 
 
 def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, dict[str, str] | None],
@@ -168,17 +168,17 @@ def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, 
                                 f"Put back both and the quarantine as they were at one moment, or {READ_AGAIN}.")
 
 
-def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str],
-               read_by: dict[str, str]) -> None:
+def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str], start: Start) -> None:
     """Brings the table, which has these `properties`, to the contract's columns.
 
-    Raises PipelineError if it can't, or if a batch was half written and is now `read_by` another contract or in another
+    Raises PipelineError if it can't, or if a batch was half written and is now read by another contract or in another
     mode: some of its records would then be in both tables, or in none.
     """
-    is_changed = any(properties.get(name, value) != value for name, value in read_by.items())
+    is_changed = any(properties.get(name, value) != value for name, value in start.read_by.items())
     if is_changed and state_of(spark, tables.table, checkpoint.id())[1] > checkpoint.last_done:
         raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
-                            f"way than now ({read_by[MODE]}). Start once as before (--readings FILE --once), then as now.")
+                            f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now.")
     fit_table(spark, tables.table, tables.columns)
-    if not properties.items() >= read_by.items():
-        set_properties(spark, tables.table, read_by)
+    known = start.identity | properties | start.read_by  # an earlier start may not have been told the identity
+    if changed := {name: value for name, value in known.items() if properties.get(name) != value}:
+        set_properties(spark, tables.table, changed)

@@ -116,7 +116,7 @@ def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, 
 
 def stream_of(batch: DataFrame) -> str:
     """The id of the query that has given this micro-batch to `foreachBatch`, which itself is not told."""
-    return batch.sparkSession._jsc.sc().getLocalProperty("sql.streaming.queryId")
+    return batch.sparkSession.sparkContext.getLocalProperty("sql.streaming.queryId") or ""
 
 
 def query_of(batch: DataFrame) -> StreamingQuery:
@@ -144,8 +144,10 @@ def remove_old_log_entries(spark: SparkSession, table: str) -> None:
 
 
 def is_deterministic(rows: DataFrame) -> bool:
-    """Whether the plan of the rows is deterministic; Python's API does not say."""
-    return rows._jdf.queryExecution().analyzed().deterministic()
+    """Whether the plan of the rows gives the same each time, without random numbers and the clock; Python's API does not say."""
+    plan = rows._jdf.queryExecution().analyzed()
+    pattern = _java(rows.sparkSession).org.apache.spark.sql.catalyst.trees.TreePattern
+    return plan.deterministic() and not plan.containsPattern(pattern.CURRENT_LIKE())
 
 
 def number_of_tasks(rows: DataFrame) -> int:

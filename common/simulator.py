@@ -34,7 +34,8 @@ class Simulator:
             "malformed_json": lambda reading: to_json(reading)[:-1],
             **{f"missing_{field.name}": changing(field, lambda _: None) for field in contract.fields if field.required},
             **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in contract.fields},
-            **{reason: having(wrong) for reason, wrong in WRONG_VALUES.items() if reason in contract.rules},
+            **{reason: having(wrong) for reason, wrong in WRONG_VALUES.items()
+               if reason in contract.rules and wrong.keys() <= {field.name for field in contract.fields}},
         }
 
     @classmethod

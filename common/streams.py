@@ -122,13 +122,13 @@ def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, c
                 note("A batch is being written …" if batches.running_for() > 3 else "")
         batches.wait_for_commit(query)
         query.stop()
+        failure = batches.error
     except StreamingQueryException as error:
-        if not isinstance(batches.error, Stopped):
-            return batches.written, batches.error or error
+        failure = batches.error or error
     finally:
         metrics.working(False)
         batches.report(query)
-    return batches.written, None
+    return batches.written, None if isinstance(failure, Stopped) else failure
 
 
 def explain(error: Exception, table: str, checkpoint: str) -> str | None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
@@ -141,7 +142,10 @@ class TableWriter:
 
     def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str) -> None:
         """Appends `records` to `table`, unless its log says that this stream's batch is there: a batch repeated after a
-        crash."""
+        crash. Raises PipelineError if the table is gone, which Delta would make anew without a word."""
+        if not DeltaTable.isDeltaTable(records.sparkSession, table):
+            raise PipelineError(f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the start "
+                                f"says what is missing.")
         # Delta counts the small files that this process writes. It merges those of earlier ones at the first commit, which
         # takes the count below zero: by default it then merges at each commit, until the files are a large one.
         records.sparkSession.conf.set("spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled",

@@ -15,6 +15,7 @@ from kafka.errors import (
     KafkaError,
     NoError,
     TopicAlreadyExistsError,
+    for_code,
 )
 from kafka.protocol.consumer.offsets import IsolationLevel
 from kafka.structs import OffsetAndMetadata
@@ -102,7 +103,7 @@ class Topic(Broker):
                 return
             if not create:
                 raise NoTopicError(
-                    f'No topic "{self.name}" on {self.servers}. Create it: python3 kafka_producer.py --create-topic, or '
+                    f'No topic "{self.name}" on {self.servers}, or none that this user may see. Create it: '
                     f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
                     f"--replication-factor 1.")
             try:
@@ -156,6 +157,8 @@ class Topic(Broker):
     def _offsets(self, spec: OffsetSpec, **options: Any) -> dict[int, int]:
         """The first or last offset of each partition."""
         [topic] = self._admin.describe_topics([self.name])
+        if topic["error_code"]:  # of a broker that does not know the topic yet it would be an empty one
+            raise for_code(topic["error_code"])()
         places = {TopicPartition(self.name, partition["partition_index"]): spec for partition in topic["partitions"]}
         return {place.partition: found.offset
                 for place, found in self._admin.list_partition_offsets(places, **options).items()}
@@ -175,9 +178,15 @@ class Topic(Broker):
                     raise error()
                 return
             except KafkaError as error:
+                self._forget("_notes")  # it would go on asking a broker that no longer answers for the group
                 if not error.retriable or time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
+
+    def _forget(self, *clients: str) -> None:
+        for name in clients:
+            if client := self.__dict__.pop(name, None):
+                client.close()
 
     def unread(self, group: str) -> int | None:
         """How many records come after the offsets that the consumer group has noted; None if it has noted none.
@@ -208,12 +217,10 @@ class Topic(Broker):
         try:
             self.wait(10 if has_no_topic else OUTAGE, stopping=stopping)  # a broker has no topic for a moment after its start
         except NoTopicError:
-            raise PipelineError(f"{self} is gone, with what was not read yet. To go on with a new one, make it and start "
-                                f"with --accept-data-loss.".replace("the", "The", 1)) from error
+            raise PipelineError(f"{self} is gone, with what was not read yet, or this user may no longer see it. To go on with a "
+                                f"new one, make it and start with --accept-data-loss.".replace("the", "The", 1)) from error
         except NoBrokerError:
             if not has_no_topic:
                 raise
             self.wait(OUTAGE, stopping=stopping)
-        for name in ("_admin", "_notes"):  # which do not recover from a long outage
-            if client := self.__dict__.pop(name, None):
-                client.close()
+        self._forget("_admin", "_notes")  # which do not recover from a long outage

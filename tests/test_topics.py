@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, origins, tables, until, world_of
+from conftest import origins, tables, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer
 from test_rules import reading
 
@@ -169,10 +169,8 @@ def test_kafka_knows_how_far_the_stream_is_and_where_it_must_not_be_told_the_str
     each.send(VALID)
     assert each.consume() == (1, 0) and noted(each) == {0: 3, 1: 1}
     with KafkaConsumer(each.topic.name, bootstrap_servers=each.broker, group_id=each.topic.name, enable_auto_commit=False,
-                       max_poll_interval_ms=600_000) as member:
-        deadline = time.monotonic() + PATIENCE
-        while not member.assignment() and time.monotonic() < deadline:
-            member.poll(100)
+                       max_poll_interval_ms=90_000) as member:
+        until(lambda: member.poll(100) or member.assignment())
         assert capsys.readouterr().err == ""
         each.send(*[VALID] * 250)  # three batches
         assert each.consume() == (250, 0) and noted(each) == {0: 3, 1: 1}

@@ -15,9 +15,34 @@ from test_rules import reading
 
 from common.console import PipelineError
 from common.streams import explain
+from common.table_writer import TableWriter
 from common.tables import quarantine_of
 
 CONSUMER = "spark_kafka_consumer.py"
+
+
+@pytest.mark.parametrize("place", [str, quarantine_of])
+def test_a_table_that_is_deleted_while_the_stream_runs_stops_it_and_can_be_put_back(world, account, tmp_path, place):
+    world = world()
+    world.make(1)
+    world.send(reading(), b"{")
+    assert world.consume() == (1, 1)
+    table, away = place(world.options.table), tmp_path / "away"
+
+    class Deleting(TableWriter):
+        def write(self, *batch):
+            os.rename(table, away)
+            return super().write(*batch)
+
+    world.send(reading(), b"{")
+    with pytest.raises(PipelineError, match=f"Somebody has deleted the table {table} while the stream ran"):
+        world.consume(Deleting)
+    assert not os.path.exists(table)
+    with pytest.raises(PipelineError, match="there is no such table"):
+        world.consume()
+    os.rename(away, table)
+    world.consume()
+    world.check(account, "a table deleted while the stream runs, and put back")
 
 
 def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(world, ingest, tmp_path, account):

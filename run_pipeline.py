@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from typing import IO
 
@@ -66,6 +66,8 @@ def main() -> None:
             tell("Stopping …")
             for part in reversed(parts):  # the page and the producers first, Kafka last
                 part.stop()
+            for part in parts if in_place else ():
+                part.tell(part.warnings)  # the next batch has taken them from the screen
     on_stop_signal(Interrupt())
     for script, table in (("read_bronze.py", BRONZE), ("read_silver.py", SILVER)):
         if os.path.exists(table):  # not where it was stopped before the first batch
@@ -120,7 +122,8 @@ class Part:
         self.name = f"{script} --to-folder" if "--to-folder" in arguments else script
         self.is_quiet = is_quiet
         self.lines: deque[str] = deque(maxlen=20)
-        self.error = self.behind = ""
+        self.warnings: deque[str] = deque(maxlen=20)
+        self.warning = self.behind = ""  # the warning is the last line, if that is one
         self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()
         # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
         command = [sys.executable, "-u", str(REPOSITORY / script), *arguments, *["--verbose"] * ("--verbose" in sys.argv)]
@@ -134,15 +137,20 @@ class Part:
     def _read(self, stream: IO[str]) -> None:
         for line in map(without_controls, map(str.rstrip, stream)):
             if not self.is_quiet:
-                tell(f"{self.name:<35}| {line}")
-            self.lines.append(line)
-            self.error = line if stream is self.process.stderr else ""
+                self.tell([line])
+            is_warning = stream is self.process.stderr and not line.endswith("…")  # as what tells of progress does
+            (self.warnings if is_warning else self.lines).append(line)
+            self.warning = line if is_warning else ""
             if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
                 records, now = int(count[1].replace(",", "")), time.monotonic()
                 total = self.total + records if count[2] == "rows in" else records
                 self.per_second, self.total, self.counted_at = (total - self.total) / (now - self.counted_at), total, now
             if behind := re.search(r"([\d,]+) behind", line):
                 self.behind = behind[1]
+
+    def tell(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            tell(f"{self.name:<35}| {line}")
 
     def state(self) -> str:
         if self.process.returncode is None:
@@ -175,9 +183,10 @@ def overview(parts: list[Part]) -> Group:
     said = []
     for part in parts:
         table.add_row(part.name, part.state(), part.rate(), part.behind)
-        if part.lines:
-            said.append(Text(part.error or part.lines[-1], style="red" if part.error else "", no_wrap=not part.error,
-                             overflow="fold" if part.error else "ellipsis"))
+        if part.warning:
+            said.append(Text(part.warning, style="red", overflow="fold"))
+        elif part.lines:
+            said.append(Text(part.lines[-1], no_wrap=True, overflow="ellipsis"))
     return Group(table, *said)
 
 
@@ -191,8 +200,8 @@ def require_alive(parts: list[Part]) -> None:
     for part in parts:
         if part.process.poll() is not None and part.name != "dashboard.py":  # which only looks on
             part.wait_for_output()
-            for line in part.lines if part.is_quiet else ():
-                tell(f"{part.name:<35}| {line}")
+            if part.is_quiet:
+                part.tell(part.lines)
             raise PipelineError(f"{part.name} has ended with exit code {part.process.returncode}; its output is "
                                 f"above. The other parts are stopped.")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from common.console import in_progress
+from common.console import in_progress, warn
 from common.java import SPARK_JARS, Java, cache_folder
 from common.process import REPOSITORY
 
@@ -54,7 +54,9 @@ def _make(archive: Path, option: str) -> None:
     run = subprocess.Popen([sys.executable, "-m", "common.training_run", option, draft], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        if run.wait() == 0:  # else the next start tries again
+        if code := run.wait():
+            warn(f"Java's class archive could not be made (exit code {code}). This start takes longer; the next one tries again.")
+        else:
             if not draft.exists():  # this Java can't make one, and starts with an empty one, too
                 draft.write_bytes(b"")
             os.replace(draft, archive)  # whole or not at all

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -25,6 +26,11 @@ from common.tables import TablePair
 TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
 NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
 MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch between them
+SET_BACK = 10  # seconds that the clock may go backwards, for which Spark begins no batch
+
+
+class ClockSetBackError(Exception):
+    """The query would do nothing until the clock shows again what it has shown before."""
 
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
@@ -86,6 +92,9 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                         error = away
                     if not error:
                         break
+                    if isinstance(error, ClockSetBackError):
+                        say(str(error))
+                        continue
                     if explanation := explain(error, tables.table, options.checkpoint):
                         raise PipelineError(explanation) from error
                     failures = 1 if batches else failures + 1
@@ -115,14 +124,20 @@ def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, c
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
     metrics.working(True)
+    clock, set_back = time.time() - time.monotonic(), None
     try:
         with in_progress(only_on_terminal=True) as note:
             while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
                 batches.report(query)
                 note("A batch is being written …" if batches.running_for() > 3 else "")
+                now = time.time() - time.monotonic()
+                if now < clock - SET_BACK:
+                    set_back = ClockSetBackError(f"The clock was set back by {clock - now:,.0f} s.")
+                    break
+                clock = max(clock, now)
         batches.wait_for_commit(query)
         query.stop()
-        failure = batches.error
+        failure = batches.error or set_back
     except StreamingQueryException as error:
         failure = batches.error or error
     finally:

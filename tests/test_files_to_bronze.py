@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_script
@@ -185,3 +186,22 @@ def test_a_missing_input_folder_is_an_error_with_a_way_out(tmp_path, run_here):
     run = run_here(SCRIPT, "--input", tmp_path / "nowhere", "--once")
     assert (run.returncode, run.stderr) == (
         1, f"error: No folder {tmp_path}/nowhere. Make it, or name another with --input.\n")
+
+
+def test_a_clock_that_is_set_back_does_not_hold_the_stream_up(spark, bronze, run_here, monkeypatch):
+    """Spark would wait until the clock is where it was."""
+    folder, options = bronze
+    commits, second = Path(options[-1], "commits"), folder / "2.json"
+    put(folder, "1.json", reading())
+
+    def clock() -> float:
+        if (commits / "0").exists() and not second.exists():
+            put(folder, second.name, reading())
+        if (commits / "1").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return time.time() - 3600 * second.exists()
+
+    monkeypatch.setattr("common.streams.time", SimpleNamespace(time=clock, monotonic=time.monotonic))
+    run = run_here(SCRIPT, *options, "--trigger", "1 hour")
+    assert run.returncode == 0 and "The clock was set back by 3,600 s.\nGoing on" in run.stdout
+    assert run.stdout.count("1 rows in, 1 accepted") == 2

@@ -103,10 +103,10 @@ def test_a_checkpoint_that_is_named_by_a_link_is_locked_too(tmp_path):
             pass
 
 
-def test_a_training_run_that_fails_leaves_no_archive_and_the_next_start_tries_again(tmp_path):
+def test_a_training_run_that_fails_leaves_no_archive_and_the_next_start_tries_again(tmp_path, capsys):
     archive = tmp_path / "classes.jsa"
     class_archive._make(archive, "-Xmx")  # which a path is no size for
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "could not be made (exit code 1)" in capsys.readouterr().err
 
 
 def test_each_virtual_environment_has_an_archive_of_its_own_which_follows_its_jars(tmp_path, monkeypatch):

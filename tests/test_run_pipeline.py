@@ -60,12 +60,14 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
 
 def test_a_terminal_shows_the_parts_in_place(clone):
     def stop_after_a_batch(text: str, process: subprocess.Popen) -> None:
-        if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +\d+ ", text):
+        if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +\d+ ", text) and re.search(r"bronze.py +running +[\d.,]+", text):
             process.send_signal(signal.SIGINT)
 
+    (clone / "input" / "sensor_data" / "broken.json.gz").write_bytes(b"no gzip")
     output = on_terminal(160, "run_pipeline.py", "--port", free_ports(1)[0], folder=clone, watch=stop_after_a_batch)
     assert "part" in output and "a second" in output and "local_kafka.py                     |" not in output
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") and "Traceback" not in output and "rows in" in output
+    assert re.search(r"bronze.py \| .*broken.json.gz .* quarantine as unreadable_file", output[output.rfind("\x1b[?25h"):]), output
 
 
 @pytest.mark.parametrize("moment, presses", [(1, 1), (5, 2), (14, 1)])

@@ -35,7 +35,8 @@ def show_page(options: argparse.Namespace) -> None:
         time.sleep(QUICKEST)
         st.rerun()
     choice = choose(readings)
-    seconds = SLOWEST if choice.span is None else min(max(QUICKEST, choice.span // POINTS), SLOWEST)
+    took = f"seconds that it took to draw {choice}"
+    seconds = refresh_every(choice.span, st.session_state.get(took, 0))
 
     @st.fragment(run_every=seconds)
     def live() -> None:
@@ -49,10 +50,20 @@ def show_page(options: argparse.Namespace) -> None:
             st.text(first_line(str(error)) or type(error).__name__)
         st.subheader("Tables")
         st.dataframe(overview(tables), hide_index=True)
-        st.caption(f"As of {datetime.now(timezone.utc):%H:%M:%S} UTC, drawn in {time.monotonic() - begun:.1f} s, "
+        st.session_state[took] = time.monotonic() - begun
+        st.caption(f"As of {datetime.now(timezone.utc):%H:%M:%S} UTC, drawn in {st.session_state[took]:.1f} s, "
                    f"refreshed every {seconds} s.")
+        if not seconds / 2 <= refresh_every(choice.span, st.session_state[took]) <= 2 * seconds:
+            st.rerun()
 
     live()
+
+
+def refresh_every(span: int | None, took: float) -> int:
+    """The seconds from one refresh to the next, of a span of so many seconds, after one that took so long: it rests four times as
+    long as it works."""
+    usual = SLOWEST if span is None else min(max(QUICKEST, span // POINTS), SLOWEST)
+    return max(usual, round(5 * took))
 
 
 def choose(readings: dict[str, str]) -> Choice:

@@ -13,6 +13,7 @@ from test_rules import reading
 
 from common.contract import load_contract
 from common.lake import Choice, Lake
+from common.page import refresh_every
 from local_kafka import free_ports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -139,6 +140,10 @@ def test_a_broken_table_is_named_and_the_others_are_shown(spark, tmp_path, visit
     page.get_by_role("combobox").first.click()
     page.get_by_role("option", name="a_good", exact=True).click()
     expect(shown(page, "Accepted")).to_have_text("1")
+
+
+def test_a_page_that_takes_long_to_draw_is_drawn_less_often():
+    assert [refresh_every(300, 0.1), refresh_every(300, 9), refresh_every(None, 9), refresh_every(None, 20)] == [2, 45, 60, 100]
 
 
 def test_a_port_in_use_is_said_with_the_way_out():

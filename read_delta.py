@@ -1,5 +1,7 @@
 """Looks into any Delta table: its rows now or as they were, and its history. Without TABLE: what tables there are.
 
+It changes nothing, but for --optimize and --vacuum.
+
     python3 read_delta.py
     python3 read_delta.py lake/silver/sensor_data --sort-by value --limit 5
     python3 read_delta.py lake/silver/sensor_data --version 0

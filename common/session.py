@@ -104,7 +104,7 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
     """What Spark's JVM is started with on this machine, which is also said to it by the environment."""
     java = find_java()
     jars = spark_jars(DELTA, KAFKA_SOURCE)
-    java_options = [jvm["spark.driver.extraJavaOptions"], f"-Djava.io.tmpdir={tempfile.gettempdir()}", "-Xlog:disable",
+    java_options = [*jvm["spark.driver.extraJavaOptions"].split(), f"-Djava.io.tmpdir={tempfile.gettempdir()}", "-Xlog:disable",
                     make_archive or use_archive(java, jars)]
     if not has_name():
         java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name

@@ -125,6 +125,12 @@ def test_an_archive_is_in_the_bucket_of_the_folder():
             check_archive(archive, folder)
 
 
+def test_an_archive_may_have_any_name(tmp_path):
+    (tmp_path / "a#in").mkdir()
+    check_archive(f"{tmp_path}/a#old?", f"{tmp_path}/a#in")
+    assert {path.name for path in tmp_path.iterdir()} == {"a#in", "a#old?"}
+
+
 def test_an_archive_that_cannot_be_written_to_is_refused(tmp_path):
     with pytest.raises(PipelineError, match=f"may not move files from {tmp_path} to /proc/none: /proc/none can't be written to"):
         check_archive("/proc/none", str(tmp_path))

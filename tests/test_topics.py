@@ -14,8 +14,13 @@ from test_rules import reading
 
 from common.brokers import NoBrokerError
 from common.console import PipelineError
-from common.table_writer import TableWriter
+from common.process import StopFlag
+from common.streams import run_query
+from common.table_writer import Start, TableWriter, Unwatched
+from common.tables import silver_tables
 from common.topics import Topic
+from readings import CONTRACT
+from spark_kafka_consumer import KafkaSource, streams_of
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -176,6 +181,24 @@ def test_kafka_knows_how_far_the_stream_is_and_where_it_must_not_be_told_the_str
         assert each.consume() == (250, 0) and noted(each) == {0: 3, 1: 1}
         assert capsys.readouterr().err.count(f"the lag of the group {each.topic.name}") == 1
     each.check(account, "a consumer group that has another member")
+
+
+def test_a_batch_that_fails_while_the_stream_is_being_stopped_is_said(spark, world):
+    world, stopping = world(), StopFlag()
+    world.make(1)
+    world.send(VALID)
+    world.options.accept_data_loss = False
+    source = KafkaSource(world.topic, accept_data_loss=False, group="g")
+    [(stream, trigger)] = streams_of(spark, source, world.options)
+
+    class Failing(TableWriter):
+        def write(self, *batch):
+            stopping.set()
+            raise ValueError("the disk is full")
+
+    writer = Failing(silver_tables(world.options.table, CONTRACT.columns), CONTRACT, source, Start({}, {}))
+    written, error = run_query(stream, trigger, writer, world.options.checkpoint, stopping, Unwatched())
+    assert written == 0 and str(error) == "the disk is full"
 
 
 def test_what_speaks_no_kafka_is_no_broker_and_nothing_is_left_of_the_attempt():

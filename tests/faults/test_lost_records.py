@@ -228,7 +228,8 @@ def test_records_that_are_lost_before_the_first_batch_is_done_are_said_with_the_
 
     with pytest.raises(ValueError):
         world.consume(Failing)
-    admin.delete_records({TopicPartition(topic, 0): 3})
+    world.send(*[reading()] * 5)
+    admin.delete_records({TopicPartition(topic, 0): 8})
     source = KafkaSource(world.topic, accept_data_loss=False, group=topic)
     with pytest.raises((StreamingQueryException, Py4JJavaError)) as lost:
         world.consume()

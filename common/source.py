@@ -20,7 +20,7 @@ class Left(NamedTuple):
 
 
 class Source:
-    """Where a stream's records come from: a topic (spark_kafka_consumer.py) or a folder (streaming_files_to_delta_bronze.py).
+    """Where a stream's records come from: a topic (common/kafka_source.py) or a folder (streaming_files_to_delta_bronze.py).
 
     What a source does not say itself is right for one that always answers, keeps what it has, and gives its records in the batch.
     `mode`: how it is read, as it is told to a user. A batch that was begun in one mode can't be repeated in another.

@@ -23,6 +23,7 @@ from pyspark.sql import SparkSession
 from common.checkpoints import check_start
 from common.class_archive import use_archive
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
+from common.kafka_source import KafkaSource
 from common.process import STOP_SIGNALS, StopFlag
 from common.session import build_spark
 from common.source import Source
@@ -32,7 +33,7 @@ from common.tables import bronze_tables, quarantine_of, silver_tables
 from common.topics import Topic
 from local_kafka import free_ports
 from readings import CONTRACT
-from spark_kafka_consumer import KafkaSource, streams_of
+from spark_kafka_consumer import streams_of
 from streaming_files_to_delta_bronze import FileSource, list_new_files
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -14,13 +14,14 @@ from test_rules import reading
 
 from common.brokers import NoBrokerError
 from common.console import PipelineError
+from common.kafka_source import KafkaSource
 from common.process import StopFlag
 from common.streams import run_query
 from common.table_writer import Start, TableWriter, Unwatched
 from common.tables import silver_tables
 from common.topics import Topic
 from readings import CONTRACT
-from spark_kafka_consumer import KafkaSource, streams_of
+from spark_kafka_consumer import streams_of
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"

@@ -16,12 +16,12 @@ from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.console import PipelineError, root_cause
+from common.kafka_source import KafkaSource
 from common.process import StopFlag
 from common.table_writer import Start, TableWriter
 from common.tables import silver_tables
 from common.topics import Topic
 from readings import CONTRACT
-from spark_kafka_consumer import KafkaSource
 
 CONSUMER = "spark_kafka_consumer.py"
 
@@ -30,6 +30,17 @@ CONSUMER = "spark_kafka_consumer.py"
 def admin(broker):
     with KafkaAdminClient(bootstrap_servers=broker) as client:
         yield client
+
+
+@pytest.fixture
+def read_five(spark, silver, admin):
+    """A topic of which a stream has read the five records that it has."""
+    (_, _, _, topic), options = silver
+    world = world_of(spark, options)
+    make_topic(admin, topic)
+    world.send(*[reading()] * 5)
+    assert world.consume() == (5, 0)
+    return world
 
 
 def make_topic(admin, topic: str, partitions: int = 1) -> None:
@@ -174,12 +185,9 @@ def test_data_loss_is_accepted_once(spark, broker, silver, admin, start, run_her
     assert re.search("error: Kafka no longer has records of .* Nothing was skipped", consumer.output), consumer.output
 
 
-def test_what_is_lost_while_the_accepted_loss_is_passed_over_stops_the_job(spark, silver, admin, capsys):
-    (_, _, _, topic), options = silver
-    world = world_of(spark, options)
-    make_topic(admin, topic)
-    world.send(*[reading()] * 5)
-    assert world.consume() == (5, 0)
+def test_what_is_lost_while_the_accepted_loss_is_passed_over_stops_the_job(read_five, admin, capsys):
+    world = read_five
+    topic = world.topic.name
     world.send(*[reading()] * 45)
     admin.delete_records({TopicPartition(topic, 0): 20})
     world.options.max_offsets_per_trigger = 10  # of those the first reads nothing
@@ -202,12 +210,9 @@ def test_what_is_lost_while_the_accepted_loss_is_passed_over_stops_the_job(spark
     assert world.consume(accept_data_loss=True) == (10, 0)
 
 
-def test_a_new_partition_that_has_lost_its_beginning_is_named(spark, silver, admin):
-    (_, _, _, topic), options = silver
-    world = world_of(spark, options)
-    make_topic(admin, topic)
-    world.send(*[reading()] * 5)
-    assert world.consume() == (5, 0)
+def test_a_new_partition_that_has_lost_its_beginning_is_named(read_five, admin):
+    world = read_five
+    topic = world.topic.name
     admin.create_partitions({topic: 2})
     world.send(*[reading()] * 5, partition=1)
     admin.delete_records({TopicPartition(topic, 1): 3})
@@ -260,12 +265,9 @@ def test_another_topic_is_not_taken_for_the_old_one_made_again(world):
     assert first.consume() == (0, 0)
 
 
-def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(spark, silver, admin, tmp_path):
-    (_, _, _, topic), options = silver
-    world = world_of(spark, options)
-    make_topic(admin, topic)
-    world.send(*[reading()] * 5)
-    assert world.consume() == (5, 0)
+def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(read_five, admin, tmp_path):
+    world = read_five
+    topic = world.topic.name
     admin.delete_topics([topic])
     until(lambda: topic not in admin.list_topics())
     make_topic(admin, topic)

@@ -168,6 +168,13 @@ def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None
         show("")
 
 
+def _broken_off(error: BaseException | None) -> bool:
+    """Whether Ctrl+C has led to an error: py4j sometimes closes the connection by which PySpark then tidies up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence.
 
@@ -185,6 +192,8 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if "--verbose" in sys.argv:
             traceback.print_exc()
+        if _broken_off(error):
+            return
         message = str(error)
         if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
             message = ("Spark's JVM has died; perhaps the system killed it, or its memory did not suffice. Nothing is lost: "

@@ -63,16 +63,27 @@ def ignore_stop_signals() -> None:
 
 
 class Interrupt:
-    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would interrupt the
-    clean-up after the first. After a while it raises again, for the first may have been lost in a callback of a library."""
+    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would interrupt the clean-up after the first.
+
+    Where Python can't let it out, as in a callback of the garbage collector, the signal comes again a moment later.
+    """
 
     def __init__(self) -> None:
         self.raised_at = float("-inf")
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        sys.unraisablehook = self._unraisable
 
     def __call__(self) -> None:
         if time.monotonic() - self.raised_at > SAME_PRESS:
             self.raised_at = time.monotonic()
             raise KeyboardInterrupt
+
+    def _unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            self.raised_at = float("-inf")
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+        else:
+            sys.__unraisablehook__(lost)
 
 
 @contextmanager

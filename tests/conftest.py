@@ -199,6 +199,7 @@ def run_here(request, capsys):
                 patch.setattr("common.session.build_spark", session)
                 patch.setattr("common.reader.build_spark", session)
                 patch.setattr(SparkSession, "stop", lambda _: None)
+                patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a script sets: put back at its end
                 patch.setattr(sys, "argv", [str(REPOSITORY / name), *map(str, arguments)])
                 runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0

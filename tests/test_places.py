@@ -169,6 +169,38 @@ def test_a_signal_that_comes_while_a_loop_looks_at_its_flag_stops_it():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=PATIENCE).returncode == 0
 
 
+@pytest.mark.parametrize("setup, call", [
+    ("spark = build_spark('test', READER_JVM)", "spark.range(10).agg({'id': 'max'}).collect()"),
+    ("Half = type('', (), {'__init__': sleep, '__del__': sleep})", "Half()")], ids=["Spark", "__del__"])
+def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, call, tmp_path):
+    """Without care one of some twenty becomes an error of py4j, or one is lost in __del__."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""if True:
+        import os, random, signal, sys, threading, time
+        from contextlib import suppress
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from common.console import run
+        from common.reader import READER_JVM, build_spark
+
+        def sleep(_):
+            time.sleep(0.005)
+
+        def main():
+            threading.Timer(random.uniform(0, 0.15), os.kill, (os.getpid(), signal.SIGINT)).start()
+            while True:
+                {call}
+
+        {setup}
+        for _ in range(60):
+            with suppress(Exception):  # the connection may still be broken off by the last signal
+                {call}
+            run(main)
+            print("ended")
+    """)
+    run = run_script(script, timeout=100)
+    assert (run.returncode, run.stderr, run.stdout.count("ended")) == (0, "", 60)
+
+
 @pytest.mark.parametrize("moment", [0.3, 1, 2, 3.5, 6, 12])
 def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silver, tmp_path, moment):
     """All of them at once, each with another signal and number of key presses at each moment."""

@@ -35,7 +35,7 @@ from pyspark.sql import functions as F
 from common.console import PipelineError, argument_parser, at_least, location, run, warn
 from common.contract import load_contract
 from common.internals import FileSystem
-from common.json_files import escape_glob, find_multiline, read_lines, read_values
+from common.json_files import escape_glob, files_in, find_multiline, read_lines, read_values
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.source import Left, Source
@@ -150,14 +150,14 @@ class FileSource(Source):
         self.is_multiline, self.waiting = is_multiline, waiting
         self.read = read_values if is_multiline else read_lines
         self.mode = "with --multiline" if is_multiline else "without --multiline"
-        self.taken: set[Row] = set()  # the files of the running batch, as they were when it began
+        self.taken: list[Row] = []  # the files of the running batch, as they were when it began
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
-        self.taken = set(batch.drop("ingest_time").collect())
-        return self.read(batch, careful=False)
+        self.taken = files_in(batch)
+        return self.read(batch.sparkSession, self.taken, careful=False)
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        return self.read(batch, careful=True)
+        return self.read(batch.sparkSession, files_in(batch), careful=True)
 
     def left(self, progress: dict[str, Any], rows: int) -> Left | None:
         return Left(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.taken)) if self.waiting > 0 else None
@@ -166,12 +166,13 @@ class FileSource(Source):
         """Names files that changed while they were taken, and those that should be read with --multiline."""
         self.waiting -= len(self.taken)
         paths = {file.path for file in self.taken}
-        for file in set(batch.drop("ingest_time").collect()) - self.taken:
+        files = files_in(batch)
+        for file in set(files) - set(self.taken):
             if file.path in paths:
                 warn(f"{file.path} has changed since it was taken, and what was added to it is not read. Write a file under a "
                      f'name that begins with "_", and rename it when it is complete.')
-        if not self.is_multiline and "malformed_json" in reasons:
-            for path in find_multiline(batch, quarantine):
+        if files and not self.is_multiline and "malformed_json" in reasons:
+            for path in find_multiline(batch.sparkSession, files, quarantine):
                 warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
                      f"--multiline, and give the file a new name.")
 

@@ -30,19 +30,27 @@ READ_OPTIONS = {
 }
 
 
-def read_lines(batch: DataFrame, careful: bool) -> DataFrame:
-    """One record per line of the batch's files, but for blank lines; see `read_files`."""
-    return read_files(batch, careful, lineSep="\n")
+def files_in(batch: DataFrame) -> list[Row]:
+    """The files whose names are in a batch: `path`, `length`, `modificationTime` as they are now, and `arrival`, the start of the
+    batch, in microseconds since 1970."""
+    # A datetime of Python would go through the zone of this machine.
+    files = batch.withColumn("arrival", F.unix_micros("ingest_time")).drop("ingest_time").collect()
+    return list(dict.fromkeys(files))
 
 
-def read_values(batch: DataFrame, careful: bool) -> DataFrame:
-    """One record per object of the batch's files, each of which holds an object or an array of them; see `read_files`.
+def read_lines(spark: SparkSession, files: list[Row], careful: bool) -> DataFrame:
+    """One record per line of `files`, but for blank lines; see `read_files`."""
+    return read_files(spark, files, careful, lineSep="\n")
+
+
+def read_values(spark: SparkSession, files: list[Row], careful: bool) -> DataFrame:
+    """One record per object of `files`, each of which holds an object or an array of them; see `read_files`.
 
     The elements of an array come without white space and with numbers as Spark writes them. A file whose array is
     broken, or holds null or strings, is one record as a whole.
     """
-    files = with_elements(read_files(batch, careful, wholetext=True))
-    return files.select(F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"),
+    whole = with_elements(read_files(spark, files, careful, wholetext=True))
+    return whole.select(F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"),
                         "source_file", "ingest_time", "reject_reason")
 
 
@@ -66,21 +74,19 @@ def with_elements(files: DataFrame) -> DataFrame:
                               "elements": F.when(is_one_value & is_array_of_objects & ~has_lone_surrogate, elements)})
 
 
-def find_multiline(batch: DataFrame, quarantine: str) -> list[str]:
-    """Paths of the batch's files that hold one object or an array of them over several lines, or an array in one."""
-    [(arrival,)] = batch.select(F.unix_micros("ingest_time")).take(1)
+def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> list[str]:
+    """Paths of the `files` of a batch that hold one object or an array of them over several lines, or an array in one."""
     line = F.btrim(F.col("raw").cast("string"), F.lit(" \t\r\ufeff"))
     begins_object = line.startswith("{")
     suspects = (
-        batch.sparkSession.read.format("delta").load(quarantine)
+        spark.read.format("delta").load(quarantine)
         .where(F.col("reject_reason") == "malformed_json")
-        .where(F.col("ingest_time") == F.timestamp_micros(F.lit(arrival)))
+        .where(F.col("ingest_time") == F.timestamp_micros(F.lit(files[0].arrival)))
         .groupBy("source_file").agg(F.bool_or(line.startswith("[")).alias("is_array"),
                                     F.bool_or(begins_object).alias("begins"), F.bool_or(~begins_object).alias("goes_on"))
         .where("is_array OR begins AND goes_on"))
-    spark, paths = batch.sparkSession, [row.source_file for row in suspects.collect()]
-    files = batch.where(F.col("path").isin(paths)).select("path", "length").distinct().collect()
-    paths = [file.path for file in files if unpacked_size(spark, file) <= LONGEST_RECORD]
+    suspected = {row.source_file for row in suspects.collect()}
+    paths = [file.path for file in files if file.path in suspected and unpacked_size(spark, file) <= LONGEST_RECORD]
     if not paths:
         return []
     whole = read_text(spark, paths, wholetext=True).select(F.col("value").cast("binary").alias("raw"), source_file().alias("path"))
@@ -88,20 +94,17 @@ def find_multiline(batch: DataFrame, quarantine: str) -> list[str]:
     return [row.path for row in with_elements(whole).where(is_multiline).select("path").collect()]
 
 
-def read_files(batch: DataFrame, careful: bool, **text_options: Any) -> DataFrame:
-    """Reads the files whose names are in `batch`.
+def read_files(spark: SparkSession, files: list[Row], careful: bool, **text_options: Any) -> DataFrame:
+    """Reads the `files` of a batch (`files_in`).
 
     Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`: null,
     or "unreadable_file" with a null `raw` for each file that has too much in one piece or, where `careful`, can't be read
     to its end.
     """
-    spark = batch.sparkSession
-    # Microseconds, because a datetime of Python would go through the zone of this machine.
-    files = batch.select("path", "length", F.unix_micros("ingest_time").alias("ingest_time")).distinct().collect()
     paths = [file.path for file in files]
     unreadable = find_unreadable(spark, paths) if careful else []
     unreadable += find_oversized(spark, [file for file in files if file.path not in unreadable], text_options)
-    ingest_time = F.timestamp_micros(F.lit(files[0].ingest_time if files else None))
+    ingest_time = F.timestamp_micros(F.lit(files[0].arrival if files else None))
     names = F.array(*map(F.lit, unreadable)).cast("ARRAY<STRING>")
     records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
                                     F.lit("unreadable_file").alias("reject_reason"))

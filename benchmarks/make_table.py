@@ -8,9 +8,10 @@ import time
 
 from pyspark.sql import functions as F
 
+from common.checkpoints import Checkpoint, Start
 from common.session import build_spark
 from common.source import Source
-from common.table_writer import Start, TableWriter
+from common.table_writer import TableWriter
 from common.tables import silver_tables
 from readings import CONTRACT
 
@@ -26,7 +27,7 @@ class Made(Source):
 
 
 begun = int(time.time() - 10 * rows / BATCH) * 1_000_000  # ten seconds for each batch, until now
-writer = TableWriter(silver_tables(table, CONTRACT.columns), CONTRACT, Made(), Start({}, {}))
+writer = TableWriter(silver_tables(table, CONTRACT.columns), CONTRACT, Made(), Start(Checkpoint(spark, f"{table}_checkpoint"), {}, {}))
 for number, begin in enumerate(range(0, rows, BATCH)):
     records = spark.range(begin, min(begin + BATCH, rows), numPartitions=4).select(
         F.format_string('{"timestamp": "2026-11-20T08:00:00.%03dZ", "device_id": "sensor-%03d", "building": "A", "floor": %d, '

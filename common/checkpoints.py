@@ -7,19 +7,22 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
 
-from common.console import PipelineError, say
+from common import durable
+from common.commits import Commits
+from common.console import PipelineError, local_path, say
 from common.contract import Contract
 from common.internals import FileSystem, state_of
 from common.source import Source
-from common.table_writer import Start
 from common.tables import CONTRACT, MODE, NO_WRITER, WRITER, TablePair, fit_table, properties_of, quarantine_of, set_properties
 
+LAST_BATCH = "last_batch.json"  # in the checkpoint, beside Spark's own files
 READ_AGAIN = "read all that is still there into a new --table with a new --checkpoint"
 
 
@@ -95,11 +98,16 @@ class Checkpoint:
 
     def unread(self) -> dict[str, Any]:
         """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
-        if self.last_done < 0:
+        return {} if self.last_done < 0 else self.end_of(self.last_done)
+
+    def end_of(self, batch_id: int) -> dict[str, Any]:
+        """Where a batch ends, as its source writes it; {} for a batch that was not begun."""
+        file = f"offsets/{batch_id}"
+        text = self.files.read(f"{self.path}/{file}")
+        if text is None and batch_id > self.last_done:
             return {}
-        file = f"offsets/{self.last_done}"
         # A version, the metadata, and a line for each source, here one.
-        lines = (self.files.read(f"{self.path}/{file}") or "").split("\n")
+        lines = (text or "").split("\n")
         if lines[0] != "v1":
             raise PipelineError(damaged(self.path, f"{file} does not begin with v1"))
         return self._parse(lines[-1], file)
@@ -110,12 +118,44 @@ class Checkpoint:
         except ValueError:
             raise PipelineError(damaged(self.path, f"{file} is not JSON")) from None
 
+    def last_batch(self) -> dict[str, Any]:
+        """The note that `write_last_batch` has written; {} for none."""
+        try:
+            return json.loads(self.files.read(f"{self.path}/{LAST_BATCH}") or "{}")
+        except ValueError:  # cut by a crash, where a store can't replace a file whole
+            return {}
+
+    def write_last_batch(self, note: dict[str, Any]) -> None:
+        """Notes what is known of a batch before Spark notes that it is done."""
+        file, local = f"{self.path}/{LAST_BATCH}", local_path(self.path)
+        if local is None:
+            self.files.write(file, json.dumps(note))
+        else:
+            durable.replace(f"{local}/{LAST_BATCH}", json.dumps(note))
+
+    def sync(self, batch_id: int, end: dict[str, Any]) -> None:
+        """Returns once the disk has what Spark has written by the start of a batch, which is to go to `end`; does nothing for
+        another store than this machine."""
+        if (local := local_path(self.path)) is not None:
+            files = f"sources/0/{end.get('logOffset', 0)}"  # a folder's names of files
+            written = ("metadata", f"commits/{batch_id - 1}", f"offsets/{batch_id}", files, f"{files}.compact")
+            durable.sync(f"{local}/{file}" for file in written)
+
     def set_aside(self) -> str:
         """Renames the checkpoint, so that the stream starts over; returns its new path."""
         aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
         if not self.files.rename(self.path, aside):
             raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do it, then start again.")
         return aside
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start of a stream has found: its `checkpoint` and, as properties of its tables, the `identity` of its source and by
+    what it is `read_by`."""
+    checkpoint: Checkpoint
+    identity: dict[str, str]
+    read_by: dict[str, str]
 
 
 def check_start(spark: SparkSession, source: Source, tables: TablePair, contract: Contract, checkpoint_path: str) -> Start:
@@ -128,16 +168,17 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
     written_from = properties[tables.table] or {}
     identity = source.identity()
-    start = Start(identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
+    start = Start(checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
     if source.is_made_anew(identity, written_from, checkpoint.unread()):
         say(f"The old checkpoint is now {checkpoint.set_aside()}.")
         checkpoint = Checkpoint(spark, checkpoint_path)
+        start = replace(start, checkpoint=checkpoint)
         for table in (tables.quarantine, tables.table):  # in this order: by the latter it is known that the source is another one
             if properties[table] is not None:
                 set_properties(spark, table, {WRITER: NO_WRITER} | identity)
                 properties[table] = properties_of(spark, table)
     _check_tables(spark, checkpoint, properties, tables)
-    source.check_unread(checkpoint.unread(), checkpoint.path)
+    source.check_unread(checkpoint.unread(), checkpoint.path, checkpoint.last_batch().get("last_records"))
     if written_from:
         _fit_table(spark, checkpoint, tables, written_from, start)
     return start
@@ -159,13 +200,39 @@ def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, 
         if properties is not None and properties[WRITER] != checkpoint.id() and not is_free:
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}.")
-        written = -1 if properties is None else state_of(spark, table, checkpoint.id())[1]
+        version, written = (-1, -1) if properties is None else state_of(spark, table, checkpoint.id())
         # A batch is in the table before it is done, and in the quarantine only if it has rejected records.
         is_older = table == tables.table and written < checkpoint.last_done
         if is_older or written > checkpoint.last_begun():
             raise PipelineError(f"The {'table' if is_older else 'checkpoint'} is an older copy: {table} has batch {written} of the "
                                 f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. Going on would lose records. "
                                 f"Put back both and the quarantine as they were at one moment, or {READ_AGAIN}.")
+        if properties is not None:
+            _check_commits(Commits(spark, table, version), checkpoint, "table" if table == tables.table else "quarantine")
+
+
+def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
+    """Raises PipelineError if a table, the stream's `table` or `quarantine` by its `role`, has lost one of its newest commits or
+    files, or has the last batch from another checkpoint."""
+    if missing := commits.missing():
+        raise PipelineError(f"The table {commits.table} is damaged: {missing}. Put back a backup of it and of its checkpoint, or "
+                            f"{READ_AGAIN}.")
+    note = checkpoint.last_batch()
+    written = note.get("versions", {}).get(role, -1)
+    if commits.newest < written:
+        raise PipelineError(f"The table is an older copy: {commits.table} has version {commits.newest}, but the checkpoint "
+                            f"{checkpoint.path} belongs to version {written}. Going on would lose records. Put back both tables and "
+                            f"the checkpoint as they were at one moment, or {READ_AGAIN}.")
+    if role == "table" and note:
+        require_same_contents(commits, checkpoint, note["batch"], note["contents"])
+
+
+def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: int, contents: dict[str, Any]) -> None:
+    """Raises PipelineError if the table has a batch of this number that holds something else: a copy of the checkpoint has written it."""
+    if commits.contents_of(checkpoint.id() or "", batch_id) not in (None, contents):
+        raise PipelineError(f"The batch {batch_id} in {commits.table} holds other records than in the checkpoint {checkpoint.path}, of "
+                            f"which somebody has started a copy. Going on would lose records. Go on with the other copy, or "
+                            f"{READ_AGAIN}.")
 
 
 def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str], start: Start) -> None:

@@ -45,6 +45,13 @@ def location(value: str) -> str:
     return value if "://" in value else os.path.abspath(os.path.expanduser(value))
 
 
+def local_path(path: str) -> str | None:
+    """The path as this machine's own tools take it, however it is written (/data, file:///data); None for another store's."""
+    if "://" not in path:
+        return path
+    return path.removeprefix("file://") if path.startswith("file:///") else None
+
+
 def local_folder(value: str) -> str:
     """The type of an option that takes a folder of this machine."""
     if "://" in value:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from py4j.protocol import Py4JJavaError
-from pyspark.sql import DataFrame, Observation, Row, SparkSession
+from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 
@@ -94,6 +94,18 @@ class FileSystem:
         finally:
             content.close()
 
+    def write(self, path: str, text: str) -> None:
+        """Replaces a file, or makes it: whole or not at all, but for HDFS, where a crash may leave half of it."""
+        content = self._files.create(self._path(path), True)
+        try:
+            content.write(text.encode())
+        finally:
+            content.close()
+
+    def size(self, path: str) -> int | None:
+        """The bytes in a file; None if there is none."""
+        return self._files.getFileStatus(self._path(path)).getLen() if self._files.exists(self._path(path)) else None
+
     def rename(self, old: str, new: str) -> bool:
         """False if it can't be done; true, too, if there is nothing to rename."""
         return not self._files.exists(self._path(old)) or self._files.rename(self._path(old), self._path(new))
@@ -155,16 +167,20 @@ def number_of_tasks(rows: DataFrame) -> int:
     return rows._jdf.queryExecution().toRdd().getNumPartitions()
 
 
-def observed(spark: SparkSession, observation: Observation, seconds: int) -> Row | None:
-    """What an observation has seen, as a Row of Java; its own `get` waits forever, and converts all of it to Python.
+def observed(spark: SparkSession, observation: Observation, seconds: int) -> dict[str, Any] | None:
+    """The figures that an observation has seen, by their names, as Java has them; its own `get` waits forever, and converts all to Python.
 
-    None if it has seen no query end within so many seconds.
+    None if it has seen no query end within so many seconds; {} if Spark has left it out of the plan.
     """
     java, observer = _java(spark).scala.concurrent, cast(Any, observation._jo)
     try:
-        return java.Await.result(observer.future(), java.duration.Duration.create(seconds, "seconds"))
+        row = java.Await.result(observer.future(), java.duration.Duration.create(seconds, "seconds"))
     except Py4JJavaError:
         return None
+    if not row.length():
+        return {}
+    return {field.name(): row.getList(number) if field.dataType().typeName() == "array" else row.get(number)
+            for number, field in enumerate(row.schema().fields())}
 
 
 def from_java_rows(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:

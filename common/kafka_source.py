@@ -58,7 +58,7 @@ class KafkaSource(Source):
                    f"(partition: offset) is gone.", "the new topic is read from its beginning")
         return True
 
-    def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
+    def check_unread(self, unread: dict[str, Any], checkpoint: str, last_records: str | None) -> None:
         if self.accept_data_loss:
             with self._asking():
                 self.beginning = self.topic.beginning()

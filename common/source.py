@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 
 from common.console import PipelineError
 from common.process import StopFlag
@@ -34,6 +34,23 @@ class Source:
         """
         return batch
 
+    def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
+        """Says which records a micro-batch holds, which the checkpoint plans to go to `end`: two batches of one number with the same
+        contents hold the same records."""
+        return end
+
+    def last_records(self) -> Column | None:
+        """What to observe of a batch's records (an aggregate, a string) so that a start can tell whether the source still has them;
+        None for nothing."""
+        return None
+
+    def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
+        """The records for the quarantine where a second reading of a batch has accepted others than its first.
+
+        `judged`: the records of the second reading, as `parse` gives them. `written`: the rows that the first has written.
+        """
+        return judged.where("reject_reason IS NOT NULL")
+
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         """The same after reading them has failed with `error`; raises it where there is no other way."""
         raise error
@@ -49,8 +66,11 @@ class Source:
         """
         return False
 
-    def check_unread(self, unread: dict[str, Any], checkpoint: str) -> None:
-        """Raises PipelineError if the source no longer has what comes after the offsets `unread` of the checkpoint."""
+    def check_unread(self, unread: dict[str, Any], checkpoint: str, last_records: str | None) -> None:
+        """Raises PipelineError if the source no longer has what comes after the offsets `unread` of the checkpoint.
+
+        `last_records`: what was observed of the last records that were read; None if nothing was.
+        """
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
+from pyspark import StorageLevel
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
+from common.checkpoints import Start, require_same_contents
+from common.commits import NEWEST, Commits, contents_note, sync_commits
 from common.console import PipelineError, first_line, root_cause, warn
 from common.contract import Contract
 from common.internals import from_java_rows, number_of_tasks, observed, state_of
@@ -28,21 +30,15 @@ CLEAN_UP_AFTER = 1000  # batches, which are half an hour of the default trigger
 SEEN_WITHIN = 60  # seconds after a batch was written
 
 
-@dataclass(frozen=True)
-class Start:
-    """What was found at the start of a stream, as properties of its tables: the `identity` of its source, and by what it is
-    `read_by`."""
-    identity: dict[str, str]
-    read_by: dict[str, str]
-
-
 class BatchReport(NamedTuple):
     """What became of a batch: rows by reject_reason (None: accepted), how many of those accepted had fields that the contract
-    does not name, and which, and the newest of their times (microseconds since 1970; None without one)."""
+    does not name, and which, the newest of their times (microseconds since 1970; None without one), and what the source wants to
+    remember of the last records."""
     rows: dict[str | None, int]
     with_unknown: int
     unknown: list[str]
     newest: int | None
+    last_records: str | None = None
 
 
 class Unwatched:
@@ -64,85 +60,150 @@ class TableWriter:
 
     def write(self, batch: DataFrame, batch_id: int, stream: str) -> BatchReport:
         """Writes one batch of the query with the id `stream`."""
-        spark, tables = batch.sparkSession, self.tables
+        spark, tables, checkpoint = batch.sparkSession, self.tables, self.start.checkpoint
         if batch_id == 0:
             owner = {WRITER: stream} | self.start.identity
             create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
             # Last: as long as it is not this stream's, nothing was written.
             create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
-        version, _ = state_of(spark, tables.table, stream)
+        end = checkpoint.end_of(batch_id)
+        contents = self.source.contents(batch, end)
+        checkpoint.sync(batch_id, end)
+        before, last_batch = state_of(spark, tables.table, stream)
+        unsynced = {tables.table: before + 1, tables.quarantine: state_of(spark, tables.quarantine, stream)[0] + 1}
+        if batch_id <= last_batch:  # a crash has come before the checkpoint's own note of it, and perhaps before the disk had it
+            commits = Commits(spark, tables.table, before)
+            require_same_contents(commits, checkpoint, batch_id, contents)
+            unsynced = {table: max(0, version - NEWEST) for table, version in unsynced.items()}
         try:
-            report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream)
+            report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream, contents)
         except (PySparkException, Py4JJavaError) as error:
-            report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream)
+            report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream, contents)
         # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask) is no other one.
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
-            spark.sql(f"RESTORE TABLE {as_identifier(tables.table)} TO VERSION AS OF {version}")
+            spark.sql(f"RESTORE TABLE {as_identifier(tables.table)} TO VERSION AS OF {before}")
             raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. What this batch had read was "
                                 f"taken back. Start again: the start says what is lost.")
-        if reasons := {reason for reason in report.rows if reason}:
-            self._append(rejected, tables.quarantine, tables.quarantine_columns, batch_id, stream)
-        self.source.after_batch(batch, reasons, tables.quarantine)
+        if rejected is not None:
+            self._append(rejected, tables.quarantine, tables.quarantine_columns, batch_id, stream, contents)
+            rejected.unpersist()
+        self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
         if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
-            for table in (tables.quarantine, tables.table):
-                try:
-                    clean_up(spark, table)
-                except (PySparkException, Py4JJavaError) as error:  # the records are there; the next thousand batches try again
-                    warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
+            self._clean_up(spark)
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
-        for table in (tables.table, tables.quarantine):
-            state_of(spark, table, stream)
+        newest = {table: state_of(spark, table, stream)[0] for table in unsynced}
+        for table, version in newest.items():
+            sync_commits(spark, table, range(unsynced[table], version + 1))
+        checkpoint.write_last_batch({"batch": batch_id, "contents": contents, "last_records": report.last_records,
+                                     "versions": {"table": newest[tables.table], "quarantine": newest[tables.quarantine]}})
         return report
 
-    def _write_accepted(self, records: DataFrame, batch_id: int, stream: str) -> tuple[BatchReport, DataFrame]:
+    def _clean_up(self, spark: SparkSession) -> None:
+        for table in (self.tables.quarantine, self.tables.table):
+            try:
+                clean_up(spark, table)
+            except (PySparkException, Py4JJavaError) as error:  # the records are there; the next thousand batches try again
+                warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
+
+    def _write_accepted(self, records: DataFrame, batch_id: int, stream: str,
+                        contents: dict[str, Any]) -> tuple[BatchReport, DataFrame | None]:
         """Appends the valid ones of `records` to the table, unless the batch is there already.
 
-        Returns the report, and the rejected ones as the quarantine takes them. One pass over the records finds all of that:
+        Returns the report, and the rejected ones as the quarantine takes them, None for none. One pass over the records finds all of that:
         what is rejected is little as a rule, and kept in memory.
         """
         spark = records.sparkSession
         cores = spark.sparkContext.defaultParallelism
-        parsed = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
-        is_rejected = F.col("reject_reason").isNotNull()
-        rejected = parsed.where(is_rejected).select(*self.tables.quarantine_columns)
-        seen = Observation()
-        accepted = parsed.observe(seen, *self._figures(is_rejected, most_kept=min(100_000, MOST_KEPT // cores))).where(~is_rejected)
+        judged = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
+        rows, seen = self._observed(judged, kept_by_task=min(100_000, MOST_KEPT // cores))
+        is_repeated = batch_id <= state_of(spark, self.tables.table, stream)[1]  # it was written before a crash
         with _code_generation(spark):
-            if batch_id <= state_of(spark, self.tables.table, stream)[1]:  # it was written before a crash
-                accepted.write.format("noop").mode("overwrite").save()
+            if is_repeated:
+                rows.where(_is_valid()).write.format("noop").mode("overwrite").save()
             else:
-                self._append(accepted, self.tables.table, self.tables.columns, batch_id, stream)
+                self._append(rows.where(_is_valid()), self.tables.table, self.tables.columns, batch_id, stream, contents)
+        found = observed(spark, seen, SEEN_WITHIN)
         found = observed(spark, seen, SEEN_WITHIN)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
-        if found.length() == 0:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
-            return BatchReport(dict(map(tuple, parsed.groupBy("reject_reason").count().collect())), 0, [], None), rejected
-        rows, unknown = ({row.get(0): row.get(1) for row in found.getList(number)} for number in (0, 1))
-        kept = found.getList(3)  # None for none
-        if kept and len(kept) == sum(count for reason, count in rows.items() if reason):
-            rejected = from_java_rows(spark, kept, rejected).coalesce(1)
-        names = sorted({name for several in unknown if several for name in json.loads(several)})
-        return BatchReport(rows, found.get(2), names, found.get(4)), rejected
+        if not found:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
+            everything, seen = self._observed(judged)
+            everything.write.format("noop").mode("overwrite").save()
+            found = observed(spark, seen, SEEN_WITHIN) or {}
+        written = spark.read.format("delta").load(self.tables.table).where(
+            F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"])))
+        of_table = self._accepted_in(written) if is_repeated else (found["accepted"], found["fingerprint"])
+        return self._report(found, judged), self._rejected(judged, found, of_table, written)
 
-    def _figures(self, is_rejected: Column, most_kept: int) -> Iterator[Column]:
-        """What is observed of a batch: the values of a BatchReport, and as `kept` the rejected records as the quarantine takes them,
-        if they are not too many or too long. `most_kept`: of each task, at most 100,000, which is Spark's limit."""
-        has_unknown = ~is_rejected & (F.size("_unknown_fields") > 0)
+    def _rejected(self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int], written: DataFrame) -> DataFrame | None:
+        """The rejected records as the quarantine takes them; None for none.
+
+        `found`: the figures of a reading; `of_table`: how many of the batch's records are in the table, and their fingerprint.
+        """
+        columns = list(self.tables.quarantine_columns)
+        is_same = (found["accepted"], found["fingerprint"]) == of_table
+        if is_same and not found["rejected"]:
+            return None
+        if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
+            return from_java_rows(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
+        # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or in none.
+        again, seen = self._observed(judged)
+        rejected = again.where(~_is_valid()).select(*columns).persist(StorageLevel.DISK_ONLY)
+        rejected.count()
+        figures = observed(judged.sparkSession, seen, SEEN_WITHIN) or {}
+        if (figures["accepted"], figures["fingerprint"]) == of_table:
+            return rejected
+        rejected.unpersist()
+        return self.source.rejected_otherwise(judged, written).select(*columns)
+
+    def _accepted_in(self, rows: DataFrame) -> tuple[int, int]:
+        """How many rows of the table these are, and their fingerprint."""
+        [[count, fingerprint]] = rows.agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        return count, fingerprint
+
+    def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:
+        """The judged records, and what observes them while they are read once; `observed` has it then.
+
+        `kept_by_task`: the most rejected records that are kept of each task, at most 100,000, which is Spark's limit.
+        """
+        is_valid = _is_valid()
+        has_unknown = is_valid & (F.size("_unknown_fields") > 0)
         names = F.transform(F.slice("_unknown_fields", 1, 20), lambda name: F.left(name, F.lit(50)))
         columns = self.tables.quarantine_columns
         binary = [F.coalesce(F.octet_length(name), F.lit(0)) for name, kind in columns.items() if kind == "BINARY"]
-        is_kept = is_rejected & (sum(binary, F.lit(0)) <= LONGEST_KEPT)
-        # Exact for so few reasons; it counts null too, and takes less time than a count for each.
-        yield F.call_function("approx_top_k", F.col("reject_reason"), F.lit(700), F.lit(1000)).alias("rows")
-        yield F.call_function("approx_top_k", F.when(has_unknown, F.to_json(names)), F.lit(100), F.lit(1000)).alias("unknown")
-        yield F.count_if(has_unknown).alias("with_unknown")
-        yield F.max_by(F.struct(*columns), F.when(is_kept, 1), most_kept).alias("kept")
-        # One whose clock is ahead is no newer than its arrival.
-        yield F.max(F.when(~is_rejected, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))).alias("newest")
+        is_kept = ~is_valid & (sum(binary, F.lit(0)) <= LONGEST_KEPT)
+        figures = {
+            "accepted": F.count_if(is_valid),
+            "rejected": F.count_if(~is_valid),
+            "fingerprint": self._fingerprint(is_valid),
+            "arrival": F.max(F.unix_micros("ingest_time")),
+            # Takes less time than a count for each reason, and is exact for 700 of them.
+            "reasons": F.call_function("approx_top_k", F.col("reject_reason"), F.lit(700), F.lit(1000)),
+            "unknown": F.call_function("approx_top_k", F.when(has_unknown, F.to_json(names)), F.lit(100), F.lit(1000)),
+            "with_unknown": F.count_if(has_unknown),
+            "kept": F.max_by(F.struct(*columns), F.when(is_kept, 1), kept_by_task) if kept_by_task else F.lit(None),
+            # A time that is ahead is no newer than its arrival.
+            "newest": F.max(F.when(is_valid, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))),
+            "last_records": F.lit(None) if (last := self.source.last_records()) is None else last,
+        }
+        seen = Observation()
+        return judged.observe(seen, *(figure.alias(name) for name, figure in figures.items())), seen
 
-    def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str) -> None:
-        """Appends `records` to `table`, unless its log says that this stream's batch is there: a batch repeated after a
-        crash. Raises PipelineError if the table is gone, which Delta would make anew without a word."""
+    def _fingerprint(self, is_valid: Column) -> Column:
+        """An aggregate over records that differs where others of them are valid, by where they come from."""
+        return F.coalesce(F.sum(F.when(is_valid, F.xxhash64(*self.tables.origin))), F.lit(0))
+
+    def _report(self, found: dict[str, Any], judged: DataFrame) -> BatchReport:
+        rows = {row.get(0): row.get(1) for row in found["reasons"]}
+        if sum(rows.values()) != found["accepted"] + found["rejected"]:  # there are too many reasons
+            rows = dict(map(tuple, judged.groupBy("reject_reason").count().collect()))
+        unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
+        return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"], found["last_records"])
+
+    def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str,
+                contents: dict[str, Any]) -> None:
+        """Appends `records` to `table` with a note of the batch's `contents`, unless its log says that this stream's batch is there:
+        a batch repeated after a crash. Raises PipelineError if the table is gone, which Delta would make anew without a word."""
         if not DeltaTable.isDeltaTable(records.sparkSession, table):
             raise PipelineError(f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the start "
                                 f"says what is missing.")
@@ -152,7 +213,11 @@ class TableWriter:
                                       table not in self.appended_to)
         self.appended_to.add(table)
         (records.select(*(f"`{column}`" for column in columns)).write.format("delta").mode("append")
-         .options(txnAppId=stream, txnVersion=batch_id).save(table))
+         .options(txnAppId=stream, txnVersion=batch_id, userMetadata=contents_note(stream, batch_id, contents)).save(table))
+
+
+def _is_valid() -> Column:
+    return F.col("reject_reason").isNull()
 
 
 @contextmanager

@@ -37,10 +37,14 @@ MODE = "pipeline.source.mode"
 
 @dataclass(frozen=True)
 class TablePair:
-    """A table at the path `table` and its quarantine beside it, with their columns: names and types of SQL."""
+    """A table at the path `table` and its quarantine beside it, with their columns: names and types of SQL.
+
+    `origin`: the columns that say where a row came from.
+    """
     table: str
     columns: dict[str, str]
     quarantine_columns: dict[str, str]
+    origin: tuple[str, ...]
 
     @property
     def quarantine(self) -> str:
@@ -49,12 +53,12 @@ class TablePair:
 
 def bronze_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
     return TablePair(path, contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | {"_rescued_data": "STRING"},
-                     _quarantine_columns(FILE_ORIGIN))
+                     _quarantine_columns(FILE_ORIGIN), ("source_file",))
 
 
 def silver_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
     columns = contract_columns | {"ingest_time": "TIMESTAMP"} | KAFKA_ORIGIN | {"raw_json": "STRING", "_rescued_data": "STRING"}
-    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN))
+    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN), ("partition", "offset", "kafka_timestamp"))
 
 
 def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from pyspark.sql import functions as F
 
+from common.checkpoints import Checkpoint, Start
 from common.contract import Contract, Integer, Number, Text, Timestamp
 from common.internals import jvm_of
 from common.process import StopFlag
 from common.session import build_spark
 from common.simulator import Simulator
 from common.streams import TO_ITS_END, run_query
-from common.table_writer import Start, TableWriter, Unwatched
+from common.table_writer import TableWriter, Unwatched
 from common.tables import bronze_tables
 from common.viewer import newest_since, read_table, show
 from streaming_files_to_delta_bronze import FileSource, list_new_files
@@ -39,7 +40,7 @@ def main(make: str, archive: str) -> None:
         options = argparse.Namespace(input=str(files), checkpoint=f"{folder}/checkpoint", once=True, max_files_per_trigger=1,
                                      archive=None)
         tables = bronze_tables(f"{folder}/table", CONTRACT.columns)
-        writer = TableWriter(tables, CONTRACT, FileSource(is_multiline=False), Start({}, {}))
+        writer = TableWriter(tables, CONTRACT, FileSource(is_multiline=False), Start(Checkpoint(spark, options.checkpoint), {}, {}))
         run_query(list_new_files(spark, options), TO_ITS_END, writer, options.checkpoint, StopFlag(), Unwatched())
         for table in (tables.table, tables.quarantine):
             newest_since(spark, table, 5)

@@ -20,7 +20,7 @@ import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from pyspark.sql import SparkSession
 
-from common.checkpoints import check_start
+from common.checkpoints import Checkpoint, Start, check_start
 from common.class_archive import use_archive
 from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from common.kafka_source import KafkaSource
@@ -28,7 +28,7 @@ from common.process import STOP_SIGNALS, StopFlag
 from common.session import build_spark
 from common.source import Source
 from common.streams import TO_ITS_END, run_query
-from common.table_writer import Start, TableWriter, Unwatched
+from common.table_writer import TableWriter, Unwatched
 from common.tables import bronze_tables, quarantine_of, silver_tables
 from common.topics import Topic
 from local_kafka import free_ports
@@ -219,9 +219,10 @@ class GivenRecords(Source):
     mode = "as given"
 
 
-def bronze_writer(table: Path, contract=CONTRACT) -> TableWriter:
+def bronze_writer(spark, table: Path, contract=CONTRACT) -> TableWriter:
     """Writes batches of records to a Bronze table."""
-    return TableWriter(bronze_tables(str(table), contract.columns), contract, GivenRecords(), Start({}, {}))
+    start = Start(Checkpoint(spark, f"{table}_checkpoint"), {}, {})
+    return TableWriter(bronze_tables(str(table), contract.columns), contract, GivenRecords(), start)
 
 
 def run_streams(spark, streams: Iterable, source, tables, options, writer_type=TableWriter) -> None:

@@ -330,7 +330,7 @@ def begin(spark, folder: Path, contract: Contract, done: int):
     for number in range(done):
         (checkpoint / "commits" / str(number)).touch()
     (checkpoint / "metadata").write_text('{"id": "test"}')
-    writer = bronze_writer(folder / "bronze", contract)
+    writer = bronze_writer(spark, folder / "bronze", contract)
     writer.start = check_start(spark, writer.source, writer.tables, contract, str(checkpoint))
     return writer
 

@@ -76,7 +76,7 @@ def expect_in_table(page, place: int, *texts: str) -> None:
 
 
 def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_elsewhere(spark, tmp_path, visit):
-    writer = bronze_writer(tmp_path / "größe 'q\" é" / "readings")
+    writer = bronze_writer(spark, tmp_path / "größe 'q\" é" / "readings")
     write(spark, writer, 0, reading(), reading(device_id=HOSTILE), reading(value=1e6), HOSTILE.encode() + b"\xff")
     page, hosts = visit(tmp_path)
     expect(shown(page, "Accepted")).to_have_text("2")
@@ -98,7 +98,7 @@ def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_
 
 def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):
     contract = load_contract(f"{REPOSITORY}/examples/zigbee2mqtt.py")
-    writer = bronze_writer(tmp_path / "home", contract)
+    writer = bronze_writer(spark, tmp_path / "home", contract)
     records = (REPOSITORY / "examples" / "zigbee2mqtt" / "sample.jsonl").read_bytes().splitlines()
     write(spark, writer, 0, *records)
     page, _ = visit(tmp_path)
@@ -109,7 +109,7 @@ def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):
 def test_records_without_a_time_count_by_their_arrival_and_long_texts_are_cut(spark, tmp_path):
     contract = load_contract(f"{REPOSITORY}/examples/zigbee2mqtt.py")
     records = [{"device": {"friendlyName": name * 1000}, "temperature": number} for number, name in enumerate("aab")]
-    write(spark, bronze_writer(tmp_path / "home", contract), 0, *(json.dumps(record).encode() for record in records))
+    write(spark, bronze_writer(spark, tmp_path / "home", contract), 0, *(json.dumps(record).encode() for record in records))
     lake = Lake(Choice(str(tmp_path / "home"), 900, "temperature", "device", None, "last_seen"))
     points, _ = lake.course("temperature", "device")
     assert sorted(points["value"]) == [0.5, 2]
@@ -119,7 +119,7 @@ def test_records_without_a_time_count_by_their_arrival_and_long_texts_are_cut(sp
 def test_no_lake_and_an_empty_one_are_waited_for_until_a_table_comes(spark, tmp_path, visit):
     page, _ = visit(tmp_path / "lake")
     expect(page.get_by_text("No table yet.")).to_be_visible()
-    write(spark, bronze_writer(tmp_path / "lake" / "readings"), 0, b"{")  # so that the table has no row
+    write(spark, bronze_writer(spark, tmp_path / "lake" / "readings"), 0, b"{")  # so that the table has no row
     expect(shown(page, "Accepted")).to_have_text("0")
     expect(shown(page, "Rejected")).to_have_text("1")
 
@@ -127,7 +127,7 @@ def test_no_lake_and_an_empty_one_are_waited_for_until_a_table_comes(spark, tmp_
 @pytest.mark.parametrize("damage", ["the log", "a data file"])
 def test_a_broken_table_is_named_and_the_others_are_shown(spark, tmp_path, visit, damage):
     for name in ("a_good", "b_broken"):
-        write(spark, bronze_writer(tmp_path / name), 0, reading())
+        write(spark, bronze_writer(spark, tmp_path / name), 0, reading())
     if damage == "the log":
         for part in (tmp_path / "b_broken" / "_delta_log").glob("*.json"):
             part.write_text("{")

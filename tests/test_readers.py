@@ -224,7 +224,7 @@ def test_read_delta_says_what_is_wrong(lake, run_here, options, complaint):
 
 def written(spark, table, batches: int) -> TableWriter:
     """A Bronze table and its quarantine of so many batches of two records, one of them broken, made two days ago."""
-    writer = bronze_writer(table)
+    writer = bronze_writer(spark, table)
     writer.write(records(spark), 0, "test")
     for path in (writer.tables.table, writer.tables.quarantine):
         spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.checkpointInterval' = '2')")

@@ -16,8 +16,8 @@ VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * LONGEST_KEP
 
 
 @pytest.fixture
-def writer(tmp_path):
-    return bronze_writer(tmp_path / "bronze")
+def writer(spark, tmp_path):
+    return bronze_writer(spark, tmp_path / "bronze")
 
 
 def batch_of(spark, *records: bytes):
@@ -85,7 +85,7 @@ def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_pa
     writer.write(batches[0], 0, "test")
     delta = spark._jvm.org.apache.spark.sql.delta
     delta.stats.AutoCompactPartitionStats.instance(spark._jsparkSession).resetTestOnly()  # as in a new process
-    restarted = bronze_writer(tmp_path / "bronze")
+    restarted = bronze_writer(spark, tmp_path / "bronze")
     for number, batch in enumerate(batches[1:], 1):
         restarted.write(batch, number, "test")
     for table in (writer.tables.table, writer.tables.quarantine):

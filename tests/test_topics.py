@@ -12,11 +12,12 @@ from conftest import PATIENCE, REPOSITORY, origins, tables, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer
 from test_rules import reading
 
+from common.checkpoints import Checkpoint, Start
 from common.console import PipelineError
 from common.kafka_source import KafkaSource
 from common.process import StopFlag
 from common.streams import run_query
-from common.table_writer import Start, TableWriter, Unwatched
+from common.table_writer import TableWriter, Unwatched
 from common.tables import silver_tables
 from common.topics import Topic
 from readings import CONTRACT
@@ -196,7 +197,8 @@ def test_a_batch_that_fails_while_the_stream_is_being_stopped_is_said(spark, wor
             stopping.set()
             raise ValueError("the disk is full")
 
-    writer = Failing(silver_tables(world.options.table, CONTRACT.columns), CONTRACT, source, Start({}, {}))
+    start = Start(Checkpoint(spark, world.options.checkpoint), {}, {})
+    writer = Failing(silver_tables(world.options.table, CONTRACT.columns), CONTRACT, source, start)
     written, error = run_query(stream, trigger, writer, world.options.checkpoint, stopping, Unwatched())
     assert written == 0 and str(error) == "the disk is full"
 

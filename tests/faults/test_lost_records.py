@@ -15,10 +15,11 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from test_rules import reading
 
+from common.checkpoints import Checkpoint, Start
 from common.console import PipelineError, root_cause
 from common.kafka_source import KafkaSource
 from common.process import StopFlag
-from common.table_writer import Start, TableWriter
+from common.table_writer import TableWriter
 from common.tables import silver_tables
 from common.topics import Topic
 from readings import CONTRACT
@@ -143,7 +144,7 @@ def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broke
         return batch
 
     tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
-    writer = TableWriter(tables, CONTRACT, source, Start(source.identity(), {}))
+    writer = TableWriter(tables, CONTRACT, source, Start(Checkpoint(spark, str(tmp_path / "checkpoint")), source.identity(), {}))
     batch = records(spark, name)
     writer.write(batch, 0, "test")
     monkeypatch.setattr(source, "read_batch", make_it_again)
@@ -158,7 +159,7 @@ def test_a_batch_whose_topic_can_not_be_asked_for_any_more_is_kept(spark, broker
     make_topic(admin, name)
     source = KafkaSource(Topic(broker, name), accept_data_loss=False, group="lost")
     tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
-    writer = TableWriter(tables, CONTRACT, source, Start(source.identity(), {}))
+    writer = TableWriter(tables, CONTRACT, source, Start(Checkpoint(spark, str(tmp_path / "checkpoint")), source.identity(), {}))
     monkeypatch.setattr(source, "read_batch", lambda batch: [admin.delete_topics([name]), batch][1])
     writer.write(records(spark, name), 0, "test")
     assert spark.read.format("delta").load(tables.table).count() == 2

@@ -1,0 +1,85 @@
+"""The newest commits of a Delta table, read from its log: https://github.com/delta-io/delta/blob/master/PROTOCOL.md#delta-log-entries"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import unquote
+
+from pyspark.sql import SparkSession
+
+from common.console import local_path
+from common.durable import sync
+from common.internals import FileSystem
+
+NEWEST = 20  # commits that a start looks at
+
+
+class Commits:
+    """The commits of the table at the path `table`, whose newest version is `newest`."""
+
+    def __init__(self, spark: SparkSession, table: str, newest: int):
+        self.table, self.newest, self.files = table, newest, FileSystem(spark, table)
+
+    def actions(self, version: int) -> list[dict[str, Any]] | None:
+        """The entry of the log for a version, [] for one that is damaged; None if there is none (any more)."""
+        text = self.files.read(f"{self.table}/_delta_log/{version:020}.json")
+        try:
+            return None if text is None else [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError:
+            return []
+
+    def contents_of(self, stream: str, batch_id: int) -> Any:
+        """The contents that `contents_note` has noted for a batch; None if no commit of the newest ones has them."""
+        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+            for action in self.actions(version) or ():
+                note = _parsed(action.get("commitInfo", {}).get("userMetadata"))
+                if note.get("stream") == stream and note.get("batch") == batch_id:
+                    return note["contents"]
+        return None
+
+    def missing(self) -> str:
+        """Says which file of the newest commits is not there as it was written; "" if all are."""
+        removed: set[str] = set()
+        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+            actions = self.actions(version)
+            if actions is None and version < self.newest:  # removed by a clean-up, as are those before it
+                break
+            if not actions:
+                return f"the entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
+            removed |= {action["remove"]["path"] for action in actions if "remove" in action}
+            for add in (action["add"] for action in actions if "add" in action):
+                size = self.files.size(self.path(add["path"]))
+                if add["path"] not in removed and size != add["size"]:
+                    return (f"{self.path(add['path'])} is missing" if size is None else
+                            f"{self.path(add['path'])} has {size:,} bytes of {add['size']:,}")
+        return ""
+
+    def path(self, name: str) -> str:
+        """The path of a data file, whose name is that in the log."""
+        return unquote(name) if "://" in name or name.startswith("/") else f"{self.table}/{unquote(name)}"
+
+
+def contents_note(stream: str, batch_id: int, contents: dict[str, Any]) -> str:
+    """The note in a commit that says which records a batch holds."""
+    return json.dumps({"stream": stream, "batch": batch_id, "contents": contents})
+
+
+def _parsed(note: str | None) -> dict[str, Any]:
+    """A note of this pipeline; {} for any other."""
+    try:
+        parsed = json.loads(note or "{}")
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def sync_commits(spark: SparkSession, table: str, versions: Iterable[int]) -> None:
+    """Returns once the disk has all that these versions of a table have written; does nothing for another store than this machine."""
+    folder = local_path(table)
+    if folder is None:
+        return
+    for version in versions:
+        commits = Commits(spark, folder, version)
+        entry = f"{folder}/_delta_log/{version:020}"
+        sync([*(commits.path(action["add"]["path"]) for action in commits.actions(version) or () if "add" in action),
+              *(f"{entry}.{kind}" for kind in ("json", "crc", "checkpoint.parquet")), f"{folder}/_delta_log/_last_checkpoint"])

@@ -1,0 +1,26 @@
+"""Makes files of this machine survive a power cut: neither Spark nor Delta nor Hadoop has the disk write what they have written."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def sync(paths: Iterable[str | Path]) -> None:
+    """Returns once the disk has these files, and their names in their folders. Passes over those that don't exist."""
+    existing = [path for path in paths if os.path.exists(path)]
+    for path in dict.fromkeys([*map(str, existing), *(os.path.dirname(path) for path in existing)]):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def replace(path: str, text: str) -> None:
+    """Writes a file that is there whole or as it was before, whenever the power is cut."""
+    draft = f"{path}.draft"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(draft).write_text(text, encoding="utf-8")
+    sync([draft])
+    os.replace(draft, path)
+    sync([path])

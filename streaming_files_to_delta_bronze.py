@@ -20,6 +20,7 @@ name that begins with "." or "_", and rename it when it is complete.
 import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from pyspark.sql import functions as F
 
 from common.console import PipelineError, argument_parser, at_least, location, run, warn
 from common.contract import load_contract
-from common.internals import FileSystem
+from common.internals import FileSystem, planned_files
 from common.json_files import escape_glob, files_in, find_multiline, read_lines, read_values
 from common.process import REPOSITORY
 from common.session import build_spark
@@ -152,9 +153,18 @@ class FileSource(Source):
         self.mode = "with --multiline" if is_multiline else "without --multiline"
         self.taken: list[Row] = []  # the files of the running batch, as they were when it began
 
+    def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
+        paths = planned_files(batch)
+        return {"files": len(paths), "sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
+
     def read_batch(self, batch: DataFrame) -> DataFrame:
         self.taken = files_in(batch)
         return self.read(batch.sparkSession, self.taken, careful=False)
+
+    def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
+        warn("Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
+             "files of other names.")
+        return super().rejected_otherwise(judged, written)
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         return self.read(batch.sparkSession, files_in(batch), careful=True)

@@ -96,6 +96,38 @@ class Checkpoint:
     def _newest(self, folder: str) -> int:
         return max((int(name) for name in self.files.names_in(f"{self.path}/{folder}") if name.isdecimal()), default=-1)
 
+    def drop_cut_entries(self, written: int) -> None:
+        """Removes the newest entries where a power cut has left no whole one, so that Spark begins their batch again.
+
+        `written`: the last batch in the table. What it has written is whole (`sync`), so these are the note that it is done, and the
+        plan of one after it.
+        """
+        while self.last_done >= 0 and self._drop_cut(f"commits/{self.last_done}"):
+            self.last_done -= 1
+        planned = self.last_begun()
+        if planned > max(self.last_done, written):
+            logs = [name for name in self.files.names_in(f"{self.path}/sources/0") if name[0] != "."]
+            newest = max(logs, key=lambda name: int(name.removesuffix(".compact")), default=None)
+            if newest and self._drop_cut(f"sources/0/{newest}"):
+                self.files.delete(f"{self.path}/offsets/{planned}")
+            else:
+                self._drop_cut(f"offsets/{planned}")
+
+    def _is_whole(self, file: str) -> bool:
+        """Whether one of Spark's entries, a version and lines of JSON, has been written to its end."""
+        lines = (self.files.read(f"{self.path}/{file}") or "").splitlines()
+        try:
+            return lines[0].startswith("v") and isinstance(json.loads(lines[-1]), dict | int)
+        except (IndexError, ValueError):
+            return False
+
+    def _drop_cut(self, file: str) -> bool:
+        if self._is_whole(file):
+            return False
+        say(f"{self.path}/{file} is cut, perhaps by a power cut. Its batch is begun again; nothing is lost or written twice.")
+        self.files.delete(f"{self.path}/{file}")
+        return True
+
     def unread(self) -> dict[str, Any]:
         """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
         return {} if self.last_done < 0 else self.end_of(self.last_done)
@@ -166,6 +198,8 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     """
     checkpoint = Checkpoint(spark, checkpoint_path)
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
+    if properties[tables.table] is not None:
+        checkpoint.drop_cut_entries(state_of(spark, tables.table, checkpoint.id())[1])
     written_from = properties[tables.table] or {}
     identity = source.identity()
     start = Start(checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})

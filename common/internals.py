@@ -106,6 +106,9 @@ class FileSystem:
         """The bytes in a file; None if there is none."""
         return self._files.getFileStatus(self._path(path)).getLen() if self._files.exists(self._path(path)) else None
 
+    def delete(self, path: str) -> None:
+        self._files.delete(self._path(path), False)
+
     def rename(self, old: str, new: str) -> bool:
         """False if it can't be done; true, too, if there is nothing to rename."""
         return not self._files.exists(self._path(old)) or self._files.rename(self._path(old), self._path(new))
@@ -136,6 +139,14 @@ def query_of(batch: DataFrame) -> StreamingQuery:
     query = SparkSession.builder.getOrCreate().streams.get(stream_of(batch))
     assert query
     return query
+
+
+def planned_files(batch: DataFrame) -> list[str]:
+    """The paths of the files that a file stream has planned for this micro-batch, as its checkpoint has them: the batch's own rows leave
+    out those that are no longer there."""
+    leaves = query_of(batch)._jsq.streamingQuery().lastExecution().analyzed().collectLeaves()
+    [files] = [leaf.relation().location() for leaf in map(leaves.apply, range(leaves.size()))]
+    return sorted(files.rootPaths().mkString("\n").split("\n"))
 
 
 def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes]":

@@ -8,6 +8,7 @@ from typing import Any
 
 from kafka.errors import KafkaError
 from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
 from common.batches import Stopped, done_in
 from common.console import PipelineError, first_line, root_cause, say, warn
@@ -17,6 +18,7 @@ from common.source import Left, Source, SourceAwayError
 from common.topics import Topic
 
 GOES_ON = "it goes on with what there is"
+INCONSISTENT = "inconsistent_verdict"  # the reason of a record that one reading has accepted and another one has not
 TOPIC_ID, TOPIC_NAME = "pipeline.topic.id", "pipeline.topic.name"  # properties of a table: the topic that it is written from
 
 
@@ -43,6 +45,14 @@ class KafkaSource(Source):
             if all(end.get(partition, -1) >= offset for partition, offset in self.beginning.items()):
                 raise Stopped
         return batch
+
+    def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
+        warn(f"Records of {self.topic} were judged twice, with different results. Those that the table lacks are in the quarantine, as "
+             f"{INCONSISTENT} where the second judgement accepts them. Check the contract's rules.")
+        row, record = written.alias("row"), judged.alias("record")
+        is_written = F.expr("row.partition = record.partition AND row.offset = record.offset AND "
+                            "row.kafka_timestamp <=> record.kafka_timestamp")
+        return record.join(row, is_written, "left_anti").withColumn("reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT)))
 
     def identity(self) -> dict[str, str]:
         with self._asking():

@@ -1,0 +1,133 @@
+"""A power cut leaves files empty or missing, a checkpoint is copied, and a batch that is read twice is judged in two ways."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import GivenRecords
+from pyspark.sql import functions as F
+from test_files_to_bronze import put
+from test_rules import reading
+
+from common.checkpoints import LAST_BATCH, Checkpoint, Start
+from common.console import PipelineError
+from common.contract import Contract, Number
+from common.kafka_source import INCONSISTENT, KafkaSource
+from common.table_writer import LONGEST_KEPT, TableWriter
+from common.tables import silver_tables
+
+
+@pytest.fixture
+def two_batches(ingest):
+    """A folder and its stream, which has written two batches of a valid and a broken record."""
+    folder, run = ingest
+    for number in (1, 2):
+        put(folder, f"{number}.json", reading(), b"{")
+        assert run() == (1, 1)
+    return folder, run
+
+
+def plan(run, **options) -> None:
+    """Lets a stream plan a batch, and ends it before anything of the batch is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TableWriter, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(**options)
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize("table", ["bronze", "bronze_quarantine"])
+@pytest.mark.parametrize("pattern", ["*.parquet", "_delta_log/*.json"])
+@pytest.mark.parametrize("damage", ["removed", "emptied"])
+def test_a_start_names_the_newest_file_of_a_table_that_is_not_there_as_it_was_written(two_batches, tmp_path, table, pattern, damage):
+    folder, run = two_batches
+    file = newest(tmp_path / table, pattern)
+    content = file.read_bytes()
+    if damage == "removed":
+        file.unlink()
+    else:
+        os.truncate(file, 0)
+    put(folder, "3.json", reading(), b"{")
+    with pytest.raises(PipelineError, match=f"is damaged: .*{file.name}|is damaged: the entry 2|is an older copy"):
+        run()
+    file.write_bytes(content)
+    assert run() == (1, 1)
+
+
+@pytest.mark.parametrize("cut", ["", "v1\n{\"path"])
+def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(two_batches, tmp_path, capsys, cut):
+    folder, run = two_batches
+    (tmp_path / "checkpoint" / "commits" / "1").write_text(cut)
+    assert run() == (0, 0)
+    for number, entry in enumerate(("offsets", "sources/0"), 2):
+        put(folder, f"{number + 1}.json", reading(), b"{")
+        plan(run)
+        (tmp_path / "checkpoint" / entry / str(number)).write_text(cut)
+        assert run() == (1, 1)
+    assert capsys.readouterr().out.count("is cut, perhaps by a power cut") == 3
+    assert run() == (0, 0)
+
+
+def test_two_copies_of_a_checkpoint_do_not_take_each_others_batches_for_their_own(two_batches, tmp_path):
+    folder, run = two_batches
+    checkpoint, copy = str(tmp_path / "checkpoint"), str(tmp_path / "copy")
+    shutil.copytree(checkpoint, copy)
+    put(folder, "3.json", reading(), b"{")
+    plan(run, checkpoint=copy)
+    (folder / "3.json").rename(tmp_path / "3.json")
+    put(folder, "4.json", reading())
+    assert run(checkpoint=checkpoint) == (1, 0)
+    (tmp_path / "3.json").rename(folder / "3.json")
+    with pytest.raises(PipelineError, match="The batch 2 .* holds other records than in the checkpoint"):
+        run(checkpoint=copy)
+    assert run(checkpoint=checkpoint) == (1, 1)
+    with pytest.raises(PipelineError, match="The checkpoint is an older copy"):
+        run(checkpoint=copy)
+
+
+def test_a_repeated_batch_is_the_same_though_its_file_is_gone(two_batches, tmp_path):
+    folder, run = two_batches
+    for name in ("3.json", "4.json"):
+        put(folder, name, reading())
+    assert run() == (2, 0)
+    (tmp_path / "checkpoint" / "commits" / "2").unlink()
+    (folder / "3.json").unlink()
+    assert run() == (0, 0)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path, monkeypatch, capsys, crash):
+    """Such a rule is refused at the start; should one get in, this is the second line."""
+    class Given(GivenRecords):
+        topic = "the topic"
+        rejected_otherwise = KafkaSource.rejected_otherwise
+
+    contract = Contract((Number("value"),), {"coin": "xxhash64(value, CAST('now' AS TIMESTAMP)) % 2 = 0"})
+    tables = silver_tables(str(tmp_path / "silver"), contract.columns)
+    writer = TableWriter(tables, contract, Given(), Start(Checkpoint(spark, str(tmp_path / "checkpoint")), {}, {}))
+    records = spark.range(400).select(
+        F.format_string('{"value": %d}', "id").cast("binary").alias("raw"), F.format_string('{"value": %d}', "id").alias("raw_json"),
+        F.lit("topic").alias("topic"), F.lit(0).alias("partition"), F.col("id").alias("offset"),
+        F.when(F.col("id") % 3 > 0, F.timestamp_seconds("id")).alias("kafka_timestamp"),
+        F.repeat(F.lit("k"), F.lit(0 if crash else LONGEST_KEPT)).cast("binary").alias("kafka_key"),  # too long to be kept in memory
+        F.timestamp_seconds(F.lit(1_795_000_000)).alias("ingest_time"))
+    if crash:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.source, "after_batch", lambda *_: 1 / 0)
+            append = TableWriter._append
+            patch.setattr(TableWriter, "_append", lambda self, records, table, *rest: append(self, records, table, *rest)
+                          if table == tables.table else None)
+            with pytest.raises(ZeroDivisionError):
+                writer.write(records, 0, "test")
+    writer.write(records, 0, "test")
+    accepted, rejected = (spark.read.format("delta").load(table).collect() for table in (tables.table, tables.quarantine))
+    assert sorted(row.offset for row in accepted + rejected) == list(range(400)) and 100 < len(accepted) < 300
+    assert {row.reject_reason for row in rejected} == {"coin", INCONSISTENT}
+    assert "were judged twice, with different results" in capsys.readouterr().err
+    note = json.loads((tmp_path / "checkpoint" / LAST_BATCH).read_text())
+    assert note["versions"] == {"table": 1, "quarantine": 1}

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
 
 from common import durable
-from common.commits import Commits
+from common.commits import Commits, set_cut_aside
 from common.console import PipelineError, local_path, say
 from common.contract import Contract
 from common.internals import FileSystem, state_of
@@ -197,6 +197,9 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     write them twice.
     """
     checkpoint = Checkpoint(spark, checkpoint_path)
+    if relied_on := checkpoint.last_batch().get("versions"):
+        set_cut_aside(spark, tables.table, relied_on["table"])
+        set_cut_aside(spark, tables.quarantine, relied_on["quarantine"])
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
     if properties[tables.table] is not None:
         checkpoint.drop_cut_entries(state_of(spark, tables.table, checkpoint.id())[1])
@@ -248,8 +251,9 @@ def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, 
 def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
     """Raises PipelineError if a table, the stream's `table` or `quarantine` by its `role`, has lost one of its newest commits or
     files, or has the last batch from another checkpoint."""
-    if missing := commits.missing():
-        raise PipelineError(f"The table {commits.table} is damaged: {missing}. Put back a backup of it and of its checkpoint, or "
+    _, damage = commits.damage()
+    if damage:
+        raise PipelineError(f"The table {commits.table} is damaged: {damage}. Put back a backup of it and of its checkpoint, or "
                             f"{READ_AGAIN}.")
     note = checkpoint.last_batch()
     written = note.get("versions", {}).get(role, -1)

@@ -1,13 +1,18 @@
 """The newest commits of a Delta table, read from its log: https://github.com/delta-io/delta/blob/master/PROTOCOL.md#delta-log-entries"""
 
+import itertools
 import json
+import os
+import re
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from pyspark.sql import SparkSession
 
-from common.console import local_path
+from common.console import local_path, say
 from common.durable import sync
 from common.internals import FileSystem
 
@@ -37,26 +42,45 @@ class Commits:
                     return note["contents"]
         return None
 
-    def missing(self) -> str:
-        """Says which file of the newest commits is not there as it was written; "" if all are."""
-        removed: set[str] = set()
+    def damage(self) -> tuple[int, str]:
+        """The oldest of the newest commits that is not there as it was written, and what is wrong with it; (-1, "") for none."""
+        found, removed = (-1, ""), set()
         for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
             actions = self.actions(version)
             if actions is None and version < self.newest:  # removed by a clean-up, as are those before it
                 break
             if not actions:
-                return f"the entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
-            removed |= {action["remove"]["path"] for action in actions if "remove" in action}
-            for add in (action["add"] for action in actions if "add" in action):
-                size = self.files.size(self.path(add["path"]))
+                found = version, f"the entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
+            removed |= {action["remove"]["path"] for action in actions or () if "remove" in action}
+            for add in (action["add"] for action in actions or () if "add" in action):
+                path = self.path(add["path"])
+                size = self.files.size(path)
                 if add["path"] not in removed and size != add["size"]:
-                    return (f"{self.path(add['path'])} is missing" if size is None else
-                            f"{self.path(add['path'])} has {size:,} bytes of {add['size']:,}")
-        return ""
+                    found = version, f"{path} is missing" if size is None else f"{path} has {size:,} bytes of {add['size']:,}"
+        return found
 
     def path(self, name: str) -> str:
         """The path of a data file, whose name is that in the log."""
         return unquote(name) if "://" in name or name.startswith("/") else f"{self.table}/{unquote(name)}"
+
+
+def set_cut_aside(spark: SparkSession, table: str, relied_on: int) -> None:
+    """Renames the newest commits of a table of this machine if a power cut has come before the disk had all of them.
+
+    That leaves the table as it was before them. `relied_on`: the version up to which the checkpoint counts on it, which stays.
+    """
+    log = Path(local_path(table) or "", "_delta_log")
+    while local_path(table) and log.is_dir():
+        newest = max((int(name[:20]) for name in os.listdir(log) if re.fullmatch(r"\d{20}\.json", name)), default=-1)
+        damaged, problem = Commits(spark, str(log.parent), newest).damage()
+        if damaged <= relied_on:
+            return
+        say(f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is put back to version {damaged - 1}; the batch is "
+            f"written again, so nothing is lost.")
+        (log / "_last_checkpoint").unlink(missing_ok=True)  # a hint, which may be beyond
+        for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):
+            with suppress(FileNotFoundError):
+                (log / f"{version:020}.{file}").rename(log / f".{version:020}.{file}.cut")
 
 
 def contents_note(stream: str, batch_id: int, contents: dict[str, Any]) -> str:

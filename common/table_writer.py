@@ -57,6 +57,7 @@ class TableWriter:
     def __init__(self, tables: TablePair, contract: Contract, source: Source, start: Start):
         self.tables, self.contract, self.source, self.start = tables, contract, source, start
         self.appended_to: set[str] = set()  # those of the two tables that this process has written to
+        self.synced: dict[str, int] = {}  # up to these versions of them the disk has all
 
     def write(self, batch: DataFrame, batch_id: int, stream: str) -> BatchReport:
         """Writes one batch of the query with the id `stream`."""
@@ -70,11 +71,8 @@ class TableWriter:
         contents = self.source.contents(batch, end)
         checkpoint.sync(batch_id, end)
         before, last_batch = state_of(spark, tables.table, stream)
-        unsynced = {tables.table: before + 1, tables.quarantine: state_of(spark, tables.quarantine, stream)[0] + 1}
-        if batch_id <= last_batch:  # a crash has come before the checkpoint's own note of it, and perhaps before the disk had it
-            commits = Commits(spark, tables.table, before)
-            require_same_contents(commits, checkpoint, batch_id, contents)
-            unsynced = {table: max(0, version - NEWEST) for table, version in unsynced.items()}
+        if batch_id <= last_batch:
+            require_same_contents(Commits(spark, tables.table, before), checkpoint, batch_id, contents)
         try:
             report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream, contents)
         except (PySparkException, Py4JJavaError) as error:
@@ -91,12 +89,17 @@ class TableWriter:
         if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
             self._clean_up(spark)
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
-        newest = {table: state_of(spark, table, stream)[0] for table in unsynced}
-        for table, version in newest.items():
-            sync_commits(spark, table, range(unsynced[table], version + 1))
-        checkpoint.write_last_batch({"batch": batch_id, "contents": contents, "last_records": report.last_records,
-                                     "versions": {"table": newest[tables.table], "quarantine": newest[tables.quarantine]}})
+        versions = {"table": self._sync(spark, tables.table, stream), "quarantine": self._sync(spark, tables.quarantine, stream)}
+        checkpoint.write_last_batch({"batch": batch_id, "contents": contents, "versions": versions, "last_records": report.last_records})
         return report
+
+    def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
+        """Returns the version of a table once the disk has it."""
+        version, _ = state_of(spark, table, stream)
+        first = self.synced.get(table, version - NEWEST) + 1  # an earlier process may have been killed before it came here
+        sync_commits(spark, table, range(max(0, first), version + 1))
+        self.synced[table] = version
+        return version
 
     def _clean_up(self, spark: SparkSession) -> None:
         for table in (self.tables.quarantine, self.tables.table):

@@ -247,14 +247,18 @@ def ingest(spark, tmp_path):
         return [spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0
                 for path in (options.table, quarantine_of(options.table))]
 
+    def stream(multiline: bool = False) -> None:
+        run_streams(spark, [(list_new_files(spark, options), TO_ITS_END)], FileSource(multiline),
+                    bronze_tables(options.table, CONTRACT.columns), options)
+
     def run(multiline: bool = False, **others: object) -> tuple[int, int]:
         before = rows()
         vars(options).update(others)
-        run_streams(spark, [(list_new_files(spark, options), TO_ITS_END)], FileSource(multiline),
-                    bronze_tables(options.table, CONTRACT.columns), options)
+        stream(multiline)
         accepted, rejected = (now - then for now, then in zip(rows(), before))
         return accepted, rejected
 
+    run.stream, run.rows = stream, rows  # for tables that can't be counted before
     return folder, run
 
 

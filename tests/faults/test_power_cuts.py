@@ -59,9 +59,8 @@ def test_a_start_names_the_newest_file_of_a_table_that_is_not_there_as_it_was_wr
     assert run() == (1, 1)
 
 
-@pytest.mark.parametrize("pattern", ["bronze/*.parquet", "bronze/_delta_log/*.json", "bronze_quarantine/*.parquet",
-                                     "bronze_quarantine/_delta_log/*.json"])
-@pytest.mark.parametrize("cut", [b"", b"\0" * 900])
+@pytest.mark.parametrize("pattern, cut", [("bronze/*.parquet", b""), ("bronze/_delta_log/*.json", b"\0" * 900),
+                                          ("bronze_quarantine/*.parquet", b"\0" * 900), ("bronze_quarantine/_delta_log/*.json", b"")])
 def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tmp_path, capsys, pattern, cut):
     """The power was cut after Delta's commit, before the files were synced and the batch was noted."""
     folder, run = two_batches
@@ -71,7 +70,8 @@ def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tm
         with pytest.raises(ZeroDivisionError):
             run()
     newest(tmp_path, pattern).write_bytes(cut)
-    assert run() == ((1, 0) if "quarantine" not in pattern else (0, 1))
+    run.stream()
+    assert run.rows() == [3, 3]
     assert "perhaps by a power cut" in capsys.readouterr().out
     assert run() == (0, 0)
 

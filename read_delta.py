@@ -30,6 +30,7 @@ from pyspark.sql import functions as F
 from common.console import PipelineError, argument_parser, at_least, first_line, location, root_cause, run, say, table_location, warn
 from common.internals import FileSystem
 from common.session import READER_JVM, build_spark
+from common.table_lock import retried, write_lock
 from common.tables import LAKE, clean_up, time_travel
 from common.viewer import add_reader_options, read_table, show
 
@@ -134,10 +135,13 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
     """Merges small files and removes old ones, as asked for; a stream may write to the table at the same time."""
     read_table(spark, options.table, STREAMS)
     if options.optimize:
-        [done] = DeltaTable.forPath(spark, options.table).optimize().executeCompaction().collect()
+        with write_lock(options.table):
+            table = DeltaTable.forPath(spark, options.table)
+            [done] = retried(lambda: table.optimize().executeCompaction().collect())
         say(f"Merged {done.metrics['numFilesRemoved']:,} files into {done.metrics['numFilesAdded']:,}.")
     if options.vacuum:
-        clean_up(spark, options.table)
+        with write_lock(options.table):
+            clean_up(spark, options.table)
         say(f"Removed the files and log entries that no version of the last {time_travel(spark, options.table)} needs.")
 
 

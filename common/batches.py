@@ -9,15 +9,12 @@ from pyspark.sql.streaming.query import StreamingQuery
 
 from common.console import say, without_controls
 from common.internals import stream_of
-from common.process import StopFlag
+from common.process import StopFlag, Stopped
 from common.source import Left
+from common.table_lock import retried
 from common.table_writer import BatchReport, TableWriter, Unwatched
 
 MOST_REASONS, MOST_FIELDS = 3, 10  # in the line of a batch
-
-
-class Stopped(Exception):
-    """Ends a query between two batches."""
 
 
 class Batches:
@@ -33,11 +30,13 @@ class Batches:
 
     def write(self, batch: DataFrame, batch_id: int) -> None:
         with self.lock:
-            self.begun = time.monotonic()
             try:
                 if self.stopping.is_set():
                     raise Stopped  # before anything of this batch was written; the next start repeats it
-                self.reports[batch_id] = self.writer.write(batch, batch_id, stream_of(batch))
+                with self.writer.tables.write_lock(self.stopping, create=batch_id == 0):
+                    self.begun = time.monotonic()
+                    # As after a crash, a second attempt finds what the first has written.
+                    self.reports[batch_id] = retried(lambda: self.writer.write(batch, batch_id, stream_of(batch)))
                 self.written += 1
             except Exception as error:
                 self.error = error

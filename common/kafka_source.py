@@ -10,10 +10,10 @@ from kafka.errors import KafkaError
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from common.batches import Stopped, done_in
+from common.batches import done_in
 from common.console import PipelineError, first_line, root_cause, say, warn
 from common.internals import query_of
-from common.process import StopFlag
+from common.process import StopFlag, Stopped
 from common.source import Left, Source, SourceAwayError
 from common.topics import Topic
 

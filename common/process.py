@@ -56,6 +56,10 @@ class StopFlag:
         return self._is_set
 
 
+class Stopped(Exception):
+    """Ends what was to be broken off when a StopFlag was set."""
+
+
 def ignore_stop_signals() -> None:
     """For the end of a script: it takes a moment, and a second key press must not break it off."""
     for stop_signal in STOP_SIGNALS:

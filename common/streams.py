@@ -7,20 +7,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
-from common.batches import Batches, Stopped
+from common.batches import Batches
 from common.checkpoints import check_places, check_start, damaged, exclusive, taken
 from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
 from common.contract import Contract, add_readings_option, in_file
-from common.process import StopFlag, on_stop_signal
+from common.process import StopFlag, Stopped, on_stop_signal
 from common.source import Source, SourceAwayError
-from common.table_writer import TableWriter, Unwatched
+from common.table_lock import CONFLICTS
+from common.table_writer import Start, TableWriter, Unwatched
 from common.tables import TablePair
 
 TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
@@ -69,11 +70,15 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
     stopping = StopFlag()
     on_stop_signal(stopping.set)
     check_places(options)
-    check = partial(check_start, spark, source, tables, contract, options.checkpoint)
+
+    def check() -> Start:
+        with tables.write_lock(stopping):
+            return check_start(spark, source, tables, contract, options.checkpoint)
+
     with spark:
         with in_file(options.readings):
             contract.check_rules(spark)
-        with exclusive(options.checkpoint):
+        with exclusive(options.checkpoint), suppress(Stopped):
             start = check()
             metrics = _metrics(options)
             say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
@@ -149,6 +154,9 @@ def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, c
 def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
+    if isinstance(error, CONFLICTS):
+        return (f"Others changed {table} or its quarantine each time that a batch was to be written ({message}). Stop them while the "
+                f"stream runs, then start again. {NEXT_START}")
     if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
         return taken(checkpoint)
     if re.search(r"[Ii]ncomplete log file|[Ll]og file was malformed", message):

@@ -1,5 +1,8 @@
 """The pipeline's tables: their places, their columns, and what keeps them healthy."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from delta.tables import DeltaTable
@@ -7,7 +10,8 @@ from pyspark.sql import SparkSession
 
 from common.console import PipelineError, say
 from common.internals import remove_old_log_entries
-from common.process import REPOSITORY
+from common.process import REPOSITORY, StopFlag
+from common.table_lock import local_path, write_lock
 
 LAKE = REPOSITORY / "lake"
 BRONZE = str(LAKE / "bronze" / "sensor_data")
@@ -49,6 +53,15 @@ class TablePair:
     @property
     def quarantine(self) -> str:
         return quarantine_of(self.table)
+
+    @contextmanager
+    def write_lock(self, stopping: StopFlag, create: bool = False) -> Iterator[None]:
+        """Keeps other writers away from both tables (common/table_lock.py). `create`: makes the folders of new ones first."""
+        for path in filter(None, map(local_path, (self.quarantine, self.table))):
+            if create:
+                os.makedirs(path, exist_ok=True)
+        with write_lock(self.quarantine, stopping), write_lock(self.table, stopping):
+            yield
 
 
 def bronze_tables(path: str, contract_columns: dict[str, str]) -> TablePair:

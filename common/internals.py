@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, SparkSession
@@ -57,6 +57,9 @@ class FileSystem:
 
     def is_folder(self, path: str) -> bool:
         return self._files.exists(self._path(path)) and self._files.getFileStatus(self._path(path)).isDirectory()
+
+    def exists(self, path: str) -> bool:
+        return self._files.exists(self._path(path))
 
     def names_in(self, folder: str) -> list[str]:
         """The names in a folder; none if there is no such folder."""
@@ -129,6 +132,48 @@ def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, 
     return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
 
 
+class Commit(NamedTuple):
+    """A version of a table: Delta's name for its operation, whether that has removed or restored rows, and the rows that it has
+    added in these `files`. Files that were merged are none of both."""
+    version: int
+    operation: str
+    has_changed_rows: bool
+    files: list[str]
+    rows: DataFrame
+
+
+def newest_state(spark: SparkSession, table: str) -> tuple[str, int]:
+    """The id of a table, which a recreated one has not, and its version, both as its log is now."""
+    none = _java(spark).scala.Option.empty()
+    snapshot = _delta_log(spark, table).update(False, none, none)
+    return snapshot.metadata().id(), snapshot.version()
+
+
+def commits_of(spark: SparkSession, table: str, first: int, last: int) -> Iterator[Commit]:
+    """Those of the versions `first` to `last` of a table that its log still has, in order, after `newest_state`.
+
+    Delta's public ways to the rows of a commit are the change data feed, which the table would have to write, and a streaming read,
+    which can't begin right after a version and ends when somebody changes rows.
+    """
+    java, log = _java(spark), _delta_log(spark, table)
+    changes = log.getChanges(first, last, java.scala.Option.empty(), False)
+    while changes.hasNext():
+        change = changes.next()
+        actions = list(java.scala.jdk.javaapi.CollectionConverters.asJava(change._2()))
+        by_kind: dict[str, list[Any]] = {kind: [action for action in actions if action.getClass().getSimpleName() == kind]
+                                         for kind in ("AddFile", "RemoveFile", "CommitInfo")}
+        operation = by_kind["CommitInfo"][0].operation() if by_kind["CommitInfo"] else ""
+        added = [file for file in by_kind["AddFile"] if file.dataChange()]
+        has_removed = any(file.dataChange() for file in by_kind["RemoveFile"])
+        files = java.java.util.ArrayList()
+        for file in added:
+            files.add(file)
+        rows = log.createDataFrame(log.unsafeVolatileSnapshot(), java.scala.jdk.javaapi.CollectionConverters.asScala(files).toSeq(),
+                                   False, java.scala.Option.empty())
+        yield Commit(change._1(), operation, has_removed or operation == "RESTORE", [file.path() for file in added],
+                     DataFrame(rows, spark))
+
+
 def stream_of(batch: DataFrame) -> str:
     """The id of the query that has given this micro-batch to `foreachBatch`, which itself is not told."""
     return batch.sparkSession.sparkContext.getLocalProperty("sql.streaming.queryId") or ""
@@ -192,6 +237,11 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> dic
         return {}
     return {field.name(): row.getList(number) if field.dataType().typeName() == "array" else row.get(number)
             for number, field in enumerate(row.schema().fields())}
+
+
+def in_memory(rows: DataFrame) -> DataFrame:
+    """The rows as they are now, in the JVM's memory: they need not go through Python for it."""
+    return from_java_rows(rows.sparkSession, rows._jdf.collectAsList(), rows)
 
 
 def from_java_rows(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:

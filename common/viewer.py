@@ -27,21 +27,26 @@ LEAST_NEEDED = ("raw_json", "_rescued_data", "kafka_key", "topic", "kafka_timest
 ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
 
-def rows_of(spark: SparkSession, options: argparse.Namespace) -> tuple[DataFrame, list[str]]:
-    """The rows that a reader's options ask for, unordered, and the times to order them by."""
-    rows = spark.read.format("delta").load(quarantine_of(options.table) if options.rejected else options.table)
+def table_of(options: argparse.Namespace) -> str:
+    """The path of the table that a reader's options ask for."""
+    return quarantine_of(options.table) if options.rejected else options.table
+
+
+def in_order(rows: DataFrame, options: argparse.Namespace, newest_first: bool = False) -> DataFrame:
+    """The rows of that table, ordered by time, with the columns that the options ask for."""
     if options.format == "table" and not options.raw:
         rows = rows.drop("raw_json")
     times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
-    return rows, ["ingest_time", *times[:1]]
+    return rows.orderBy(*((F.desc if newest_first else F.asc)(f"`{time}`") for time in ("ingest_time", *times[:1])))
 
 
-def newest_rows(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
-    """The newest rows that the options of a reader ask for, the newest first."""
-    rows, times = rows_of(spark, options)
-    if since := newest_since(spark, quarantine_of(options.table) if options.rejected else options.table, options.limit):
+def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel: Any) -> DataFrame:
+    """The newest rows that the options of a reader ask for, the newest first; of the newest version, or of another (`versionAsOf`)."""
+    path = table_of(options)
+    rows = spark.read.format("delta").options(**time_travel).load(path)
+    if since := newest_since(spark, path, options.limit):
         rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
-    return rows.orderBy(*(F.desc(f"`{time}`") for time in times)).limit(options.limit)
+    return in_order(rows, options, newest_first=True).limit(options.limit)
 
 
 def add_reader_options(parser: argparse.ArgumentParser) -> None:

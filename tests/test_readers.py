@@ -118,10 +118,10 @@ def on_terminal(width: int, script: str, *arguments, folder: Path = REPOSITORY,
     return output.decode()
 
 
-def append(spark, table) -> None:
-    """Ten more rows, which have arrived now."""
-    readings = spark.range(10).selectExpr("concat('new-', id) AS device_id", "double(id) AS value", "now() AS event_time",
-                                          "now() AS ingest_time")
+def append(spark, table, arrived: str = "now()", prefix: str = "new", **others: str) -> None:
+    """Ten more rows, which have arrived now, or when a clock said so; `others`: expressions for further columns."""
+    readings = spark.range(10).selectExpr(f"concat('{prefix}-', id) AS device_id", "double(id) AS value", "now() AS event_time",
+                                          f"{arrived} AS ingest_time", *(f"{value} AS {name}" for name, value in others.items()))
     readings.coalesce(1).write.format("delta").mode("append").save(str(table))
 
 
@@ -156,6 +156,77 @@ def test_follow_in_a_pipe_gives_each_new_row_once_as_a_line(spark, lake, tmp_pat
     devices = re.findall(r"d2\d|new-\d", follower.output)
     assert (devices[:3], sorted(devices[3:13]), sorted(devices[13:])) == (["d22", "d21", "d20"], *[[f"new-{n}" for n in range(10)]] * 2)
     assert len(follower.lines) == 23 + (form != "json")
+
+
+def test_follow_gives_each_row_once_though_the_clock_was_set_back_and_files_were_merged(spark, lake, tmp_path, start):
+    shutil.copytree(lake, tmp_path / "lake")
+    table = tmp_path / "lake" / "silver" / "sensor_data"
+    follower = start("read_silver.py", "--table", table, "--follow", "--limit", 3, "--format", "json")
+    follower.wait_for("d22")
+    append(spark, table, arrived="TIMESTAMP '2001-01-01'")
+    spark.sql(f"OPTIMIZE delta.`{table}`")
+    append(spark, table, arrived="TIMESTAMP '2000-01-01'", prefix="older")
+    follower.wait_for("older-9")
+    append(spark, table, arrived="TIMESTAMP '2099-01-01'", prefix="late")
+    follower.wait_for("late-9")
+    assert follower.stop() == 0
+    shown = [json.loads(line)["device_id"] for line in follower.lines][3:]
+    assert [name.split("-")[0] for name in shown] == ["new"] * 10 + ["older"] * 10 + ["late"] * 10 and len({*shown}) == 30
+
+
+def test_follow_says_what_happens_to_the_table_and_goes_on(spark, lake, tmp_path, start):
+    """Rows are changed, a column is added, the log loses versions, files are gone, an older copy, a new table."""
+    shutil.copytree(lake, tmp_path / "lake")
+    table = tmp_path / "lake" / "silver" / "sensor_data"
+    followers = {form: start("read_silver.py", "--table", table, "--follow", "--limit", 3, "--format", form) for form in ("json", "csv")}
+
+    def wait_for(text: str, times: int = 1) -> None:
+        for follower in followers.values():
+            follower.wait_for(text, times)
+
+    wait_for("d22")
+    spark.sql(f"DELETE FROM delta.`{table}` WHERE device_id = 'd22'")
+    wait_for("Version 4 of ")
+    spark.sql(f"RESTORE TABLE delta.`{table}` TO VERSION AS OF 3")
+    wait_for("Version 5 of ")
+    spark.sql(f"ALTER TABLE delta.`{table}` ADD COLUMNS (battery DOUBLE)")
+    append(spark, table, battery="0.5D")
+    wait_for("new-9")
+    shutil.copytree(table, tmp_path / "backup")
+    for follower in followers.values():
+        follower.process.send_signal(signal.SIGSTOP)
+    append(spark, table, prefix="lost")
+    append(spark, table, prefix="vacuumed")
+    append(spark, table, prefix="kept")
+    (table / "_delta_log" / f"{8:020}.json").unlink()
+    [removed] = [json.loads(line)["add"]["path"] for line in (table / "_delta_log" / f"{9:020}.json").read_text().splitlines()
+                 if '"add"' in line]
+    (table / removed).unlink()
+    for follower in followers.values():
+        follower.process.send_signal(signal.SIGCONT)
+    wait_for("kept-9")
+    table.rename(tmp_path / "away")
+    (tmp_path / "backup").rename(table)
+    wait_for("replaced by an older copy")
+    append(spark, table, prefix="again")
+    wait_for("again-9")
+    shutil.rmtree(table)
+    wait_for("No Delta table at ")
+    spark.sql(f"CREATE TABLE delta.`{tmp_path}/other` USING delta AS SELECT 'first' AS device_id, now() AS ingest_time")
+    (tmp_path / "other").rename(table)
+    wait_for("is a new table")
+    wait_for("first")
+    for form, follower in followers.items():
+        assert follower.stop() == 0 and "Traceback" not in follower.output
+        rows = [line for line in follower.lines if re.search(r"(new|lost|vacuumed|kept|again)-\d", line)]
+        expected = [f"{name}-{n}" for name in ("again", "kept", "new") for n in range(10)]
+        assert sorted(re.search(r"\w+-\d", row)[0] for row in rows) == expected
+        assert f"versions 8 to 8 of {table} have added are not shown" in follower.output
+        assert f"version 9 of {table} has added are not shown" in follower.output
+        if form == "json":
+            assert json.loads(rows[0])["battery"] == 0.5
+        else:
+            assert follower.output.count("are not shown: battery. ") == 1 and len({len(next(csv.reader([row]))) for row in rows}) == 1
 
 
 def test_follow_waits_for_a_table_that_is_not_there_yet(spark, lake, tmp_path, start):

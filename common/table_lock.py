@@ -30,6 +30,7 @@ CONFLICTS = (ConcurrentAppendException, ConcurrentDeleteDeleteException, Concurr
              DeltaConcurrentModificationException, MetadataChangedException, ProtocolChangedException)
 
 Result = TypeVar("Result")
+_released_at = float("-inf")  # when this process last released a lock
 
 
 @contextmanager
@@ -42,6 +43,9 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
 
     Raises Stopped if `stopping` is set meanwhile. A table that is not there, or is in another store (`s3a://…`), is not locked.
     """
+    global _released_at
+    # A process that has waited takes its turn before the one that has just had the lock.
+    time.sleep(max(0, _released_at + 2 * POLL_SECONDS - time.monotonic()))
     deadline = time.monotonic() + QUIET_SECONDS
     while (folder := _locked_folder(table)) is None:
         if stopping is None:
@@ -56,6 +60,7 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
     finally:
         if folder >= 0:
             os.close(folder)
+            _released_at = time.monotonic()
 
 
 def _locked_folder(table: str) -> int | None:

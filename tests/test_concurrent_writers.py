@@ -80,12 +80,12 @@ def test_a_stream_at_full_speed_beside_maintenance_loses_no_record(spark, ingest
     add(0)
     run()
     with session(MAINTAINER, tmp_path / "bronze", "maintainer") as maintainer:
-        for number in range(1, 30):
+        for number in range(1, 10):
             add(number)
         assert maintainer.stdout.readline() == "ready\n"
         maintainer.stdin.write("\n")
         maintainer.stdin.flush()
-        assert run(max_files_per_trigger=1) == (29, 29)
+        assert run(max_files_per_trigger=1) == (9, 9)
         assert maintainer.poll() is None
     rows = spark.read.format("delta").load(str(tmp_path / "bronze"))
     account("OPTIMIZE and VACUUM in a loop beside a stream", lines, [row.device_id for row in rows.collect()], [])

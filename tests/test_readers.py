@@ -218,9 +218,9 @@ def test_follow_says_what_happens_to_the_table_and_goes_on(spark, lake, tmp_path
     wait_for("first")
     for form, follower in followers.items():
         assert follower.stop() == 0 and "Traceback" not in follower.output
-        rows = [line for line in follower.lines if re.search(r"(new|lost|vacuumed|kept|again)-\d", line)]
-        expected = [f"{name}-{n}" for name in ("again", "kept", "new") for n in range(10)]
-        assert sorted(re.search(r"\w+-\d", row)[0] for row in rows) == expected
+        rows = [line for line in follower.lines if re.search(name := r"(new|lost|vacuumed|kept|again)-\d", line)]
+        expected = [f"{batch}-{n}" for batch in ("again", "kept", "new") for n in range(10)]
+        assert sorted(re.search(name, row)[0] for row in rows) == expected
         assert f"versions 8 to 8 of {table} have added are not shown" in follower.output
         assert f"version 9 of {table} has added are not shown" in follower.output
         if form == "json":

@@ -46,10 +46,9 @@ def location(value: str) -> str:
 
 
 def local_path(path: str) -> str | None:
-    """The path as this machine's own tools take it, however it is written (/data, file:///data); None for another store's."""
-    if "://" not in path:
-        return path
-    return path.removeprefix("file://") if path.startswith("file:///") else None
+    """The path as this machine's own tools take it, however it is written (/data, file:/data, file:///data); None for another store's."""
+    path = re.sub("^file:(//)?(?=/)", "", path)
+    return None if "://" in path else path
 
 
 def local_folder(value: str) -> str:

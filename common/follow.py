@@ -1,12 +1,10 @@
 """--follow of a reader: the newest rows of a table as they come, by the table's versions, so that no clock matters."""
 
 import argparse
-import os
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from urllib.parse import unquote
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
@@ -15,8 +13,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from common.commits import Commits
 from common.console import is_screen, say, warn
-from common.internals import FileSystem, commits_of, in_memory, newest_state
+from common.internals import Commit, commits_of, in_memory, newest_state
 from common.tables import quarantine_of
 from common.viewer import as_table, csv_line, in_order, lines, newest_rows, table_of
 
@@ -48,7 +47,7 @@ class Follower:
             self.version = commit.version
             if commit.has_changed_rows:
                 yield f"Version {commit.version} of {self.path} ({commit.operation}) has changed or removed rows that were shown."
-            elif not self._are_there(commit.files):
+            elif any(size is None for size in self._sizes(commit)):
                 yield (f"The rows that version {commit.version} of {self.path} has added are not shown: its files were removed before "
                        f"they were read here.")
             elif commit.files:
@@ -62,9 +61,10 @@ class Follower:
                    f"log lost these versions before they were read here.")
             self.version = version
 
-    def _are_there(self, files: list[str]) -> bool:
-        paths = [file if ":/" in file else os.path.join(self.path, file) for file in map(unquote, files)]
-        return all(map(FileSystem(self.spark, self.path).exists, paths))
+    def _sizes(self, commit: Commit) -> Iterator[int | None]:
+        """The bytes of the files that a commit has added; None for one that is not there."""
+        commits = Commits(self.spark, self.path, commit.version)
+        return (commits.files.size(commits.path(file)) for file in commit.files)
 
 
 def follow(spark: SparkSession, options: argparse.Namespace) -> None:

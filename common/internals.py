@@ -58,9 +58,6 @@ class FileSystem:
     def is_folder(self, path: str) -> bool:
         return self._files.exists(self._path(path)) and self._files.getFileStatus(self._path(path)).isDirectory()
 
-    def exists(self, path: str) -> bool:
-        return self._files.exists(self._path(path))
-
     def names_in(self, folder: str) -> list[str]:
         """The names in a folder; none if there is no such folder."""
         return [status.getPath().getName() for status in self._statuses(folder)]

@@ -15,13 +15,13 @@ from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 from common.batches import Batches
-from common.checkpoints import check_places, check_start, damaged, exclusive, taken
+from common.checkpoints import Start, check_places, check_start, damaged, exclusive, taken
 from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
 from common.contract import Contract, add_readings_option, in_file
 from common.process import StopFlag, Stopped, on_stop_signal
 from common.source import Source, SourceAwayError
 from common.table_lock import CONFLICTS
-from common.table_writer import Start, TableWriter, Unwatched
+from common.table_writer import TableWriter, Unwatched
 from common.tables import TablePair
 
 TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there

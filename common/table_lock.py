@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 
-from common.console import PipelineError, warn
+from common.console import PipelineError, local_path, warn
 from common.process import StopFlag, Stopped
 
 POLL_SECONDS = 0.01  # a stream at full speed leaves its tables unlocked for a tenth of a second between two batches
@@ -94,12 +93,6 @@ def _locked_folder(table: str) -> int | None:
 def _lock_error(table: str, error: OSError) -> PipelineError:
     return PipelineError(f"The folder {table} can't be locked against other writers: {error.strerror}. Give this user permission to "
                          f"read it, or choose a file system that has locks (flock).")
-
-
-def local_path(location: str) -> str | None:
-    """The path on this machine that a location names, also as `file:/…` or `file:///…`; None for a URI of another store."""
-    path = re.sub(r"^file:(//)?(?=/)", "", location)
-    return None if "://" in path else path
 
 
 def retried(write: Callable[[], Result]) -> Result:

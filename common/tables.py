@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
-from common.console import PipelineError, say
+from common.console import PipelineError, local_path, say
 from common.internals import remove_old_log_entries
 from common.process import REPOSITORY, StopFlag
-from common.table_lock import local_path, write_lock
+from common.table_lock import write_lock
 
 LAKE = REPOSITORY / "lake"
 BRONZE = str(LAKE / "bronze" / "sensor_data")

@@ -151,7 +151,7 @@ def test_a_killed_process_leaves_no_lock_and_a_replaced_folder_is_locked_anew(tm
 
 
 def test_a_batch_that_meets_a_change_of_the_table_by_somebody_else_is_written_once(spark, tmp_path):
-    writer = bronze_writer(tmp_path / "bronze")
+    writer = bronze_writer(spark, tmp_path / "bronze")
     batches = Batches(writer, StopFlag(), Unwatched())
     spark.sparkContext.setLocalProperty("sql.streaming.queryId", "test")
     begun, changed = tmp_path / "begun", tmp_path / "changed"

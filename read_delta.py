@@ -27,7 +27,19 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError, argument_parser, at_least, first_line, location, root_cause, run, say, table_location, warn
+from common.console import (
+    PipelineError,
+    argument_parser,
+    at_least,
+    first_line,
+    local_path,
+    location,
+    root_cause,
+    run,
+    say,
+    table_location,
+    warn,
+)
 from common.internals import FileSystem
 from common.session import READER_JVM, build_spark
 from common.table_lock import retried, write_lock
@@ -132,8 +144,10 @@ def show_overview(spark: SparkSession, options: argparse.Namespace) -> None:
 
 
 def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
-    """Merges small files and removes old ones, as asked for; a stream may write to the table at the same time."""
+    """Merges small files and removes old ones, as asked for; a stream that writes to the table waits meanwhile."""
     read_table(spark, options.table, STREAMS)
+    if local_path(options.table) is None:
+        warn(f"{options.table} has no lock. Make sure that no stream writes to it meanwhile: on S3, commits could be lost.")
     if options.optimize:
         with write_lock(options.table):
             table = DeltaTable.forPath(spark, options.table)

@@ -1,11 +1,14 @@
 """Several writers of one table: on a local disk none of their commits is lost, and elsewhere a conflict is settled."""
 
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,12 +51,12 @@ while True:
 def session(code: str, table: Path, name: str):
     """A process with a session of its own, whose renames are late; it waits for a line before it begins."""
     with subprocess.Popen([*LATE_RENAMES, sys.executable, "-c", code, table, name], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as process:
+                          stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             yield process
         finally:
-            process.stdin.close()
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_no_commit_of_two_processes_is_lost(spark, tmp_path):
@@ -80,12 +83,12 @@ def test_a_stream_at_full_speed_beside_maintenance_loses_no_record(spark, ingest
     add(0)
     run()
     with session(MAINTAINER, tmp_path / "bronze", "maintainer") as maintainer:
-        for number in range(1, 10):
+        for number in range(1, 7):
             add(number)
         assert maintainer.stdout.readline() == "ready\n"
         maintainer.stdin.write("\n")
         maintainer.stdin.flush()
-        assert run(max_files_per_trigger=1) == (9, 9)
+        assert run(max_files_per_trigger=1) == (6, 6)
         assert maintainer.poll() is None
     rows = spark.read.format("delta").load(str(tmp_path / "bronze"))
     account("OPTIMIZE and VACUUM in a loop beside a stream", lines, [row.device_id for row in rows.collect()], [])
@@ -111,6 +114,18 @@ def test_a_stream_that_waits_for_another_writer_stops_when_asked_to(tmp_path, st
                 stream = start(*options)
     last = run_script(*options, "--once")
     assert (last.returncode, last.stdout.count("1 rows in, 1 accepted")) == (0, 2), last.stdout
+
+
+@pytest.mark.parametrize("option", ["--optimize", "--vacuum"])
+def test_maintenance_waits_for_a_writer(spark, tmp_path, start, option):
+    spark.range(1).write.format("delta").save(str(tmp_path / "table"))
+    with write_lock(str(tmp_path / "table")):
+        for signal_sent in (True, False):
+            maintenance = start("read_delta.py", tmp_path / "table", option)
+            maintenance.wait_for(f"Waiting for another process that writes to {tmp_path}/table …")
+            if signal_sent:
+                assert maintenance.stop() == 0 and maintenance.output.count("\n") == 1
+    assert maintenance.wait() == 0 and re.search("^(Merged|Removed) ", maintenance.output, re.MULTILINE)
 
 
 def is_locked(table: str) -> bool:

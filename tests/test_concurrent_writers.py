@@ -83,12 +83,12 @@ def test_a_stream_at_full_speed_beside_maintenance_loses_no_record(spark, ingest
     add(0)
     run()
     with session(MAINTAINER, tmp_path / "bronze", "maintainer") as maintainer:
-        for number in range(1, 7):
+        for number in range(1, 5):
             add(number)
         assert maintainer.stdout.readline() == "ready\n"
         maintainer.stdin.write("\n")
         maintainer.stdin.flush()
-        assert run(max_files_per_trigger=1) == (6, 6)
+        assert run(max_files_per_trigger=1) == (4, 4)
         assert maintainer.poll() is None
     rows = spark.read.format("delta").load(str(tmp_path / "bronze"))
     account("OPTIMIZE and VACUUM in a loop beside a stream", lines, [row.device_id for row in rows.collect()], [])

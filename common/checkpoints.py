@@ -115,7 +115,7 @@ class Checkpoint:
 
     def _is_whole(self, file: str) -> bool:
         """Whether one of Spark's entries, a version and lines of JSON, has been written to its end."""
-        lines = (self.files.read(f"{self.path}/{file}") or "").splitlines()
+        lines = (self.files.read(f"{self.path}/{file}") or "").strip("\n").split("\n")
         try:
             return lines[0].startswith("v") and isinstance(json.loads(lines[-1]), dict | int)
         except (IndexError, ValueError):

@@ -29,7 +29,7 @@ class Commits:
         """The entry of the log for a version, [] for one that is damaged; None if there is none (any more)."""
         text = self.files.read(f"{self.table}/_delta_log/{version:020}.json")
         try:
-            return None if text is None else [json.loads(line) for line in text.splitlines() if line.strip()]
+            return None if text is None else [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError:
             return []
 

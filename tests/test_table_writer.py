@@ -9,6 +9,7 @@ from test_rules import reading
 
 from common import table_writer
 from common.batches import batch_line
+from common.contract import Contract, Number
 from common.source import Left
 from common.table_writer import LONGEST_KEPT, BatchReport, TableWriter
 
@@ -57,6 +58,15 @@ def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(s
     report = writer.write(records, 0, "test")
     assert rows_of(spark, writer) == (1, [BROKEN])
     assert report.rows == {None: 1, "malformed_json": 1}
+
+
+def test_a_batch_with_more_reasons_than_are_counted_one_by_one_loses_no_record(spark, tmp_path):
+    rules = {f"is_{number}": f"value = {number}" for number in range(800)}
+    writer = bronze_writer(spark, tmp_path / "bronze", Contract((Number("value"),), rules))
+    records = [b'{"value": %d, "note": "%s"}' % (number, b"x" * (number // 700 * LONGEST_KEPT)) for number in range(800)]
+    report = writer.write(batch_of(spark, *records), 0, "test")
+    assert report.rows == dict.fromkeys(rules, 1)
+    assert rows_of(spark, writer) == (0, sorted(records))
 
 
 def test_a_clean_up_that_fails_stops_no_batch(spark, writer, monkeypatch, capsys):

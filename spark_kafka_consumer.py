@@ -27,8 +27,7 @@ from pyspark.sql import functions as F
 
 from common.console import argument_parser, at_least, run
 from common.contract import load_contract
-from common.kafka_config import spark_options
-from common.kafka_source import KafkaSource
+from common.kafka_source import KafkaSource, kafka_options, records_of
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.streams import TO_ITS_END, add_stream_options, run_until_stopped, trigger_of
@@ -66,23 +65,22 @@ def streams_of(spark: SparkSession, source: KafkaSource, options: argparse.Names
     """The topic as streams, each with its trigger: if data loss is accepted, first one that passes over what is lost by now;
     then the one that the options ask for, which stops where Kafka loses more."""
     if options.accept_data_loss:
-        yield read_topic(spark, source.topic, options, fail_on_data_loss=False), TO_ITS_END
+        yield read_topic(spark, source, options, fail_on_data_loss=False), TO_ITS_END
         source.accept_data_loss = False
-    yield read_topic(spark, source.topic, options), trigger_of(options)
+    yield read_topic(spark, source, options), trigger_of(options)
 
 
-def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace, fail_on_data_loss: bool = True) -> DataFrame:
-    """The topic as a stream: its value as `raw` and `raw_json`, where it came from, and `ingest_time`, the start of its batch."""
-    return (
+def read_topic(spark: SparkSession, source: KafkaSource, options: argparse.Namespace, fail_on_data_loss: bool = True) -> DataFrame:
+    """The topic as a stream of `records_of`; `ingest_time` is the start of its batch."""
+    topic = source.topic
+    kafka = (
         spark.readStream.format("kafka")
         .option("kafka.max.poll.records", 5000)  # 500, Kafka's default, takes half as long again
         # Whatever a batch is to read is there. Kafka's default waits half a second in each partition for what comes after it.
         .option("kafka.fetch.max.wait.ms", 0)
-        .option("kafka.isolation.level", topic.isolation_level)
-        .options(**spark_options(topic.properties))
-        .option("kafka.bootstrap.servers", topic.servers)
+        .options(**kafka_options(topic))
         .option("subscribe", topic.name)
-        .option("startingOffsets", "earliest")
+        .option("startingOffsets", source.starting_offsets)
         .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
         .option("failOnDataLoss", fail_on_data_loss)
         # A large batch is cut into many small parts, which TableWriter joins to files of one size for all cores.
@@ -92,17 +90,9 @@ def read_topic(spark: SparkSession, topic: Topic, options: argparse.Namespace, f
         # A broker that does not answer is waited for by `run_until_stopped`, which says so.
         .option("fetchOffset.numRetries", 1)
         .load()
-        .select(
-            F.col("value").alias("raw"),
-            F.col("value").cast("string").alias("raw_json"),
-            "topic",
-            "partition",
-            "offset",
-            F.col("timestamp").alias("kafka_timestamp"),
-            F.col("key").alias("kafka_key"),
-            # The checkpoint keeps it, so a batch that is repeated has the same.
-            F.current_timestamp().alias("ingest_time"))
     )
+    # The checkpoint keeps the time, so a batch that is repeated has the same.
+    return records_of(kafka, topic.name, F.current_timestamp())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,19 @@ from common.console import PipelineError, local_path, say
 from common.contract import Contract
 from common.internals import FileSystem, state_of
 from common.source import Source
-from common.tables import CONTRACT, MODE, NO_WRITER, WRITER, TablePair, fit_table, properties_of, quarantine_of, set_properties
+from common.tables import (
+    CONTRACT,
+    MODE,
+    NO_WRITER,
+    REPLACED,
+    STARTS_AT,
+    WRITER,
+    TablePair,
+    fit_table,
+    properties_of,
+    quarantine_of,
+    set_properties,
+)
 
 LAST_BATCH = "last_batch.json"  # in the checkpoint, beside Spark's own files
 READ_AGAIN = "read all that is still there into a new --table with a new --checkpoint"
@@ -203,22 +215,49 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
     if properties[tables.table] is not None:
         checkpoint.drop_cut_entries(state_of(spark, tables.table, checkpoint.id())[1])
+    checkpoint = _finish_starting_over(spark, checkpoint, tables, properties)
     written_from = properties[tables.table] or {}
     identity = source.identity()
     start = Start(checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
     if source.is_made_anew(identity, written_from, checkpoint.unread()):
-        say(f"The old checkpoint is now {checkpoint.set_aside()}.")
-        checkpoint = Checkpoint(spark, checkpoint_path)
-        start = replace(start, checkpoint=checkpoint)
-        for table in (tables.quarantine, tables.table):  # in this order: by the latter it is known that the source is another one
-            if properties[table] is not None:
-                set_properties(spark, table, {WRITER: NO_WRITER} | identity)
-                properties[table] = properties_of(spark, table)
+        checkpoint = _start_over(spark, source, checkpoint, tables, properties, identity | {STARTS_AT: ""})
     _check_tables(spark, checkpoint, properties, tables)
-    source.check_unread(checkpoint.unread(), checkpoint.path, checkpoint.last_batch().get("last_records"))
+    last_records = checkpoint.last_batch().get("last_records")
+    place = source.check_unread(spark, tables, checkpoint.unread(), checkpoint.path, last_records)
+    if place is not None:
+        checkpoint = _start_over(spark, source, checkpoint, tables, properties, {STARTS_AT: place})
+    source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
     if written_from:
         _fit_table(spark, checkpoint, tables, written_from, start)
-    return start
+    return replace(start, checkpoint=checkpoint)
+
+
+def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tables: TablePair,
+                properties: dict[str, dict[str, str] | None], changed: dict[str, str]) -> Checkpoint:
+    """Sets the checkpoint aside and frees its tables for a new one, which is returned. `changed`: further properties of the table."""
+    begin, written = checkpoint.unread(), state_of(spark, tables.table, checkpoint.id())[1]
+    if written > checkpoint.last_done:  # the new checkpoint will know nothing of this batch
+        source.take_back(spark, tables, begin, checkpoint.end_of(written))
+    replaced = (properties[tables.table] or {})[WRITER]
+    # In one commit: what follows is finished by the next start if a crash comes in between.
+    set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
+    properties[tables.table] = properties_of(spark, tables.table)
+    return _finish_starting_over(spark, checkpoint, tables, properties)
+
+
+def _finish_starting_over(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair,
+                          properties: dict[str, dict[str, str] | None]) -> Checkpoint:
+    """Frees the quarantine and sets the checkpoint aside if the table no longer is theirs; returns the checkpoint to go on with."""
+    of_table, of_quarantine = properties[tables.table] or {}, properties[tables.quarantine]
+    if of_table.get(WRITER) != NO_WRITER or REPLACED not in of_table:
+        return checkpoint
+    if of_quarantine is not None and of_quarantine.get(WRITER) == of_table[REPLACED]:
+        set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
+        properties[tables.quarantine] = properties_of(spark, tables.quarantine)
+    if checkpoint.id() != of_table[REPLACED]:
+        return checkpoint
+    say(f"The old checkpoint is now {checkpoint.set_aside()}.")
+    return Checkpoint(spark, checkpoint.path)
 
 
 def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, dict[str, str] | None],

@@ -191,6 +191,69 @@ def planned_files(batch: DataFrame) -> list[str]:
     return sorted(files.rootPaths().mkString("\n").split("\n"))
 
 
+def begun_at(batch: DataFrame) -> int:
+    """When this micro-batch was planned, in milliseconds since 1970: its current_timestamp(), which otherwise comes with a record only."""
+    batch_id = int(batch.sparkSession.sparkContext.getLocalProperty("streaming.sql.batchId") or 0)
+    offsets = cast(Any, query_of(batch))._jsq.streamingQuery().offsetLog().get(batch_id)
+    return offsets.get().metadataOpt().get().batchTimestampMs()
+
+
+# Of a record of Kafka: its methods, and the types of what they return.
+KAFKA_RECORD = {"key": "BINARY", "value": "BINARY", "partition": "INT", "offset": "BIGINT", "timestamp": "BIGINT"}
+
+
+def kafka_records(rows: DataFrame) -> DataFrame:
+    """The records that `rows`, a micro-batch or a `spark.read` of Kafka, would read, with their timestamps as Kafka has them.
+
+    Spark's own reader fails on a time that is no TIMESTAMP. This one takes the same ranges of offsets, properties and consumers.
+    Out: the columns of `KAFKA_RECORD` (`timestamp`: milliseconds), and `timestampType`, as Spark has it.
+    """
+    spark = rows.sparkSession
+    java = _java(spark)
+    sql, expressions = java.org.apache.spark.sql, java.org.apache.spark.sql.catalyst.expressions
+    none = _scala_seq(spark, [])
+
+    def method(target: Any, name: str, kind: Any) -> Any:
+        return expressions.objects.Invoke(target, name, kind, none, none, True, True, True)
+
+    def column(value: Any, name: str) -> Any:
+        return expressions.Alias(value, name, expressions.NamedExpression.newExprId(), none, java.scala.Option.empty(), none)
+
+    an_object = java.org.apache.kafka.clients.consumer.ConsumerRecord("", 0, 0, None, None)
+    kind_of_record = sql.types.ObjectType(an_object.getClass())
+    rows_of_one = expressions.AttributeReference("record", kind_of_record, False, sql.types.Metadata.empty(),
+                                                 expressions.NamedExpression.newExprId(), none)
+    record = expressions.BoundReference(0, kind_of_record, False)
+    columns = [column(method(record, name, sql.types.DataType.fromDDL(kind)), name) for name, kind in KAFKA_RECORD.items()]
+    timestamp_type = method(record, "timestampType", sql.types.ObjectType(an_object.timestampType().getClass()))
+    columns.append(column(method(timestamp_type, "ordinal", sql.types.DataType.fromDDL("INT")), "timestampType"))
+    plan = java.org.apache.spark.sql.catalyst.plans.logical.SerializeFromObject(
+        _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, _kafka_rdd(rows), spark._jsparkSession))
+    read = DataFrame(sql.classic.Dataset.ofRows(spark._jsparkSession, plan), spark)
+    return read.withColumn("timestampType", read.timestampType - 1)  # -1 for none is the first
+
+
+def _kafka_rdd(rows: DataFrame) -> Any:
+    """Kafka's records as an RDD of Java: of a stream from its plan, of a `spark.read` the one beneath its rows."""
+    spark, rdd = rows.sparkSession, rows._jdf.queryExecution().toRdd()
+    parts = rdd.partitions()
+    if not parts or parts[0].getClass().getSimpleName() == "KafkaSourceRDDPartition":
+        while rdd.getClass().getSimpleName() != "KafkaSourceRDD":
+            rdd = rdd.dependencies().head().rdd()
+        return rdd
+    parts = [part.inputPartition().get() for part in parts]
+    return _java(spark).org.apache.spark.sql.kafka010.KafkaSourceRDD(
+        spark.sparkContext._jsc.sc(), parts[0].executorKafkaParams(), _scala_seq(spark, [part.offsetRange() for part in parts]),
+        parts[0].pollTimeoutMs(), parts[0].failOnDataLoss())
+
+
+def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:
+    several = _java(spark).java.util.ArrayList()
+    for value in values:
+        several.add(value)
+    return _java(spark).org.apache.spark.api.python.PythonUtils.toSeq(several)
+
+
 def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes]":
     """The process of the session's JVM: PySpark has no way to wait for its end."""
     return cast(Any, spark.sparkContext._gateway).proc

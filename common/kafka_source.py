@@ -6,20 +6,67 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from delta.tables import DeltaTable
 from kafka.errors import KafkaError
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from common.batches import done_in
-from common.console import PipelineError, first_line, root_cause, say, warn
-from common.internals import query_of
+from common.console import PipelineError, first_line, java_class, root_cause, say, warn
+from common.internals import begun_at, kafka_records, query_of
+from common.kafka_config import spark_options
 from common.process import StopFlag, Stopped
 from common.source import Left, Source, SourceAwayError
+from common.tables import TablePair
 from common.topics import Topic
 
 GOES_ON = "it goes on with what there is"
 INCONSISTENT = "inconsistent_verdict"  # the reason of a record that one reading has accepted and another one has not
+GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
+LOG_APPEND_TIME = 1  # of Spark's timestampType
+MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
+EARLIEST = -2  # an offset, to Spark
+REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
+SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common
 TOPIC_ID, TOPIC_NAME = "pipeline.topic.id", "pipeline.topic.name"  # properties of a table: the topic that it is written from
+
+
+def _time(milliseconds: str) -> str:
+    """SQL: Kafka's time where both ways of reading (`KafkaSource.read_again`) give the same, else null."""
+    return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN} AND {MOST_MILLISECONDS} THEN {milliseconds} END"
+
+
+def _values(tables: TablePair) -> dict[str, str]:
+    """The columns that have the record, by the table."""
+    return {tables.table: "raw_json", tables.quarantine: "raw"}
+
+
+def _is_same(value: str) -> str:
+    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `KafkaSource._in_kafka`."""
+    return (f"row.partition = record.partition AND row.offset = record.offset AND md5(row.{value}) <=> record.md5 "
+            f"AND {_time('unix_millis(row.kafka_timestamp)')} <=> record.time")
+
+
+def kafka_options(topic: Topic) -> dict[str, Any]:
+    """The options of Spark's Kafka source that say which cluster it reads, and how."""
+    return ({"kafka.isolation.level": topic.isolation_level} | spark_options(topic.properties)
+            | {"kafka.bootstrap.servers": topic.servers})
+
+
+def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
+    """Records as a stream takes them, from the columns of Spark's Kafka source: the value as `raw` and `raw_json`, where it came from,
+    `ingest_time`, and `arrival_time`, which is null where the broker does not say."""
+    return kafka.select(
+        F.col("value").alias("raw"),
+        F.col("value").cast("string").alias("raw_json"),
+        F.lit(topic).alias("topic"),
+        "partition",
+        "offset",
+        F.col("timestamp").alias("kafka_timestamp"),
+        F.col("key").alias("kafka_key"),
+        ingest_time.alias("ingest_time"),
+        # With CreateTime it is what the producer says.
+        F.when(F.col("timestampType") == LOG_APPEND_TIME, F.col("timestamp")).alias("arrival_time"))
 
 
 class KafkaSource(Source):
@@ -32,6 +79,10 @@ class KafkaSource(Source):
         self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group
         self.mode = f"isolation.level={topic.isolation_level}"
         self.beginning: dict[int, int] = {}  # of the topic at the start, by partition, if data loss is accepted
+        self.starting_offsets = "earliest"  # of a stream without a checkpoint, as Spark takes them
+        self.has_started = False
+        self.ends: dict[str, int] = {}  # of the batch that is being written, by partition
+        self.remembered: dict[str, list[dict[str, Any]]] = {}  # that were read of each partition
         self.has_failed = False  # for lost records, and was started again
         self.has_warned = False  # that it can't note how far it is
 
@@ -46,6 +97,26 @@ class KafkaSource(Source):
                 raise Stopped
         return batch
 
+    def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
+        self.ends = end.get(self.topic.name, {})
+        return end
+
+    def last_records(self) -> Column | None:
+        if not self.ends:
+            return None
+        ends = F.array(*(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends)))))
+        is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED
+        time = F.expr(_time("unix_millis(kafka_timestamp)")).alias("time")
+        return F.to_json(F.collect_list(F.when(is_last, F.struct("partition", "offset", time, F.md5("raw").alias("md5")))))
+
+    def remember(self, last_records: str | None) -> str | None:
+        """Those of the batch; of a partition without any those of an earlier batch."""
+        newest: dict[str, list[dict[str, Any]]] = {}
+        for record in json.loads(last_records or "[]"):
+            newest.setdefault(str(record.pop("partition")), []).append(record)
+        self.remembered |= newest
+        return json.dumps(self.remembered)
+
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         warn(f"Records of {self.topic} were judged twice, with different results. Those that the table lacks are in the quarantine, as "
              f"{INCONSISTENT} where the second judgement accepts them. Check the contract's rules.")
@@ -53,6 +124,23 @@ class KafkaSource(Source):
         is_written = F.expr("row.partition = record.partition AND row.offset = record.offset AND "
                             "row.kafka_timestamp <=> record.kafka_timestamp")
         return record.join(row, is_written, "left_anti").withColumn("reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT)))
+
+    def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
+        """Reads records whose time, which a producer may set to any number, is more than Spark's reader takes."""
+        if java_class(error) != "java.lang.ArithmeticException":
+            raise error
+        records = kafka_records(batch)
+        is_time = F.col("timestamp").between(GREGORIAN, MOST_MILLISECONDS)
+        strange = (records.where(~is_time).groupBy("partition").agg(F.count("*"), F.min(F.struct("offset", "timestamp")))
+                   .sort("partition").collect())
+        if not strange:
+            raise error
+        places = ", ".join(f"partition {partition} {count:,}, first at offset {offset} ({time})"
+                           for partition, count, (offset, time) in strange)
+        warn(f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {places}. The records are read as any "
+             f"others, and their kafka_timestamp is null.")
+        time = F.when(is_time, F.timestamp_millis("timestamp"))
+        return records_of(records.withColumn("timestamp", time), self.topic.name, F.timestamp_millis(F.lit(begun_at(batch))))
 
     def identity(self) -> dict[str, str]:
         with self._asking():
@@ -68,12 +156,14 @@ class KafkaSource(Source):
                    f"(partition: offset) is gone.", "the new topic is read from its beginning")
         return True
 
-    def check_unread(self, unread: dict[str, Any], checkpoint: str, last_records: str | None) -> None:
+    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], checkpoint: str,
+                     last_records: str | None) -> str | None:
+        self.remembered = json.loads(last_records or "{}")
         if self.accept_data_loss:
             with self._asking():
                 self.beginning = self.topic.beginning()
         if not unread:
-            return
+            return None
         if self.topic.name not in unread:
             raise PipelineError(f"The checkpoint {checkpoint} is that of the topic {', '.join(unread)}. Give the topic "
                                 f"{self.topic.name} a --table and a --checkpoint of its own.")
@@ -83,9 +173,80 @@ class KafkaSource(Source):
         if lost:
             self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
                        f"or something else did.", GOES_ON)
+        places = self._replaced(spark, tables, next_offsets)
         if too_far:
             raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
+        return json.dumps({self.topic.name: places}) if places else None
+
+    def begin_at(self, place: str) -> None:
+        self.has_started = True
+        if place:
+            with self._asking():
+                added = dict.fromkeys(map(str, self.topic.beginning()), EARLIEST)
+            self.starting_offsets = json.dumps({self.topic.name: added | json.loads(place)[self.topic.name]})
+
+    def _replaced(self, spark: SparkSession, tables: TablePair, next_offsets: dict[int, int]) -> dict[int, int]:
+        """Where to go on in each partition if some have lost records that were read, and perhaps have others in their place; else {}.
+
+        Raises PipelineError if that is not accepted.
+        """
+        with self._asking():
+            first, end = self.topic.beginning(), self.topic.end()
+        known = {(int(partition), record["offset"]): (record.get("time"), record.get("md5"))
+                 for partition, records in self.remembered.items() for record in records if int(partition) in end}
+        ranges = {partition: (max(offset - REMEMBERED, first[partition]), min(offset + 1, end[partition]))
+                  for partition, offset in sorted(known)}  # the last offset of each partition wins
+        others = {row.partition for row in self._in_kafka(spark, ranges).collect()
+                  if known.get((row.partition, row.offset), (row.time, row.md5)) != (row.time, row.md5)}
+        others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
+        if not others:
+            return {}
+        places = {partition: self._parting(spark, tables, partition, first[partition], min(end[partition], next_offsets[partition]))
+                  for partition in sorted(others & next_offsets.keys())}
+        lost = ", ".join(f"partition {partition} offsets {place} to {next_offsets[partition] - 1}" for partition, place in places.items())
+        self._lose(f"Kafka has lost records of {self.topic} that were read, and has others in their place, or will have: {lost}. Perhaps "
+                   f"its disk or an older copy of it came back.", "the others are read, too", is_accepted=not self.has_started)
+        self.remembered = {partition: records for partition, records in self.remembered.items() if int(partition) not in places}
+        return {partition: max(offset, next_offsets.get(partition, offset)) for partition, offset in first.items()} | places
+
+    def _parting(self, spark: SparkSession, tables: TablePair, partition: int, first: int, end: int) -> int:
+        """The offset from `first` to `end` from which on Kafka has other records than the tables."""
+        size = SEARCHED_FIRST
+        while first < end:
+            begin = max(first, end - size)
+            records = self._in_kafka(spark, {partition: (begin, end)})
+            same = [spark.read.format("delta").load(table).alias("row").join(records, F.expr(_is_same(value))).select("record.offset")
+                    for table, value in _values(tables).items()]
+            [[newest]] = same[0].union(same[1]).agg(F.max("offset")).collect()
+            if newest is not None:
+                return newest + 1
+            end, size = begin, size * 10
+        return first
+
+    def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
+        """By offset, time and value. Those that Kafka no longer has stay."""
+        begins, ends = (each.get(self.topic.name, {}) for each in (begin, end))
+        with self._asking():
+            first, last = self.topic.beginning(), self.topic.end()
+        ranges = {int(partition): (max(begins.get(partition, 0), first[int(partition)]), min(offset, last[int(partition)]))
+                  for partition, offset in ends.items() if int(partition) in last}
+        records = self._in_kafka(spark, ranges)
+        for table, value in _values(tables).items():
+            DeltaTable.forPath(spark, table).alias("row").merge(records, _is_same(value)).whenMatchedDelete().execute()
+
+    def _in_kafka(self, spark: SparkSession, ranges: dict[int, tuple[int, int]]) -> DataFrame:
+        """The records that Kafka has at the offsets from the first to before the second of each partition: `partition`, `offset`,
+        `time` (`_time`) and `md5` of the value; as "record"."""
+        ranges = {partition: offsets for partition, offsets in ranges.items() if offsets[0] < offsets[1]}
+        if not ranges:
+            return spark.createDataFrame([], "partition INT, offset BIGINT, time BIGINT, md5 STRING").alias("record")
+        begin, end = (json.dumps({self.topic.name: {partition: offsets[which] for partition, offsets in ranges.items()}})
+                      for which in (0, 1))
+        records = kafka_records(
+            spark.read.format("kafka").options(**kafka_options(self.topic)).option("assign", json.dumps({self.topic.name: list(ranges)}))
+            .option("startingOffsets", begin).option("endingOffsets", end).option("failOnDataLoss", False).load())
+        return records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias("record")
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)
@@ -121,10 +282,10 @@ class KafkaSource(Source):
         of_topics = json.loads(kafka[which] or "null") or {}
         return {int(partition): offset for partition, offset in of_topics.get(self.topic.name, {}).items()}
 
-    def _lose(self, problem: str, what_follows: str) -> None:
+    def _lose(self, problem: str, what_follows: str, is_accepted: bool = True) -> None:
         """Says what is lost if that was accepted, else raises PipelineError."""
         problem = problem[0].upper() + problem[1:]
-        if not self.accept_data_loss:
+        if not self.accept_data_loss or not is_accepted:
             raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")
         say(f"{problem} --accept-data-loss: {what_follows}.")
 

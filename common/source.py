@@ -2,10 +2,11 @@
 
 from typing import Any, NamedTuple
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 
 from common.console import PipelineError
 from common.process import StopFlag
+from common.tables import TablePair
 
 
 class SourceAwayError(PipelineError):
@@ -44,6 +45,10 @@ class Source:
         None for nothing."""
         return None
 
+    def remember(self, last_records: str | None) -> str | None:
+        """What to note of the last records that were read, after a batch of which `last_records` were observed."""
+        return last_records
+
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         """The records for the quarantine where a second reading of a batch has accepted others than its first.
 
@@ -66,11 +71,19 @@ class Source:
         """
         return False
 
-    def check_unread(self, unread: dict[str, Any], checkpoint: str, last_records: str | None) -> None:
+    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], checkpoint: str,
+                     last_records: str | None) -> str | None:
         """Raises PipelineError if the source no longer has what comes after the offsets `unread` of the checkpoint.
 
-        `last_records`: what was observed of the last records that were read; None if nothing was.
+        Returns where a new checkpoint has to begin if this one can't go on, None if it can. `last_records`: what `remember` gave last.
         """
+        return None
+
+    def begin_at(self, place: str) -> None:
+        """Is told where a stream without a checkpoint begins: what `check_unread` has returned, or "" for the beginning."""
+
+    def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
+        """Removes from `tables` the records of a half-done batch, from `begin` to `end`, that the source has and a new checkpoint reads."""
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""

@@ -19,7 +19,7 @@ from common.contract import Contract
 from common.internals import from_java_rows, number_of_tasks, observed, state_of
 from common.parsing import parse
 from common.source import Source
-from common.tables import WRITER, TablePair, as_identifier, clean_up, create_table
+from common.tables import WRITER, TablePair, clean_up, create_table
 
 SMALL_BATCH = 10  # tasks to read it, up to which a batch becomes one file; above that, one file per core
 # Rejected records that are kept in memory while a batch is written, by all cores together: so many, of so many bytes at
@@ -79,9 +79,8 @@ class TableWriter:
             report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream, contents)
         # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask) is no other one.
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
-            spark.sql(f"RESTORE TABLE {as_identifier(tables.table)} TO VERSION AS OF {before}")
-            raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. What this batch had read was "
-                                f"taken back. Start again: the start says what is lost.")
+            raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start says what is "
+                                f"lost, and takes back the records of the new one.")
         if rejected is not None:
             self._append(rejected, tables.quarantine, tables.quarantine_columns, batch_id, stream, contents)
             rejected.unpersist()
@@ -90,7 +89,8 @@ class TableWriter:
             self._clean_up(spark)
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
         versions = {"table": self._sync(spark, tables.table, stream), "quarantine": self._sync(spark, tables.quarantine, stream)}
-        checkpoint.write_last_batch({"batch": batch_id, "contents": contents, "versions": versions, "last_records": report.last_records})
+        checkpoint.write_last_batch({"batch": batch_id, "contents": contents, "versions": versions,
+                                     "last_records": self.source.remember(report.last_records)})
         return report
 
     def _sync(self, spark: SparkSession, table: str, stream: str) -> int:

@@ -20,7 +20,7 @@ SILVER = str(LAKE / "silver" / "sensor_data")
 FILE_ORIGIN = {"source_file": "STRING"}
 KAFKA_ORIGIN = {"topic": "STRING", "partition": "INT", "offset": "BIGINT", "kafka_timestamp": "TIMESTAMP", "kafka_key": "BINARY"}
 # Lower-case names that no column of a contract can have: the tables' own, and those by which the records get there.
-RESERVED_COLUMNS = {*FILE_ORIGIN, *KAFKA_ORIGIN, "ingest_time", "raw_json", "raw", "reject_reason", "_rescued_data",
+RESERVED_COLUMNS = {*FILE_ORIGIN, *KAFKA_ORIGIN, "ingest_time", "arrival_time", "raw_json", "raw", "reject_reason", "_rescued_data",
                     "_unknown_fields", "_parts", "_strict"}
 
 PROPERTIES = {
@@ -35,6 +35,8 @@ PROPERTIES = {
 # the contract's id and the source's mode.
 WRITER = "pipeline.checkpoint.id"
 NO_WRITER = ""  # the next stream with a new checkpoint takes over the table
+REPLACED = "pipeline.checkpoint.replaced"  # the checkpoint that had the table before it got no writer
+STARTS_AT = "pipeline.source.starts_at"  # where a stream with a new checkpoint begins to read, as its source writes it
 CONTRACT = "pipeline.contract.id"
 MODE = "pipeline.source.mode"
 

@@ -11,9 +11,11 @@ from kafka.admin import OffsetSpec
 from kafka.errors import (
     AuthorizationError,
     BrokerResponseError,
+    InvalidConfigurationError,
     InvalidReplicationFactorError,
     KafkaError,
     NoError,
+    PolicyViolationError,
     TopicAlreadyExistsError,
     for_code,
 )
@@ -27,6 +29,8 @@ from common.process import StopFlag
 
 TOPIC = "sensor_data"
 PARTITIONS = 3
+# A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds: https://kafka.apache.org/39/documentation.html#topicconfigs
+CONFIGS = {"message.timestamp.after.max.ms": "86400000"}
 NOTE_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
 OUTAGE = 300  # seconds that a running stream waits for its broker to come back
 
@@ -107,7 +111,7 @@ class Topic(Broker):
                     f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
                     f"--replication-factor 1.")
             try:
-                admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1}}, wait_for_metadata=True)
+                self._create(admin, CONFIGS)
             except TopicAlreadyExistsError:
                 raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
             except BrokerResponseError as error:
@@ -118,6 +122,15 @@ class Topic(Broker):
                                     f"somebody who may.") from error
             say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
         self.ask(look)
+
+    def _create(self, admin: Admin, configs: dict[str, str]) -> None:
+        try:
+            admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1, "configs": configs}},
+                                wait_for_metadata=True)
+        except (InvalidConfigurationError, PolicyViolationError):  # brokers before 3.6 don't know it, others may not allow it
+            if not configs:
+                raise
+            self._create(admin, {})
 
     @cached_property
     def _admin(self) -> Admin:
@@ -138,13 +151,15 @@ class Topic(Broker):
                 gone.append(f"partition {partition} from offset {next_offset} on")
             elif first[partition] > next_offset:
                 gone.append(f"partition {partition} offsets {next_offset} to {first[partition] - 1}")
-            elif end[partition] < next_offset:
-                gone.append(f"partition {partition} offsets {end[partition]} to {next_offset - 1} (already read; others take their place)")
         return ", ".join(gone)
 
     def beginning(self) -> dict[int, int]:
         """The first offset of each partition."""
         return self._offsets(OffsetSpec.EARLIEST)
+
+    def end(self) -> dict[int, int]:
+        """The offset after the last record of each partition."""
+        return self._offsets(OffsetSpec.LATEST)
 
     def read_too_far(self, unread: dict[int, int]) -> str:
         """Where `unread` is past the start of a transaction that is still open, as text; "" if nowhere."""

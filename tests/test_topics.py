@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, REPOSITORY, origins, tables, until, world_of
-from kafka import KafkaAdminClient, KafkaConsumer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import InvalidTimestampError
+from pyspark.sql import functions as F
 from test_rules import reading
 
 from common.checkpoints import Checkpoint, Start
 from common.console import PipelineError
-from common.kafka_source import KafkaSource
+from common.internals import kafka_records
+from common.kafka_source import KafkaSource, records_of
 from common.process import StopFlag
 from common.streams import run_query
 from common.table_writer import TableWriter, Unwatched
-from common.tables import silver_tables
+from common.tables import quarantine_of, silver_tables
 from common.topics import Topic
 from readings import CONTRACT
 from spark_kafka_consumer import streams_of
@@ -269,3 +272,143 @@ def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver,
     in_topic, *arrived = origins(spark, broker, options)
     account("a consumer before the topic and before the first message, killed in between", in_topic, *arrived)
     assert len(in_topic) == 20 and sum(table.count() for table in tables(spark, options)) == 20
+
+
+ANY_TIME = {"message_timestamp_after_max_ms": str(2**63 - 1)}  # as is the default of Kafka 3
+NANOSECONDS = 1_795_891_000_123_456_789
+STRANGE_TIMES = [NANOSECONDS, 2**63 - 1, -2**63, -NANOSECONDS, 2**63 // 1000 + 1, -9_223_372_036_854_776]
+USUAL_TIMES = [-1, 0, 1_795_891_000_123, 253_402_300_799_999, 1_795_891_000_123_456, 2**63 // 1000]
+
+
+def send_at(world, times: list[int], *records: bytes | None, partition: int = 0, key: bytes | None = None) -> None:
+    """Sends the records once for each of Kafka's times."""
+    with KafkaProducer(bootstrap_servers=world.broker, linger_ms=20) as producer:
+        for time_of_record in times:
+            for record in records:
+                producer.send(world.topic.name, record, key=key, partition=partition, timestamp_ms=time_of_record)
+
+
+def kafka_times(world) -> dict[tuple[int, int], int | None]:
+    """kafka_timestamp, in milliseconds, of the rows of both tables, by (partition, offset)."""
+    both = [world.spark.read.format("delta").load(table).selectExpr("partition", "offset", "unix_millis(kafka_timestamp) AS time")
+            for table in (world.options.table, quarantine_of(world.options.table))]
+    return {(row.partition, row.offset): row.time for row in both[0].union(both[1]).collect()}
+
+
+def test_a_record_whose_kafka_time_is_no_time_is_read_as_any_other_and_named(world, account, capsys):
+    world = world()
+    world.make(2, **ANY_TIME)
+    send_at(world, STRANGE_TIMES, VALID, BROKEN, None, key=b"k" * 100_000)
+    send_at(world, USUAL_TIMES, VALID, BROKEN, None, partition=1, key=b"k")
+    assert world.consume() == (12, 24)
+    [warning] = capsys.readouterr().err.splitlines()
+    assert f"partition 0 18, first at offset 0 ({NANOSECONDS})" in warning and "partition 1" not in warning
+    assert kafka_times(world) == {(0, offset): None for offset in range(18)} | {
+        (1, offset): time for offset, time in enumerate(each for each in USUAL_TIMES for _ in range(3))}
+    world.send(VALID)
+    assert world.consume() == (1, 0) and capsys.readouterr().err == ""
+    world.check(account, "Kafka's times that are no times")
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_a_compressed_record_whose_kafka_time_is_no_time_is_read(world, account, codec):
+    each = world()
+    each.make(1, compression_type=codec, **ANY_TIME)
+    send_at(each, [NANOSECONDS], *[VALID] * 20, BROKEN)
+    assert each.consume() == (20, 1)
+    account(f"times that are no times, compressed by {codec}", [(0, offset) for offset in range(21)], *each.rows())
+
+
+def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_others(world, account, capsys):
+    world = world()
+    world.make(2, **ANY_TIME)
+    for _ in range(3):
+        send_at(world, [NANOSECONDS], *[VALID] * 90, BROKEN)
+        world.send(*[VALID] * 40, partition=1)
+    assert world.consume() == (390, 3)
+    assert capsys.readouterr().err.count("are no milliseconds since 1970") == 4
+    world.check(account, "a producer whose times are nanoseconds")
+
+
+def test_such_times_in_transactions_are_read_once_they_are_committed(world, account):
+    world = world()
+    world.make(1, **ANY_TIME)
+    with world.transaction() as producer:
+        for end in (producer.commit_transaction, producer.abort_transaction, producer.commit_transaction, producer.abort_transaction):
+            for _ in range(3):
+                producer.send(world.topic.name, VALID, timestamp_ms=NANOSECONDS)
+            end()
+            producer.begin_transaction()
+        assert world.consume() == (6, 0)
+        producer.abort_transaction()
+    world.check(account, "times that are no times, in transactions")
+
+
+def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
+    """Killed between its two writes."""
+    world = world()
+    world.make(1, **ANY_TIME)
+    world.send(VALID)
+    assert world.consume() == (1, 0)
+    send_at(world, [NANOSECONDS, 1], VALID, BROKEN)
+
+    class Killed(TableWriter):
+        def _append(self, records, table, *others):
+            if table == self.tables.quarantine:
+                raise ValueError("killed")
+            super()._append(records, table, *others)
+
+    with pytest.raises(ValueError, match="killed"):
+        world.consume(Killed)
+    assert world.consume() == (0, 2)
+    arrivals = [world.spark.read.format("delta").load(table).where("offset > 0").select("ingest_time").distinct().collect()
+                for table in (world.options.table, quarantine_of(world.options.table))]
+    assert len(arrivals[0]) == 1 and arrivals[0] == arrivals[1]
+    world.check(account, "a batch with times that are no times, repeated")
+
+
+def test_data_loss_is_accepted_beside_such_times(world):
+    world = world()
+    world.make(1, **ANY_TIME)
+    send_at(world, [NANOSECONDS], *[VALID] * 5)
+    assert world.consume() == (5, 0)
+    send_at(world, [NANOSECONDS], *[VALID] * 10)
+    with KafkaAdminClient(bootstrap_servers=world.broker) as admin:
+        admin.delete_records({TopicPartition(world.topic.name, 0): 8})
+    with pytest.raises(PipelineError, match="partition 0 offsets 5 to 7"):
+        world.consume()
+    assert world.consume(accept_data_loss=True) == (7, 0)
+
+
+def test_own_topics_refuse_times_that_are_none(broker, silver, run_here):
+    topic, _ = silver
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 1).returncode == 0
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        admin.create_topics({f"{topic[3]}_other": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+    now = int(time.time() * 1000)
+    with KafkaProducer(bootstrap_servers=broker, retries=0) as producer:
+        for name in (topic[3], f"{topic[3]}_other"):
+            producer.send(name, VALID, timestamp_ms=now + 80_000_000).get(60)
+            for strange in (NANOSECONDS, now * 1000, now + 90_000_000):
+                with pytest.raises(InvalidTimestampError):
+                    producer.send(name, VALID, timestamp_ms=strange).get(60)
+
+
+@pytest.mark.parametrize("kind, arrival", [("LogAppendTime", "kafka_timestamp"), ("CreateTime", "NULL")])
+@pytest.mark.parametrize("way", ["read_batch", "read_again"])
+def test_the_broker_says_when_a_record_has_arrived_where_the_topic_asks_it_to(spark, world, monkeypatch, kind, arrival, way):
+    world = world()
+    world.make(1, message_timestamp_type=kind)
+    world.send(*[VALID] * 3)
+    seen = []
+
+    class Looking(TableWriter):
+        def _write_accepted(self, records, *others):
+            seen.append(records.where(f"NOT arrival_time <=> {arrival}").count())
+            return super()._write_accepted(records, *others)
+
+    if way == "read_again":
+        monkeypatch.setattr(KafkaSource, "read_batch", lambda source, batch: records_of(
+            kafka_records(batch).withColumn("timestamp", F.timestamp_millis("timestamp")), "t", F.current_timestamp()))
+    assert world.consume(Looking) == (3, 0)
+    assert seen == [0]

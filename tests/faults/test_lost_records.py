@@ -132,7 +132,7 @@ def records(spark, topic: str) -> DataFrame:
         F.current_timestamp().alias("kafka_timestamp"), F.lit(b"").alias("kafka_key"), F.current_timestamp().alias("ingest_time"))
 
 
-def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broker, silver, admin, tmp_path, monkeypatch):
+def test_a_batch_whose_topic_was_made_again_meanwhile_ends_the_stream(spark, broker, silver, admin, tmp_path, monkeypatch):
     (_, _, _, name), _ = silver
     make_topic(admin, name)
     topic = Topic(broker, name)
@@ -150,11 +150,10 @@ def test_a_batch_whose_topic_was_made_again_meanwhile_is_taken_back(spark, broke
     monkeypatch.setattr(source, "read_batch", make_it_again)
     with pytest.raises(PipelineError, match="somebody deleted and recreated the topic"):
         writer.write(batch, 1, "test")
-    assert spark.read.format("delta").load(tables.table).count() == 2
 
 
 def test_a_batch_whose_topic_can_not_be_asked_for_any_more_is_kept(spark, broker, silver, admin, tmp_path, monkeypatch):
-    """It has read its records. Taken back they would be lost: its number would stay in the log, and so it is not repeated."""
+    """It has read its records."""
     (_, _, _, name), _ = silver
     make_topic(admin, name)
     source = KafkaSource(Topic(broker, name), accept_data_loss=False, group="lost")

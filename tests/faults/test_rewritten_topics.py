@@ -1,0 +1,222 @@
+"""Kafka comes back with an older copy of its log, which fills up again; a topic is made again and the stream killed at any moment."""
+
+import os
+import shutil
+
+import pytest
+from conftest import Script, until
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from test_lost_records import make_topic
+from test_rules import reading
+
+from common import checkpoints
+from common.console import PipelineError
+from common.kafka_source import KafkaSource
+from common.table_writer import TableWriter
+from common.tables import quarantine_of
+from common.topics import Topic
+from local_kafka import free_ports
+
+NOW = 1_795_891_000_000
+
+
+def records(*numbers: int) -> dict[int, bytes]:
+    """A record for each number, every fourth of which is broken; its Kafka time is the number, too."""
+    return {number: reading(device_id=f"sensor-{number}") if number % 4 else b"%d" % number for number in numbers}
+
+
+def send(world, numbers, partition: int = 0) -> None:
+    with KafkaProducer(bootstrap_servers=world.broker) as producer:
+        for number, record in records(*numbers).items():
+            producer.send(world.topic.name, record, partition=partition, timestamp_ms=NOW + number)
+
+
+def arrived(world) -> list[int]:
+    """The numbers of the records in both tables."""
+    rows = [world.spark.read.format("delta").load(path).selectExpr(f"unix_millis(kafka_timestamp) - {NOW} AS number").collect()
+            for path in (world.options.table, quarantine_of(world.options.table))]
+    return sorted(row.number for both in rows for row in both)
+
+
+@pytest.fixture
+def old_broker(monkeypatch):
+    """Brokers before 2.8 have no ids of topics: one that is made again with the same records is an older copy of the log to all that
+    the stream can see."""
+    monkeypatch.setattr(Topic, "id", lambda _: "")
+
+
+@pytest.fixture
+def rewrite(broker, old_broker):
+    """A function that makes a topic again, with these records in its partitions."""
+    def rewrite_topic(world, *partitions) -> None:
+        with KafkaAdminClient(bootstrap_servers=broker) as admin:
+            admin.delete_topics([world.topic.name])
+            until(lambda: world.topic.name not in admin.list_topics())
+            make_topic(admin, world.topic.name, len(partitions))
+        for partition, numbers in enumerate(partitions):
+            send(world, numbers, partition)
+    return rewrite_topic
+
+
+@pytest.fixture
+def read_hundred(world, old_broker):
+    """A topic of two partitions, of which a stream has read a hundred records and fifty."""
+    world = world()
+    world.make(2)
+    send(world, range(100))
+    send(world, range(1000, 1050), partition=1)
+    world.consume()
+    assert arrived(world) == [*range(100), *range(1000, 1050)]
+    return world
+
+
+@pytest.mark.parametrize("log, place", [
+    ([*range(80), *range(200, 240)], 80),  # has filled up beyond what was read
+    ([*range(80), *range(200, 210)], 80),  # not yet
+    (range(99), 99),
+    (range(200, 400), 0),  # a new topic, with more records than the old one
+])
+def test_a_log_that_lost_its_tail_stops_the_job_and_what_it_has_instead_is_read_if_that_is_accepted(
+        read_hundred, rewrite, capsys, log, place):
+    world = read_hundred
+    rewrite(world, log, [*range(1000, 1050), *range(2000, 2010)])
+    lost = f"in their place, or will have: partition 0 offsets {place} to 99. .*"
+    with pytest.raises(PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss the others are read, too"):
+        world.consume()
+    assert arrived(world) == [*range(100), *range(1000, 1050)]
+    world.consume(accept_data_loss=True)
+    everything = sorted({*range(100), *log, *range(1000, 1050), *range(2000, 2010)})
+    assert arrived(world) == everything
+    send(world, range(500, 510))
+    world.consume()
+    assert arrived(world) == sorted([*everything, *range(500, 510)])
+    assert capsys.readouterr().out.count("The old checkpoint is now") == 1
+
+
+def test_partitions_that_are_added_meanwhile_are_read_from_their_beginning(read_hundred, rewrite):
+    world = read_hundred
+    rewrite(world, range(90), range(1000, 1050), range(3000, 3010))
+    world.consume(accept_data_loss=True)
+    assert arrived(world) == [*range(100), *range(1000, 1050), *range(3000, 3010)]
+
+
+def test_a_log_that_only_grew_or_was_cut_at_its_beginning_is_no_other_one(read_hundred, broker):
+    world = read_hundred
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        admin.delete_records({TopicPartition(world.topic.name, 0): 100, TopicPartition(world.topic.name, 1): 45})
+    send(world, range(200, 210))
+    with world.transaction() as producer:
+        for _ in range(20):
+            producer.send(world.topic.name, b"aborted", partition=1)
+        producer.abort_transaction()
+    for _ in range(2):
+        world.consume()
+        assert arrived(world) == [*range(100), *range(200, 210), *range(1000, 1050)]
+
+
+class Crash(Exception):
+    pass
+
+
+def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewrite, monkeypatch):
+    """With a batch that is half done: its valid records are in the table, its broken ones not in the quarantine."""
+    world = read_hundred
+
+    class HalfDone(TableWriter):
+        def _append(self, records, table, *others):
+            if table == self.tables.quarantine:
+                raise Crash
+            super()._append(records, table, *others)
+
+    send(world, range(100, 120))
+    send(world, range(1050, 1060), partition=1)
+    with pytest.raises(Crash):
+        world.consume(HalfDone)
+    rewrite(world, [*range(90), *range(200, 250)], range(1000, 1060))
+    done: list[str] = []
+
+    def crashing(function):
+        """The first time that a step is done, the stream dies after it."""
+        def step(*arguments, **named):
+            result = function(*arguments, **named)
+            name = f"{function.__name__} {[each for each in arguments if isinstance(each, str | dict)]}"
+            if name not in done:
+                done.append(name)
+                raise Crash
+            return result
+        return step
+
+    monkeypatch.setattr(checkpoints, "set_properties", crashing(checkpoints.set_properties))
+    monkeypatch.setattr(checkpoints.Checkpoint, "set_aside", crashing(checkpoints.Checkpoint.set_aside))
+    monkeypatch.setattr(KafkaSource, "take_back", crashing(KafkaSource.take_back))
+    crashes = 0
+    while True:
+        try:
+            world.consume(accept_data_loss=True)
+            break
+        except Crash:
+            crashes += 1
+    assert crashes == len(done) == 4, done
+    # Of the half-done batch, the valid ones that only the old log had stay, and its broken ones are lost with it.
+    of_old = [number for number in range(100, 120) if number % 4]
+    assert arrived(world) == [*range(100), *of_old, *range(200, 250), *range(1000, 1060)]
+
+
+def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_as_it_committed_records_of_it(world, broker):
+    world = world()
+    world.make(1)
+    send(world, range(5))
+    world.consume()
+    send(world, range(5, 7))
+
+    class Killed(TableWriter):
+        def _append(self, records, table, *others):
+            if table == self.tables.table:
+                with KafkaAdminClient(bootstrap_servers=broker) as admin:
+                    admin.delete_topics([world.topic.name])
+                    until(lambda: world.topic.name not in admin.list_topics())
+                    make_topic(admin, world.topic.name)
+                send(world, range(100, 110))
+                super()._append(records, table, *others)
+                raise Crash
+
+    with pytest.raises(Crash):
+        world.consume(Killed)
+    half_done = len(arrived(world))
+    assert half_done > 4
+    with pytest.raises(PipelineError, match="was deleted and recreated since the table was written"):
+        world.consume()
+    assert len(arrived(world)) == half_done
+    for _ in range(2):
+        world.consume(accept_data_loss=True)
+        assert arrived(world) == [*range(5), *range(100, 110)]
+
+
+def test_a_broker_that_comes_back_with_an_older_copy_of_its_data(spark, tmp_path, world):
+    [port] = free_ports(1)
+    data, world = tmp_path / "kafka", world()
+    world.topic, world.broker = Topic(f"localhost:{port}", "t"), f"localhost:{port}"
+
+    def running(action) -> None:
+        kafka = Script("local_kafka.py", "--port", port, "--data-dir", data)
+        try:
+            kafka.wait_for("Kafka is ready")
+            action()
+        finally:
+            assert kafka.stop() == 0, kafka.output
+
+    running(lambda: [world.make(1), send(world, range(80))])
+    shutil.copytree(data, tmp_path / "copy")
+    running(lambda: [send(world, range(80, 100)), world.consume()])
+    shutil.rmtree(data)
+    os.rename(tmp_path / "copy", data)
+
+    def go_on() -> None:
+        send(world, range(200, 240))
+        with pytest.raises(PipelineError, match="partition 0 offsets 80 to 99"):
+            world.consume()
+        world.consume(accept_data_loss=True)
+        world.consume()
+
+    running(go_on)
+    assert arrived(world) == [*range(100), *range(200, 240)]

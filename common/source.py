@@ -72,6 +72,13 @@ class Source:
         `last_records`: what was observed of the last records that were read; None if nothing was.
         """
 
+    def explain(self, error: Exception) -> str | None:
+        """What to do about an error of the source that has ended the query; None for another error."""
+        return None
+
+    def watch(self) -> None:
+        """Called twice a second while the query runs: for a source that has to look after something."""
+
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
         raise error

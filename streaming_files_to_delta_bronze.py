@@ -34,7 +34,7 @@ from pyspark.sql import functions as F
 from common.console import PipelineError, argument_parser, at_least, location, run, warn
 from common.contract import load_contract
 from common.internals import FileSystem, planned_files
-from common.json_files import away, escape_glob, files_in, find_multiline, read_lines, read_values, unread_file
+from common.json_files import away, escape_glob, files_in, find_multiline, is_there, read_lines, read_values, unread_file
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.source import Left, Source, SourceAwayError
@@ -151,6 +151,7 @@ class FileSource(Source):
         self.begun: list[str] = []  # the files of a batch that an earlier run has begun
         self.entry = -1  # of the log of taken files: the last one that is done
         self.files: list[Row] = []  # those of the running batch, as they were when it began
+        self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
 
     def check_unread(self, unread: dict[str, Any], checkpoint: str, last_records: str | None) -> None:
         """Names the files that have changed since they were read, or since they were to be."""
@@ -164,14 +165,15 @@ class FileSource(Source):
         return {"files": len(paths), "sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
-        self.files = self._files_in(batch)
+        self.files, self.faults = self._files_in(batch), {}
         self.taken.read_log()
         found = {plain(file.path): file.modified for file in self.files}
-        self.taken.name_gone(path for path in self.taken.after(self.entry) if path not in found)
+        # Spark passes over a file that it does not find, and over an empty one.
+        self.taken.name_gone(path for path in self.taken.after(self.entry) if path not in found and not is_there(batch.sparkSession, path))
         self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
         for path, modified in found.items():
             self.taken.note(path, modified)
-        return self.read(batch.sparkSession, self.files, careful=False)
+        return self.read(batch.sparkSession, self.files, self.faults, careful=False)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         warn("Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
@@ -179,7 +181,7 @@ class FileSource(Source):
         return super().rejected_otherwise(judged, written)
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        return self.read(batch.sparkSession, self._files_in(batch), careful=True)
+        return self.read(batch.sparkSession, self._files_in(batch), self.faults, careful=True)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
         """The files of a batch, without drafts: Spark passes over `_draft.json`, but not over `_site=A.json`."""

@@ -44,17 +44,17 @@ def files_in(batch: DataFrame) -> list[Row]:
     return list(dict.fromkeys(files))
 
 
-def read_lines(spark: SparkSession, files: list[Row], careful: bool) -> DataFrame:
+def read_lines(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool) -> DataFrame:
     """One record per line of `files`, but for blank lines; see `read_files`."""
-    return read_files(spark, files, careful, lineSep="\n")
+    return read_files(spark, files, faults, careful, lineSep="\n")
 
 
-def read_values(spark: SparkSession, files: list[Row], careful: bool) -> DataFrame:
+def read_values(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool) -> DataFrame:
     """One record per object of `files`, each of which holds an object or an array of them; see `read_files`.
 
     A file whose array is broken, holds null or strings, or is nested more than 200 levels deep is one record as a whole.
     """
-    whole = with_elements(read_files(spark, files, careful, wholetext=True))
+    whole = with_elements(read_files(spark, files, faults, careful, wholetext=True))
     return whole.select(F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"),
                         "source_file", "ingest_time", "reject_reason")
 
@@ -98,19 +98,19 @@ def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> li
     return [row.path for row in with_elements(whole).where(is_multiline).select("path").collect()]
 
 
-def read_files(spark: SparkSession, files: list[Row], careful: bool, **text_options: Any) -> DataFrame:
-    """Reads the `files` of a batch (`files_in`).
+def read_files(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool, **text_options: Any) -> DataFrame:
+    """Reads the `files` of a batch (`files_in`); see `find_unreadable` for `faults` and `careful`.
 
     Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`: null,
-    or "unreadable_file" with a null `raw` for each of `find_unreadable`.
+    or "unreadable_file" with a null `raw` for each of `faults`.
     """
     paths = [file.path for file in files]
-    unreadable = find_unreadable(spark, files, careful, text_options)
+    find_unreadable(spark, files, faults, careful, text_options)
     ingest_time = F.timestamp_micros(F.lit(files[0].arrival if files else None))
-    names = F.array(*map(F.lit, unreadable)).cast("ARRAY<STRING>")
+    names = F.array(*map(F.lit, faults)).cast("ARRAY<STRING>")
     records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
                                     F.lit("unreadable_file").alias("reject_reason"))
-    if readable := [path for path in paths if path not in unreadable]:
+    if readable := [path for path in paths if path not in faults]:
         text = read_text(spark, readable, **text_options).where(F.btrim("value", F.lit(" \t\r\n")) != "")
         records = records.union(text.select(F.col("value").cast("binary"), source_file(), F.lit(None).cast("string")))
     return records.withColumn("ingest_time", ingest_time)
@@ -136,19 +136,20 @@ def source_file() -> Column:
     return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
 
 
-def find_unreadable(spark: SparkSession, files: list[Row], careful: bool, text_options: dict[str, Any]) -> list[str]:
-    """Paths of those of `files` that are themselves at fault, each named on stderr: a broken .gz, or more in one piece than the
-    memory could hold.
+def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool, text_options: dict[str, Any]) -> None:
+    """Adds to `faults` those of `files` that are themselves at fault, by their path, and names them on stderr: a broken .gz, or more
+    in one piece than the memory could hold.
 
-    `careful`: small .gz files are looked at as well, after Spark has failed to read the files. Raises SourceAwayError if one of them
-    can't be read for another reason.
+    `careful`: looks into small .gz files too, after Spark has failed to read the files. Raises SourceAwayError if one of them can't be
+    read for another reason.
     """
-    faults, sizes = {}, {}
+    found, sizes = {}, {}
     for file in files:
-        try:
-            sizes[file.path] = unpacked_size(spark, file, careful)
-        except BrokenFileError as error:
-            faults[file.path] = str(error)
+        if file.path not in faults:
+            try:
+                sizes[file.path] = unpacked_size(spark, file, careful)
+            except BrokenFileError as error:
+                found[file.path] = str(error)
     is_multiline = "wholetext" in text_options
     oversized = {path: size for path, size in sizes.items() if size > LONGEST_RECORD}
     if oversized and not is_multiline:  # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
@@ -158,10 +159,10 @@ def find_unreadable(spark: SparkSession, files: list[Row], careful: bool, text_o
             if file.size + 3 >= oversized[file.path]:  # a byte order mark is left out too; it has 3 bytes
                 del oversized[file.path]
     what = "" if is_multiline else "a line of "
-    faults |= dict.fromkeys(oversized, f"it has {what}more than {LONGEST_RECORD:,} bytes")
-    for path, fault in faults.items():
+    found |= dict.fromkeys(oversized, f"it has {what}more than {LONGEST_RECORD:,} bytes")
+    for path, fault in found.items():
         warn(f"{path} can't be read: {fault}. {IN_QUARANTINE}")
-    return list(faults)
+    faults |= found
 
 
 def unpacked_size(spark: SparkSession, file: Row, exactly: bool = False) -> int:
@@ -176,6 +177,19 @@ def unpacked_size(spark: SparkSession, file: Row, exactly: bool = False) -> int:
         return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path)
     except Py4JJavaError as error:
         raise SourceAwayError(away(file.path, error)) from error
+
+
+def is_there(spark: SparkSession, path: str) -> bool:
+    """Whether there is a file at `path`. Raises SourceAwayError if that can't be said."""
+    try:
+        if not path.startswith("/"):
+            return FileSystem(spark, path).size(path) is not None
+        os.stat(path)  # Hadoop would take one for gone that may not be looked at
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, Py4JJavaError) as error:
+        raise SourceAwayError(away(path, error)) from error
 
 
 def unread_file(error: Exception) -> str | None:

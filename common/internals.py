@@ -95,8 +95,8 @@ class FileSystem:
             try:
                 return io.IOUtils.copyLarge(codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE)
             except Py4JJavaError as error:
-                causes = list(java_causes(error))
-                if any(map(packed.isCauseOf, causes)) or not self._java.java.io.IOException._java_lang_class.isInstance(causes[-1]):
+                is_io = self._java.java.io.IOException._java_lang_class.isInstance  # Hadoop makes an Error of an error of the disk
+                if any(packed.isCauseOf(cause) or not is_io(cause) for cause in java_causes(error)):
                     raise
                 raise BrokenFileError(root_cause(error)) from error
 

@@ -6,11 +6,12 @@
 A file holds one JSON object per line; with --multiline it holds one JSON value, an object or an array of objects,
 pretty-printed or not. Each record is checked against the contract in readings.py (--readings): a valid reading is appended to the
 table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two,
-exactly once, whatever is killed. A file that can't be read to its end, or has a line (with --multiline: or is itself) of
-more than 8 MB, is named and in the quarantine as a whole (unreadable_file), and the others go on.
+exactly once, whatever is killed. A broken .gz, or a file that has a line (with --multiline: or is itself) of more than 8 MB,
+is named and in the quarantine as a whole (unreadable_file), and the others go on. An error of the disk or the store stops the
+stream, and the next start reads the file.
 
-Files are taken once, by name: what a file gains after it was read is not seen. So write a file elsewhere, or under a
-name that begins with "." or "_", and rename it when it is complete.
+Files are taken once, by name: what a file gains after it was read is not read, and such a file is named. So write a file
+elsewhere, or under a name that begins with "." or "_" or in such a folder, and rename it when it is complete.
 
     python3 streaming_files_to_delta_bronze.py
     python3 streaming_files_to_delta_bronze.py --once
@@ -21,14 +22,12 @@ import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C durin
 
 import argparse
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
@@ -36,12 +35,13 @@ from pyspark.sql import functions as F
 from common.console import PipelineError, argument_parser, at_least, location, run, warn
 from common.contract import load_contract
 from common.internals import FileSystem, planned_files
-from common.json_files import escape_glob, files_in, find_multiline, read_lines, read_values
+from common.json_files import away, escape_glob, files_in, find_multiline, is_there, read_lines, read_values, unread_file
 from common.process import REPOSITORY
 from common.session import build_spark
-from common.source import Left, Source
+from common.source import Left, Source, SourceAwayError
 from common.streams import add_stream_options, may_not_read, run_until_stopped, trigger_of
 from common.tables import BRONZE, bronze_tables
+from common.taken_files import TakenFiles, is_draft, plain
 
 MOST_PATTERNS = 100
 TAKEN_NAMES = "*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
@@ -52,7 +52,7 @@ def main() -> None:
     contract = load_contract(options.readings)
     spark = build_spark("files-to-bronze", verbose=options.verbose)
     new_files = list_new_files(spark, options)
-    source = FileSource(options.multiline, count_waiting(options) if options.once else 0)
+    source = FileSource(spark, options)
     run_until_stopped(spark, [(new_files, trigger_of(options))], source, bronze_tables(options.table, contract.columns), contract, options)
 
 
@@ -91,8 +91,8 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         .option("pathGlobFilter", TAKEN_NAMES)
         .option("recursiveFileLookup", "true")
         .option("maxFilesPerTrigger", most_files)
-        # By default a file that is a week older than the newest one seen is left out, be that one's time in the future.
-        .option("maxFileAge", "36500d")
+        # A file is left out if it is so much older than the newest one seen, whose time may lie in any year: so, never.
+        .option("maxFileAge", f"{2**63 - 1}ms")
         .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed
         .options(**{"cleanSource": "archive", "sourceArchiveDir": options.archive} if options.archive else {})
         .load(escape_glob(options.input))
@@ -117,21 +117,16 @@ def check_archive(archive: str, folder: str) -> None:
                                     f"permission, or name another folder with --archive.")
 
 
-def count_waiting(options: argparse.Namespace) -> int:
+def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
     """How many files were not taken yet; 0 if the folder or the checkpoint is not on this machine."""
     if "://" in options.input + options.checkpoint:
         return 0
-    logs = Path(options.checkpoint, "sources", "0").glob("[0-9]*")  # a version, then a line of JSON for each file
-    try:
-        taken = {unquote(json.loads(line)["path"]) for log in logs for line in log.read_text(encoding="utf-8").splitlines()[1:]}
-    except (OSError, ValueError):  # the stream will say what is wrong with it
-        return 0
-    there = {f"file://{path}" for path in paths_in(options.input) if re.search(r"(?i)\.(jsonl?|ndjson)(\.gz)?$", path)}
-    return len(there - taken)
+    taken.read_log()
+    return len({path for path in paths_in(options.input) if re.search(r"(?i)\.(jsonl?|ndjson)(\.gz)?$", path)} - taken.files.keys())
 
 
 def paths_in(folder: str) -> Iterator[str]:
-    """The files in a folder of this machine and in those inside it, but for hidden ones; of a URI none.
+    """The files in a folder of this machine and in those inside it, but for drafts; of a URI none.
 
     Raises PipelineError if one of them may not be read.
     """
@@ -140,26 +135,46 @@ def paths_in(folder: str) -> Iterator[str]:
             raise PipelineError(may_not_read(error.filename)) from error
 
     for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = (name for name in folders if name[0] not in "._")
-        yield from (os.path.join(place, name) for name in names if name[0] not in "._")
+        folders[:] = (name for name in folders if not is_draft(name))
+        yield from (os.path.join(place, name) for name in names if not is_draft(name))
 
 
 class FileSource(Source):
-    """Files, whose names come in the batches, as the source of a stream (common/source.py). `waiting`: how many, if known."""
+    """Files, whose names come in the batches, as the source of a stream (common/source.py)."""
 
-    def __init__(self, is_multiline: bool, waiting: int = 0):
-        self.is_multiline, self.waiting = is_multiline, waiting
-        self.read = read_values if is_multiline else read_lines
-        self.mode = "with --multiline" if is_multiline else "without --multiline"
-        self.taken: list[Row] = []  # the files of the running batch, as they were when it began
+    def __init__(self, spark: SparkSession, options: argparse.Namespace):
+        self.folder = FileSystem(spark, options.input).qualified(options.input)
+        self.taken = TakenFiles(spark, options.checkpoint, self.folder)
+        self.waiting = count_waiting(self.taken, options) if options.once else 0  # files, if that is known
+        self.is_multiline = options.multiline
+        self.read = read_values if self.is_multiline else read_lines
+        self.mode = "with --multiline" if self.is_multiline else "without --multiline"
+        self.begun: list[str] = []  # the files of a batch that an earlier run has begun
+        self.entry = -1  # of the log of taken files: the last one that is done
+        self.files: list[Row] = []  # those of the running batch, as they were when it began
+        self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
+
+    def check_unread(self, unread: dict[str, Any], checkpoint: str, last_records: str | None) -> None:
+        """Names the files that have changed since they were read, or since they were to be."""
+        self.taken.read_log()
+        self.entry = unread.get("logOffset", -1)
+        self.begun = self.taken.after(self.entry)
+        self.taken.name_changed(self.taken.changed(self.taken.files))
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
         paths = planned_files(batch)
         return {"files": len(paths), "sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
-        self.taken = files_in(batch)
-        return self.read(batch.sparkSession, self.taken, careful=False)
+        self.files, self.faults = self._files_in(batch), {}
+        self.taken.read_log()
+        found = {plain(file.path): file.modified for file in self.files}
+        # Spark passes over a file that it does not find, and over an empty one.
+        self.taken.name_gone(path for path in self.taken.after(self.entry) if path not in found and not is_there(batch.sparkSession, path))
+        self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
+        for path, modified in found.items():
+            self.taken.note(path, modified)
+        return self.read(batch.sparkSession, self.files, self.faults, careful=False)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         warn("Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
@@ -167,20 +182,31 @@ class FileSource(Source):
         return super().rejected_otherwise(judged, written)
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        return self.read(batch.sparkSession, files_in(batch), careful=True)
+        return self.read(batch.sparkSession, self._files_in(batch), self.faults, careful=True)
+
+    def _files_in(self, batch: DataFrame) -> list[Row]:
+        """The files of a batch, without drafts: Spark passes over `_draft.json`, but not over `_site=A.json`."""
+        return [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
+
+    def explain(self, error: Exception) -> str | None:
+        if isinstance(error, SourceAwayError):
+            return str(error)
+        path = unread_file(error)
+        return away(path, error) if path and plain(path).startswith(plain(self.folder)) else None
+
+    def watch(self) -> None:
+        self.taken.watch()
 
     def left(self, progress: dict[str, Any], rows: int) -> Left | None:
-        return Left(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.taken)) if self.waiting > 0 else None
+        return Left(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.files)) if self.waiting > 0 else None
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names files that changed while they were taken, and those that should be read with --multiline."""
-        self.waiting -= len(self.taken)
-        paths = {file.path for file in self.taken}
-        files = files_in(batch)
-        for file in set(files) - set(self.taken):
-            if file.path in paths:
-                warn(f"{file.path} has changed since it was taken, and what was added to it is not read. Write a file under a "
-                     f'name that begins with "_", and rename it when it is complete.')
+        self.waiting -= len(self.files)
+        self.entry, self.begun = self.taken.last_entry, []
+        files = self._files_in(batch)
+        before = {file.path: file for file in self.files}
+        self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
         if files and not self.is_multiline and "malformed_json" in reasons:
             for path in find_multiline(batch.sparkSession, files, quarantine):
                 warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "

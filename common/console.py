@@ -87,25 +87,25 @@ fraction = at_least(0, float, at_most=1)
 port_number = at_least(1, at_most=65_535)
 
 
-def _innermost(error: BaseException) -> Any:
-    """The innermost cause of an error of Java; None for one of Python."""
+def java_causes(error: BaseException) -> Iterator[Any]:
+    """An error of Java, as py4j gives it, and its causes, the innermost last; none of an error of Python."""
     java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
-    while java is not None and java.getCause() is not None:
+    while java is not None:
+        yield java
         java = java.getCause()
-    return java
 
 
 def root_cause(error: BaseException) -> str:
     """The message of an error; of an error of Java that of its innermost cause."""
-    if java := _innermost(error):
-        return (java.getMessage() or java.toString()).strip()
+    if causes := list(java_causes(error)):
+        return (causes[-1].getMessage() or causes[-1].toString()).strip()
     return str(error).strip() or type(error).__name__
 
 
 def java_class(error: BaseException) -> str:
     """The class of the innermost cause of an error of Java; "" for one of Python."""
-    java = _innermost(error)
-    return java.getClass().getName() if java else ""
+    causes = list(java_causes(error))
+    return causes[-1].getClass().getName() if causes else ""
 
 
 def first_line(text: str) -> str:

@@ -14,6 +14,8 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
+from common.console import java_causes, root_cause
+
 
 def without_pandas(module: str) -> None:
     """Imports a module as if pandas and what it needs were not installed."""
@@ -36,6 +38,10 @@ without_pandas("pyspark.testing.utils")
 def _java(spark: SparkSession) -> Any:
     """The classes of the session's JVM by their names: PySpark has no other way to what follows here."""
     return spark._jvm
+
+
+class BrokenFileError(Exception):
+    """A file has been read, but its content can't be unpacked."""
 
 
 class FileSystem:
@@ -77,14 +83,22 @@ class FileSystem:
             return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
 
     def unpacked_size(self, path: str) -> int:
-        """The bytes in a .gz file; 0 for one that can't be read."""
-        nowhere = self._java.org.apache.commons.io.output.NullOutputStream.INSTANCE
+        """The bytes in a .gz file, read as Spark reads it.
+
+        Raises BrokenFileError if it can't be unpacked, and Py4JJavaError if it can't be read.
+        """
+        hadoop, io = self._java.org.apache.hadoop, self._java.org.apache.commons.io
+        codec = hadoop.io.compress.CompressionCodecFactory(self._files.getConf()).getCodec(self._path(path))
         with self._open(path) as content:
+            # It knows its own errors: those of the disk, the store, the network. An error of another is the unpacking's.
+            packed = io.input.TaggedInputStream(content)
             try:
-                unpacked = self._java.java.util.zip.GZIPInputStream(content)
-                return self._java.org.apache.commons.io.IOUtils.copyLarge(unpacked, nowhere)
-            except Py4JJavaError:
-                return 0
+                return io.IOUtils.copyLarge(codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE)
+            except Py4JJavaError as error:
+                is_io = self._java.java.io.IOException._java_lang_class.isInstance  # Hadoop makes an Error of an error of the disk
+                if any(packed.isCauseOf(cause) or not is_io(cause) for cause in java_causes(error)):
+                    raise
+                raise BrokenFileError(root_cause(error)) from error
 
     @contextmanager
     def _open(self, path: str) -> Iterator[Any]:

@@ -85,6 +85,13 @@ class Source:
     def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
         """Removes from `tables` the records of a half-done batch, from `begin` to `end`, that the source has and a new checkpoint reads."""
 
+    def explain(self, error: Exception) -> str | None:
+        """What to do about an error of the source that has ended the query; None for another error."""
+        return None
+
+    def watch(self) -> None:
+        """Called twice a second while the query runs: for a source that has to look after something."""
+
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
         raise error

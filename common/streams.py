@@ -100,7 +100,7 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                     if isinstance(error, ClockSetBackError):
                         say(str(error))
                         continue
-                    if explanation := explain(error, tables.table, options.checkpoint):
+                    if explanation := source.explain(error) or explain(error, tables.table, options.checkpoint):
                         raise PipelineError(explanation) from error
                     failures = 1 if batches else failures + 1
                     if failures > MOST_FAILURES:
@@ -134,6 +134,7 @@ def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, c
         with in_progress(only_on_terminal=True) as note:
             while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
                 batches.report(query)
+                writer.source.watch()
                 note("A batch is being written …" if batches.running_for() > 3 else "")
                 now = time.time() - time.monotonic()
                 if now < clock - SET_BACK:

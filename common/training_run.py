@@ -38,9 +38,9 @@ def main(make: str, archive: str) -> None:
         for name in ("1.json", "2.json"):
             (files / name).write_bytes(b"\n".join(record or b"" for _, record in itertools.islice(messages, 20)))
         options = argparse.Namespace(input=str(files), checkpoint=f"{folder}/checkpoint", once=True, max_files_per_trigger=1,
-                                     archive=None)
+                                     archive=None, multiline=False)
         tables = bronze_tables(f"{folder}/table", CONTRACT.columns)
-        writer = TableWriter(tables, CONTRACT, FileSource(is_multiline=False), Start(Checkpoint(spark, options.checkpoint), {}, {}))
+        writer = TableWriter(tables, CONTRACT, FileSource(spark, options), Start(Checkpoint(spark, options.checkpoint), {}, {}))
         run_query(list_new_files(spark, options), TO_ITS_END, writer, options.checkpoint, StopFlag(), Unwatched())
         for table in (tables.table, tables.quarantine):
             newest_since(spark, table, 5)

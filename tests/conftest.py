@@ -241,14 +241,15 @@ def ingest(spark, tmp_path):
     folder = tmp_path / "input"
     folder.mkdir()
     options = argparse.Namespace(input=str(folder), table=str(tmp_path / "bronze"), checkpoint=str(tmp_path / "checkpoint"),
-                                 once=True, max_files_per_trigger=1000, archive=None)
+                                 once=True, max_files_per_trigger=1000, archive=None, multiline=False)
 
     def rows():
         return [spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0
                 for path in (options.table, quarantine_of(options.table))]
 
     def stream(multiline: bool = False) -> None:
-        run_streams(spark, [(list_new_files(spark, options), TO_ITS_END)], FileSource(multiline),
+        options.multiline = multiline
+        run_streams(spark, [(list_new_files(spark, options), TO_ITS_END)], FileSource(spark, options),
                     bronze_tables(options.table, CONTRACT.columns), options)
 
     def run(multiline: bool = False, **others: object) -> tuple[int, int]:

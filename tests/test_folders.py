@@ -9,13 +9,16 @@ import time
 
 import pytest
 from conftest import run_script
+from pyspark.errors import StreamingQueryException
+from pyspark.sql import Row
 from test_files_to_bronze import put
 from test_rules import reading
 
-from common.console import PipelineError, location
-from common.json_files import LONGEST_RECORD, find_unreadable
+from common.console import PipelineError, location, without_controls
+from common.json_files import LONGEST_RECORD, find_unreadable, with_elements
+from common.taken_files import Taken, TakenFiles
 from local_kafka import free_ports
-from streaming_files_to_delta_bronze import check_archive, count_waiting
+from streaming_files_to_delta_bronze import FileSource, check_archive, count_waiting
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -78,11 +81,34 @@ def test_a_large_file_of_lines_with_a_broken_one_is_not_taken_for_an_unreadable_
     assert capsys.readouterr().err == ""
 
 
-def test_files_whose_place_does_not_answer_are_not_taken_for_unreadable_ones(spark):
+CONTENT = gzip.compress(b"\n".join(reading(value=n / 100) for n in range(3000)))
+FLIPPED = bytearray(CONTENT)
+FLIPPED[len(CONTENT) // 2] ^= 255
+
+
+@pytest.mark.parametrize("multiline", [False, True])
+def test_packed_files_are_condemned_for_what_is_in_them_and_each_is_named_with_its_fault(ingest, capsys, multiline):
+    folder, run = ingest
+    broken = {"cut": CONTENT[:-500], "cut in its checksum": CONTENT[:-6], "no gzip": VALID, "followed by something": CONTENT + b"more",
+              "flipped": bytes(FLIPPED), "a small one": gzip.compress(VALID)[:-9], "one byte": b"\x1f", "half a header": CONTENT[:9],
+              "reserved flags": CONTENT[:3] + b"\xff" + CONTENT[4:], "another method": CONTENT[:2] + b"\x07" + CONTENT[3:]}
+    for name, content in broken.items():
+        (folder / f"{name}.json.gz").write_bytes(content)
+    (folder / "empty.json.gz").touch()
+    (folder / "two in one.json.gz").write_bytes(gzip.compress(VALID[:20]) + gzip.compress(VALID[20:]))
+    assert run(multiline) == (1, len(broken))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(broken), said
+    assert all(any(f"{folder}/{name}.json.gz can't be read: " in line and "quarantine" in line for line in said) for name in broken)
+
+
+@pytest.mark.parametrize("size", [10, 100_000], ids=["small", "large"])
+def test_packed_files_whose_place_does_not_answer_are_not_condemned(spark, size):
     """They would never be read again, by their names."""
     [port] = free_ports(1)
-    with pytest.raises(PipelineError, match="can't be read at the moment: .*[Cc]onnection.* Nothing is lost"):
-        find_unreadable(spark, [f"webhdfs://127.0.0.1:{port}/{number}.json" for number in range(2)])
+    file = Row(path=f"webhdfs://127.0.0.1:{port}/1.json.gz", length=size)
+    with pytest.raises(PipelineError, match="1.json.gz can't be read at the moment: .*[Cc]onnection.* Nothing is lost"):
+        find_unreadable(spark, [file], {}, careful=True, text_options={})
 
 
 def test_a_file_whose_name_is_not_in_utf8_is_named(ingest, capsys):
@@ -136,11 +162,12 @@ def test_an_archive_that_cannot_be_written_to_is_refused(tmp_path):
         check_archive("/proc/none", str(tmp_path))
 
 
-def test_files_that_wait_are_counted_as_the_stream_takes_them(tmp_path):
+def test_files_that_wait_are_counted_as_the_stream_takes_them(spark, tmp_path):
     for name in ("a.json", "sub/b.JSONL.gz", "sub/c.txt", ".tmp/d.json", "_drafts/deep/e.json", "_f.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert count_waiting(argparse.Namespace(input=str(tmp_path), checkpoint=str(tmp_path / "none"))) == 2
+    options = argparse.Namespace(input=str(tmp_path), checkpoint=str(tmp_path / "none"))
+    assert count_waiting(TakenFiles(spark, options.checkpoint, options.input), options) == 2
 
 
 def test_thousands_of_files_are_read(ingest):
@@ -185,6 +212,44 @@ def test_a_file_that_wants_multiline_is_named_once_and_no_other_is(ingest, capsy
     assert run() == (0, 0) and capsys.readouterr().err == ""
 
 
+NESTED = b'{"a": ' * 199 + b"1.10" + b"}" * 199
+ELEMENTS = [reading(value=12345678901234567.89).replace(b"1.2345678901234568e+16", b"12345678901234567.89"),
+            reading().replace(b'"value"', b'"x": 1.000000000000000000000000000000010, "value"'), reading().replace(b": ", b" :\t"),
+            reading(building="[{]}\\\",\u00e4"), reading(building="@").replace(b"@", rb"\u00e4\/"), b"7", b"1E400", b"-0.0", b"true",
+            b"[1, [2]]", b"{}", b"[]", reading(building="@").replace(b"@", rb"\ud800"), b'{"a": 1, "a": 1.0}', NESTED]
+BLANKS = [b"", b" ", b"\n\t\r\n"]
+
+
+@pytest.mark.parametrize("before, after", list(itertools.product(BLANKS, BLANKS)))
+def test_the_elements_of_an_array_come_as_they_stand_in_the_file(spark, before, after):
+    array = before + b"[" + (before + b"," + after).join([after + element + before for element in ELEMENTS]) + b"]" + after
+    files = spark.createDataFrame([(bytearray(array),)], "raw BINARY")
+    assert list(map(bytes, with_elements(files).first().elements)) == ELEMENTS
+
+
+@pytest.mark.parametrize("array", [b"", b"[", b"[1", b"[1]]", b"[1,]", b"[1 2]", b"[,1]", b"[1][2]", b"{}", b"[{]", b"[{},[}]", b"1",
+                                   b"[1],", b"[nul]", b"[1]\x0b", b"['a']", b"[NaN]", b'["a"]', b'[{}, "a"]', b"[null]", b"[\xff]",
+                                   b"[" * 203 + b"]" * 203, b'[{"a": "\n"}]'], ids=str)
+def test_what_is_no_array_of_records_is_not_cut(spark, array):
+    files = spark.createDataFrame([(bytearray(array),)], "raw BINARY")
+    assert with_elements(files).first().elements is None
+
+
+def _of(size: int, begin: bytes, repeated: bytes, end: bytes) -> bytes:
+    return begin + repeated * ((size - len(begin + end)) // len(repeated)) + end
+
+
+@pytest.mark.parametrize("parts", [(b"[" + VALID, b",\n" + VALID, b"]"), (b"[{}", b",{}", b"]"), (b"[", b"[", b""), (b"[", b'"', b""),
+                                   (b'[{"a":"', b'\\"', b'"}]'), (b"[", b",", b"]"), (b"[1", b" ", b"]"), (b"[{}", b",{},[1", b"]")],
+                         ids=lambda parts: parts[1].decode()[:8])
+def test_no_array_takes_long(spark, parts):
+    files = spark.createDataFrame([(bytearray(_of(LONGEST_RECORD, *parts)),)], "raw BINARY").cache()
+    files.count()
+    began = time.monotonic()
+    with_elements(files).write.format("noop").mode("overwrite").save()
+    assert time.monotonic() - began < 60  # seconds; alone on a core it is less than 10
+
+
 def test_what_a_file_that_wants_multiline_holds_is_read_with_it(ingest):
     folder, run = ingest
     for name, content in MULTILINE.items():
@@ -192,15 +257,109 @@ def test_what_a_file_that_wants_multiline_holds_is_read_with_it(ingest):
     assert run(multiline=True) == (10, 0)
 
 
-def test_old_files_and_files_of_the_future_are_read(ingest):
+def test_files_of_any_time_are_read_and_hide_no_other(ingest):
     folder, run = ingest
-    put(folder, "first.json", VALID)
+    for year in (1970, 2026, 2130, 2446, 2027, 1901, 1970):
+        put(folder, f"{year} {len(list(folder.iterdir()))}.json", VALID)
+        moment = (year - 1970) * 31_556_952
+        os.utime(folder / f"{year} {len(list(folder.iterdir())) - 1}.json", (moment, moment))
+        assert run() == (1, 0), year
+
+
+DRAFTS = ["_site=A.json", "_tmp=1/deep/x.json", "sub/_tmp=1/x.json", ".site=A.json", "_metadata.json", "_common_metadata.json",
+          "_tmp/x.json", "_.json", "sub/_x.json.gz"]
+
+
+def test_drafts_are_not_read_whatever_their_names_hold(ingest, tmp_path, capsys):
+    folder, run = ingest
+    folder = tmp_path / "_up" / ".above=1" / "input"  # which says nothing of the files in it
+    for name in (*DRAFTS, "a_b=1.json", "c_=/x_.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(VALID)
+    assert run(input=str(folder)) == (2, 0)
+    os.rename(folder / "_site=A.json", folder / "site=A.json")
+    (folder / "_metadata.json").write_bytes(VALID * 2)
     assert run() == (1, 0)
-    for name, days in (("restored from a backup.json", -60), ("of a clock that is ahead.json", 200), ("of today.json", 0)):
+    assert run() == (0, 0) and capsys.readouterr().err == ""
+
+
+def changed(folder, name: str) -> str:
+    return f"{folder}/{name} has changed since it was taken"
+
+
+ODD_NAMES = ["a=1 %20+.json", "gr\u00f6\u00dfe \u2028\x85 \U0001f600.json", "2026-11-20T08:00:00Z.json", "new\nline.json",
+             "sub/[a]{b}*.json"]
+
+
+def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, capsys):
+    folder, run = ingest
+    (folder / "sub").mkdir()
+    for name in (*ODD_NAMES, "grows.json", "shrinks.json", "older.json", "stays.json", "goes.json"):
+        (folder / name).write_bytes(VALID + b"\n" + VALID + b"\n")
+    assert run() == (2 * len(ODD_NAMES) + 10, 0) and capsys.readouterr().err == ""
+    time.sleep(0.02)  # the clock of a disk ticks every few milliseconds
+    for name in (*ODD_NAMES, "grows.json"):
+        with (folder / name).open("ab") as file:
+            file.write(VALID + b"\n")
+    (folder / "shrinks.json").write_bytes(VALID)
+    os.utime(folder / "older.json", (1, 1))
+    (folder / "goes.json").unlink()
+    for _ in range(2):
+        assert run() == (0, 0)
+        said = capsys.readouterr().err.split("\n")[:-1]
+        assert sorted(line.split(" has changed since")[0] for line in said) == sorted(
+            without_controls(f"{folder}/{name}") for name in (*ODD_NAMES, "grows.json", "shrinks.json", "older.json"))
+    for number in range(11):
+        put(folder, f"{number}.json", VALID)
+    assert run(max_files_per_trigger=1) == (11, 0)  # past the log's own compaction
+    capsys.readouterr()
+    for number in range(11):
+        os.utime(folder / f"{number}.json", (1, 1))
+    assert run() == (0, 0)
+    said = capsys.readouterr().err.split("\n")[:-1]
+    assert len(said) == 11 and said[-1] == "So it is with 9 more files."
+
+
+def test_a_file_that_grows_or_goes_between_a_crash_and_the_restart_is_named(ingest, capsys, monkeypatch):
+    """The batch is in the table already, and is repeated without a look at what is new in its files."""
+    folder, run = ingest
+    for name in ("grows.json", "goes.json", "stays.json"):
         put(folder, name, VALID)
-        moment = time.time() + days * 86_400
-        os.utime(folder / name, (moment, moment))
-        assert run() == (1, 0), name
+
+    def crash(*_) -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "after_batch", crash)
+        with pytest.raises((RuntimeError, StreamingQueryException)):
+            run()
+    time.sleep(0.02)
+    with (folder / "grows.json").open("ab") as file:
+        file.write(VALID + b"\n")
+    (folder / "goes.json").unlink()
+    capsys.readouterr()
+    assert run() == (0, 0)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and "were read twice, with different results" in said[2]
+    assert said[0].startswith(changed(folder, "grows.json"))
+    assert said[1].startswith(f"{folder}/goes.json was there, and is gone before it was read")
+
+
+def test_taken_files_are_watched_in_small_steps(spark, tmp_path, capsys):
+    """At most 1,000 in half a second: a folder with many of them costs a stream no noticeable share of a core."""
+    taken = TakenFiles(spark, str(tmp_path / "none"), str(tmp_path))
+    taken.files = {str(tmp_path / f"{number}.json"): Taken(0, 0) for number in range(30_000)}
+    for number in range(0, 30_000, 10_000):
+        (tmp_path / f"{number}.json").touch()
+    taken.next_round = 0
+    taken.watch()
+    began = time.process_time()
+    for number in range(1, 31):
+        taken.watch()
+        assert len(taken.named) == -(-number // 10)
+    assert time.process_time() - began < 1
+    taken.watch()
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
 def test_no_configuration_of_spark_makes_it_drop_what_it_cannot_read(spark, tmp_path):

@@ -5,6 +5,8 @@ import subprocess
 
 import pytest
 from conftest import acknowledged, origins, run_script
+from test_files_to_bronze import put
+from test_rules import reading
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 
@@ -24,8 +26,9 @@ def disk(tmp_path):
 AS_ANYONE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
 
 
-def stopped(command: list) -> str:
-    run = run_script(*command, prefix=AS_ANYONE if os.geteuid() == 0 else [])
+def stopped(command: list, prefix: list | None = None) -> str:
+    """What a script says that stops with an error."""
+    run = run_script(*command, prefix=(AS_ANYONE if os.geteuid() == 0 else []) if prefix is None else prefix)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
     return run.stderr
 
@@ -38,6 +41,29 @@ def test_a_folder_of_the_input_that_may_not_be_read_is_named(tmp_path):
                     "--checkpoint", tmp_path / "c", "--once"])
     assert f"This user may not read the folder {closed}. Give it permission" in said
     closed.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["one.json", "packed.json.gz"])
+@pytest.mark.parametrize("fault, said", [("Permission denied", "Permission denied"), ("EIO", "Input/output error")])
+def test_a_file_that_may_not_or_cannot_be_read_is_condemned_for_nothing_and_read_later(spark, tmp_path, name, fault, said, run_here):
+    folder, table = tmp_path / "input", tmp_path / "t"
+    folder.mkdir()
+    options = ["streaming_files_to_delta_bronze.py", "--input", folder, "--table", table, "--checkpoint", tmp_path / "c", "--once"]
+    put(folder, name, reading())
+    put(folder, "other.json", reading())
+    if fault == "EIO":
+        prefix = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-P", folder / name, "-e", "trace=read,pread64", "-e",
+                  "inject=read,pread64:error=EIO"]
+        if subprocess.run(["strace", "-f", "true"], capture_output=True).returncode:
+            pytest.skip("needs strace, and the right to use it")
+    else:
+        (folder / name).chmod(0)
+        prefix = AS_ANYONE if os.geteuid() == 0 else []
+    error = stopped(options, prefix)
+    assert f"{folder}/{name} can't be read at the moment: " in error and said in error and "Nothing is lost" in error, error
+    (folder / name).chmod(0o600)
+    run = run_here(*options)
+    assert (run.returncode, run.stderr) == (0, "") and "2 rows in, 2 accepted" in run.stdout
 
 
 def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_afterwards(

@@ -1,0 +1,134 @@
+"""The files that a stream has taken, as Spark has noted them in its checkpoint, and those that have changed since."""
+
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from pyspark.sql import SparkSession
+
+from common.checkpoints import damaged
+from common.console import PipelineError, local_path, warn
+from common.internals import FileSystem
+
+MOST_NAMED = 10  # files in one go; of more, only how many
+ROUND = 60  # seconds
+AT_ONCE = 1000  # files that `watch` looks at: a few milliseconds
+
+
+class Taken(NamedTuple):
+    """`entry`: the number of the log's entry that has the file. `modified`: when it was written last, in milliseconds since 1970."""
+    entry: int
+    modified: int
+
+
+def plain(path: str) -> str:
+    """A path as Python takes it, of a file on this machine (file:/data, file:///data); the URI of any other."""
+    return re.sub(r"\Afile:(//)?(?=/)", "", path)
+
+
+def is_draft(path: str, folder: str = "") -> bool:
+    """Whether the name of a file, or of a folder above it up to `folder`, begins with "_" or "."."""
+    inner = path[len(folder):] if path.startswith(folder) else os.path.basename(path)
+    return any(name[:1] in ("_", ".") for name in inner.split("/"))
+
+
+class TakenFiles:
+    """The files that a stream has taken, by their path as `plain` gives it.
+
+    Spark has a log of them in the checkpoint (CompactibleFileStreamLog in its source): an entry for each batch, the file N; every
+    tenth is the file N.compact instead, with all that was before.
+    """
+
+    def __init__(self, spark: SparkSession, checkpoint: str, folder: str):
+        self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
+        self.files: dict[str, Taken] = {}
+        self.last_entry = -1  # of those that were read
+        self.named: set[str] = set()
+        self.round: Iterator[str] = iter(())  # the files that a round of `watch` has still to look at
+        self.next_round = time.monotonic() + ROUND
+
+    def read_log(self) -> None:
+        """Takes note of what has come to the log. Drafts, which the stream passes over, are in it but not here."""
+        names = {int(match[1]): match[0] for name in sorted(self._names()) if (match := re.fullmatch(r"(\d+)(\.compact)?", name))}
+        new = sorted(number for number in names if number > self.last_entry)
+        compact = max((number for number in new if names[number].endswith(".compact")), default=-1)
+        for number in new:
+            if number >= compact:
+                self._read(names[number])
+                self.last_entry = number
+
+    def after(self, entry: int) -> list[str]:
+        """The files of the later entries."""
+        paths = []
+        for path in reversed(self.files):  # in the order of the log
+            if self.files[path].entry <= entry:
+                break
+            paths.append(path)
+        return paths
+
+    def note(self, path: str, modified: int) -> None:
+        """Takes note of how a file is as it is read, which may be later than when it was taken."""
+        if path in self.files:
+            self.files[path] = self.files[path]._replace(modified=modified)
+
+    def watch(self) -> None:
+        """Names files that have changed. Looks at some of them each time, so at all of them once a minute, or less often if they are
+        many."""
+        self.name_changed(self.changed(itertools.islice(self.round, AT_ONCE)))
+        if time.monotonic() >= self.next_round:
+            self.round = itertools.chain(self.round, iter(list(self.files)))
+            self.next_round = time.monotonic() + max(ROUND, len(self.files) / AT_ONCE)
+
+    def changed(self, paths: Iterable[str]) -> list[str]:
+        """Those of `paths` that are on this machine and were written since they were taken."""
+        return [path for path in paths if (modified := _modified(path)) is not None and modified != self.files[path].modified]
+
+    def name_changed(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each file, that it has changed since it was taken."""
+        self._name(paths, "has changed since it was taken, and a file is read once: what was added later may be in no table. Put it into a "
+                          'file of another name. Write files under a name that begins with "_", and rename them when they are complete.')
+
+    def name_gone(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each file, that it could not be read because it is not there."""
+        self._name(paths, "was there, and is gone before it was read. If nobody has renamed it, put it back under another name.")
+
+    def _name(self, paths: Iterable[str], what: str) -> None:
+        new = [path for path in paths if path not in self.named]
+        self.named.update(new)
+        for path in new[:MOST_NAMED]:
+            warn(f"{path} {what}")
+        if len(new) > MOST_NAMED:
+            warn(f"So it is with {len(new) - MOST_NAMED:,} more files.")
+
+    def _names(self) -> list[str]:
+        folder = local_path(self.checkpoint)
+        if folder is None:
+            return FileSystem(self.spark, self.checkpoint).names_in(f"{self.checkpoint}/sources/0")
+        return os.listdir(f"{folder}/sources/0") if os.path.isdir(f"{folder}/sources/0") else []
+
+    def _read(self, name: str) -> None:
+        file, folder = f"sources/0/{name}", local_path(self.checkpoint)
+        text = (FileSystem(self.spark, self.checkpoint).read(f"{self.checkpoint}/{file}") or "" if folder is None
+                else Path(folder, file).read_text(encoding="utf-8"))
+        try:
+            # Not by splitlines: a name may have a line separator of Unicode in it.
+            entries: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[1:]]
+            taken = {plain(unquote(entry["path"])): Taken(entry["batchId"], entry["timestamp"]) for entry in entries
+                     if entry["batchId"] > self.last_entry}
+        except (ValueError, KeyError) as error:
+            raise PipelineError(damaged(self.checkpoint, f"{file} is not as Spark writes it")) from error
+        self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
+
+
+def _modified(path: str) -> int | None:
+    """When a file on this machine was written last, in milliseconds since 1970; None for none, and for one that can't be looked at."""
+    try:
+        return os.stat(path).st_mtime_ns // 1_000_000 if path.startswith("/") else None
+    except OSError:
+        return None

@@ -5,6 +5,7 @@ field of the contract is in it with a value of its kind, and no rule holds. Noth
 1.0 is no integer. Fields that the contract does not name are allowed, and kept as JSON.
 """
 
+import itertools
 import re
 
 from pyspark.sql import Column, DataFrame
@@ -13,6 +14,8 @@ from pyspark.sql import functions as F
 from common.contract import Contract
 from common.fields import Field, Timestamp
 
+LARGE = 500_000  # bytes of a record
+MOST_NAMES = 20  # of a record's unknown fields that are told; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
 # out first, an escaped backslash and a whole pair.
@@ -29,7 +32,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     `reject_reason` already, it stays.
     Out: the same columns; those of the contract (null if the record has no such value); `reject_reason` (string: the
     first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields that the contract
-    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names).
+    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names, MOST_NAMES of them).
     """
     others = [f"`{column}`" for column in records.columns if column != "reject_reason"]
     given = "reject_reason, " if "reject_reason" in records.columns else ""
@@ -39,7 +42,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
         if isinstance(field, Timestamp):  # the one kind that can be plain but invalid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
-    reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.rules)})"
+    reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.conditions)})"
     # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
     is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
     in_order, any_order = _plain_parts(contract)
@@ -90,7 +93,8 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
 def _replaced(pattern: str, groups: list[int]) -> Column:
     """The groups of the pattern as an array after an empty string, or the record where the pattern does not match."""
     template = "".join(f"{SEPARATOR}${group}" for group in groups)
-    return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR)
+    # The limit is for records that do not match and are nothing but separators.
+    return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR, len(groups) + 1)
 
 
 def _has_rest(contract: Contract) -> str:
@@ -105,7 +109,7 @@ def _slow_reading(contract: Contract) -> str:
     types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
     return _let({"rest": f"CASE WHEN {_has_rest(contract)} THEN {rest} END"},
                 f"CASE WHEN NOT {_has_twice('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
-                f"to_json(rest) AS rescued, map_keys(rest) AS unknown) ELSE {_strict_reading(contract)} END")
+                f"to_json(rest) AS rescued, slice(map_keys(rest), 1, {MOST_NAMES}) AS unknown) ELSE {_strict_reading(contract)} END")
 
 
 def _has_twice(fields: str) -> str:
@@ -128,29 +132,37 @@ def _strict_reading(contract: Contract) -> str:
     """
     # SQL of each object that has fields of the contract in it, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
-    levels = {"json": "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
-                      "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))"}
+    # A large record is first read as one variant, which is null for a name that occurs twice and takes little memory: a map of a
+    # million entries, for one name, would be a quarter of the heap.
+    levels = {"json": f"CASE WHEN octet_length(raw) < {LARGE} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
+                      "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
+                      "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')) END"}
     for depth in range(1, max(len(field.path) for field in contract.fields)):
         paths = list(dict.fromkeys(field.path[:depth] for field in contract.fields if len(field.path) > depth))
         levels[f"depth{depth}"] = _struct(f=[f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')" for path in paths])
         objects |= {path: f"depth{depth}.f{number}" for number, path in enumerate(paths, 1)}
     found = [_in(objects, field.path) for field in contract.fields]
     rests = {path: f"seen.rest{number}" for number, path in enumerate(objects, 1)}
-    levels["seen"] = _struct(type=[f"coalesce(schema_of_variant({variant}), 'VOID')" for variant in found],
-                             string=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
+    # `text` is null for a field that is null or not there.
+    levels["seen"] = _struct(text=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
                              rest=[_unnamed(objects, contract, path) for path in objects],
                              twice=[_has_twice("get(json, 0)")])
-    levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, number)} THEN {field.value(f'seen.string{number}')} END"
-                                 for number, field in enumerate(contract.fields, 1)])
-    names = ", ".join(f"transform(coalesce(map_keys({rest}), array()), name -> concat({_quoted(''.join(f'{step}.' for step in path))}, "
-                      f"name))" for path, rest in rests.items())
+    levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(text)} END"
+                                 for field, variant, text in zip(contract.fields, found, map("seen.text{}".format, itertools.count(1)))])
+    names = ", ".join(f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MOST_NAMES}), "
+                      f"name -> concat({_quoted(''.join(f'{step}.' for step in path))}, name))" for path, rest in rests.items())
     return _let(levels, f"struct(value, {_first(_form(contract, objects))} AS reason, "
                         f"CASE WHEN NOT seen.twice1 THEN nullif(to_json({_rest_of(rests, ())}), '{{}}') END AS rescued, "
-                        f"concat({names}) AS unknown)")
+                        f"slice(concat({names}), 1, {MOST_NAMES}) AS unknown)")
 
 
-def _has_type(field: Field, number: int) -> str:
-    return f"substring_index(seen.type{number}, '(', 1) IN ({', '.join(map(_quoted, field.json_types))})"
+def _has_type(field: Field, variant: str, text: str) -> str:
+    """SQL: whether a value, a variant and as `text`, has the JSON type of the field."""
+    if field.json_types == ("STRING",):
+        return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # which nothing else can be read as
+    # schema_of_variant takes the square of time for an array of objects, so it is not asked about arrays and objects.
+    return (f"left({text}, 1) NOT IN ('{{', '[') AND "
+            f"substring_index(schema_of_variant({variant}), '(', 1) IN ({', '.join(map(_quoted, field.json_types))})")
 
 
 def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, str]:
@@ -164,12 +176,12 @@ def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, 
     missing, invalid = {}, {}
     for number, field in enumerate(contract.fields, 1):
         # The field's parent exists, but is not an object.
-        astray = "".join(f" OR {objects[path]} IS NULL AND coalesce(schema_of_variant({_in(objects, path)}), 'VOID') <> 'VOID'"
+        astray = "".join(f" OR {objects[path]} IS NULL AND try_variant_get({_in(objects, path)}, '$', 'STRING') IS NOT NULL"
                          for path in (field.path[:depth] for depth in range(1, len(field.path))))
         if field.required:
-            missing[f"missing_{field.name}"] = (f"(seen.type{number} = 'VOID' OR seen.type{number} = 'STRING' "
-                                                f"AND seen.string{number} RLIKE r'{BLANK}') AND NOT (false{astray})")
-        invalid[f"invalid_{field.name}"] = f"seen.type{number} <> 'VOID' AND ({field.is_invalid(f'value.f{number}')}){astray}"
+            missing[f"missing_{field.name}"] = (f"(seen.text{number} IS NULL OR seen.text{number} RLIKE r'{BLANK}') "
+                                                f"AND NOT (false{astray})")
+        invalid[f"invalid_{field.name}"] = f"seen.text{number} IS NOT NULL AND ({field.is_invalid(f'value.f{number}')}){astray}"
     return form | missing | invalid
 
 
@@ -186,7 +198,7 @@ def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
         if inner and inner[:-1] == path:
             rest = _rest_of(rests, inner)
             parts.append(f"CASE WHEN size({rest}) > 0 THEN map({_quoted(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END")
-    return f"map_concat({', '.join(parts)})"
+    return f"map_concat({', '.join(parts)})" if len(parts) > 1 else parts[0]
 
 
 def _in(objects: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:

@@ -230,11 +230,50 @@ def test_a_contract_that_is_not_there_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("sql", ["colour = 'red'", "a b c", "", "a", "sum(n) > 1", "explode(array(1))", "rand() > 0.5", "n + 1",
                                  "raw IS NULL", "ingest_time < now()", "n < unix_timestamp()", "a > CAST(current_date AS STRING)",
-                                 "ingest_time < TIMESTAMP 'today'", "ingest_time < CAST('yesterday ' AS DATE)", "a = uuid()"])
+                                 "ingest_time < TIMESTAMP 'today'", "ingest_time < CAST('yesterday ' AS DATE)", "a = uuid()", "a) OR (n",
+                                 "n > 1 /* too much", "true THEN 'r' WHEN n > 1"])
 def test_a_rule_that_cannot_be_is_one_sentence(spark, sql):
     with pytest.raises(ContractError, match="the rule r ") as refused:
         Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("sql", [
+    "ingest_time > 'now'", "ingest_time > ' NOW '", "ingest_time > to_date('today')", "ingest_time > to_timestamp('now')",
+    "ingest_time > CAST(trim('today') AS DATE)", "ingest_time > CAST('no' || 'w' AS TIMESTAMP)", "'now'::timestamp > ingest_time",
+    "ingest_time > DATE 'today'", r"ingest_time > DATE /**/ 'toda\u0079'", "ingest_time > TIMESTAMP_NTZ 'now'", "now() > '2026'",
+    "ingest_time > try_to_timestamp('now')", "ingest_time > try_to_date('now')", "datediff('today', ingest_time) > 1",
+    "transform(array(1), x -> timestamp('tomorrow'))[0] > ingest_time", "ingest_time BETWEEN '2026' AND 'today'",
+    "year('now') > n", "date_format('now', 'y') = a", "a = input_file_name()", "spark_partition_id() = n", "a = current_user()",
+    "reflect('java.util.UUID', 'randomUUID') = a", "hex(aes_encrypt(a, '0000111122223333')) = a", "uniform(1, 10) > n",
+    "shuffle(array(n, 1))[0] = 1", "monotonically_increasing_id() = n", "current_time() > TIME '10:00'", "ingest_time > curdate()"])
+def test_a_rule_that_may_differ_for_the_same_record_is_refused(spark, sql):
+    with pytest.raises(ContractError, match="the rule r can give different results for the same record"):
+        Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+
+
+@pytest.mark.parametrize("sql", ["n IN (SELECT id FROM range(3))", "EXISTS (SELECT 1)", "n > (SELECT max(id) FROM range(3))",
+                                 "n > 1 OR a NOT IN (SELECT path FROM delta.`/nowhere`)"])
+def test_a_rule_that_asks_another_table_is_refused(spark, sql):
+    with pytest.raises(ContractError, match="the rule r (reads another table|is not a condition)"):
+        Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
+
+
+@pytest.mark.parametrize("sql", [
+    "t > '2026-01-01'", "t > DATE '2026-11-28'", "t > current", "t > TIMESTAMP '2026-11-28 00:00:00'", "t > 'epoch'", "n > 1 -- too 'now'",
+    "t > TIMESTAMP '2026-11-28 00:00:00Z' AND t < TIMESTAMP '2027-01-01 00:00:00'", "t > TIMESTAMP_NTZ '2026-11-28 00:00:00'",
+    "a = 'now' AND t > DATE '2026-11-28'", "a = 'DATE \\'today\\''", "n > 1 --", "/* in °C */ n > 1", "n > 1\n OR n < 0 -- x\n",
+    "dayofweek(t) = 1 AND t > make_date(2026, 1, 1)", "version() = a"])
+def test_a_rule_with_constant_times_or_comments_is_taken(spark, sql):
+    Contract((Text("a"), Number("n"), Timestamp("t"), Timestamp("current")), {"r": sql}).check_rules(spark)
+
+
+def test_rules_that_end_with_a_comment_run_as_they_are_checked(spark):
+    contract = Contract((Number("n"),), {"low": "n < 0 -- the sensor is broken", "high": "n > 1 OR\n n > 2 --", "odd": "n = 1"})
+    contract.check_rules(spark)
+    rows = read(spark, contract, [b'{"n": -1}', b'{"n": 2}', b'{"n": 1}', b'{"n": 0.5}'])
+    assert [row.reject_reason for row in rows] == ["low", "high", "odd", None]
 
 
 def test_a_rule_may_use_all_columns_and_the_time_of_arrival(spark):

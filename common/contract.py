@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 
 from common.console import PipelineError, first_line, location
 from common.fields import Boolean, ContractError, Field, Integer, Number, Text, Timestamp
-from common.internals import has_subquery, is_deterministic
+from common.internals import is_deterministic, is_of_one_row
 from common.process import REPOSITORY
 
 __all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]  # what readings.py and the like take from here
@@ -87,9 +87,9 @@ class Contract:
         for reason, condition in self.conditions.items():
             told = " ".join(self.rules[reason].split())
             try:
-                if has_subquery(empty.where(condition)):
-                    raise ContractError(f"the rule {reason} reads another table, which may have changed when a batch is repeated; a "
-                                        f"rule can only use the record's own columns: {told}")
+                if not is_of_one_row(empty, condition):
+                    raise ContractError(f"the rule {reason} reads more than the record itself, which may be something else when a batch "
+                                        f"is repeated; it can only use {', '.join(columns)}: {told}")
                 if not is_deterministic(empty, condition):
                     raise ContractError(f"the rule {reason} can give different results for the same record, which a repeated batch "
                                         f"would see; the present time is ingest_time: {told}")

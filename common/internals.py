@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from py4j.protocol import Py4JJavaError
-from pyspark.sql import DataFrame, Observation, SparkSession
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 
@@ -209,10 +209,12 @@ def remove_old_log_entries(spark: SparkSession, table: str) -> None:
     log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), none, none, by_the_minute)
 
 
-def has_subquery(rows: DataFrame) -> bool:
-    """Whether the plan of the rows reads other tables, too; Python's API does not say."""
+def is_of_one_row(rows: DataFrame, condition: str) -> bool:
+    """Whether SQL over the columns of `rows` needs no more than the row itself: no subquery, and nothing that Spark finds by
+    changing the rows, as `window(…)` leaves out those without a time."""
     pattern = _java(rows.sparkSession).org.apache.spark.sql.catalyst.trees.TreePattern
-    return rows._jdf.queryExecution().analyzed().containsPattern(pattern.PLAN_EXPRESSION())
+    plan = rows.where(condition)._jdf.queryExecution().analyzed()
+    return not plan.containsPattern(pattern.PLAN_EXPRESSION()) and plan.child().equals(rows._jdf.queryExecution().analyzed())
 
 
 def is_deterministic(rows: DataFrame, condition: str) -> bool:
@@ -243,6 +245,13 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
     finally:
         spark.conf.set(setting, zone)
     return not any(one != other and instant != other_instant for one, instant, other, other_instant in zip(*seen[0], *seen[1]))
+
+
+def attempt(spark: SparkSession, condition: str) -> Column:
+    """SQL as a column that is null for a row for which it can't be computed. SQL itself can only try what its `try_…` do."""
+    java = _java(spark).org.apache.spark.sql
+    parsed = spark._jsparkSession.sessionState().sqlParser().parseExpression(condition)
+    return Column(java.classic.ExpressionUtils.column(java.catalyst.expressions.TryEval(parsed)))
 
 
 def number_of_tasks(rows: DataFrame) -> int:

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 from common.contract import Contract
 from common.fields import Field, Timestamp
+from common.internals import attempt
 
 LARGE = 500_000  # bytes of a record
 MOST_NAMES = 20  # of a record's unknown fields that are told; it may have a million
@@ -29,20 +30,25 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     """Reads each record by the contract, and says for which reason it is rejected.
 
     In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there is a
-    `reject_reason` already, it stays.
+    `reject_reason` already, it stays; where there is an `arrival_time` (timestamp), a time can't be too far ahead of that,
+    else of `ingest_time`.
     Out: the same columns; those of the contract (null if the record has no such value); `reject_reason` (string: the
     first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields that the contract
     does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names, MOST_NAMES of them).
     """
     others = [f"`{column}`" for column in records.columns if column != "reject_reason"]
     given = "reject_reason, " if "reject_reason" in records.columns else ""
+    if "arrival_time" not in records.columns:
+        records = records.withColumn("arrival_time", F.lit(None).cast("timestamp"))
     values, invalid = {}, {}
     for number, field in enumerate(contract.fields, 1):
         part = f"_parts[{number}]" if field.required else f"nullif(_parts[{number}], '')"
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
         if isinstance(field, Timestamp):  # the one kind that can be plain but invalid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
-    reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.conditions)})"
+    # Whatever a rule makes of a value, such as an interval that is too long, stops no stream.
+    broken = [F.when(attempt(records.sparkSession, condition), reason) for reason, condition in contract.conditions.items()]
+    reason = F.coalesce(F.expr(f"coalesce({given}_strict.reason, {_first(invalid)})"), *broken)
     # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
     is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
     in_order, any_order = _plain_parts(contract)
@@ -53,7 +59,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
         .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL OR {_has_rest(contract)} THEN {_slow_reading(contract)} END"))
         .select(*(f"`{column}`" for column in records.columns), "_parts", "_strict", *values.values())
-        .select(*others, *(f"`{column}`" for column in values), F.expr(reason).alias("reject_reason"),
+        .select(*others, *(f"`{column}`" for column in values), reason.alias("reject_reason"),
                 F.col("_strict.rescued").alias("_rescued_data"), F.col("_strict.unknown").alias("_unknown_fields"))
     )
 

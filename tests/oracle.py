@@ -98,7 +98,10 @@ def micros_of(timestamp: str) -> int:
     except ValueError:
         raise Invalid("date") from None
     fraction = int((found[7] or ".")[1:7].ljust(6, "0"))
-    return ((days * 24 + hour) * 60 + minute - zone) * 60_000_000 + second * 1_000_000 + fraction
+    micros = ((days * 24 + hour) * 60 + minute - zone) * 60_000_000 + second * 1_000_000 + fraction
+    if not FIRST_MICROS <= micros < END_MICROS:  # in UTC
+        raise Invalid("year")
+    return micros
 
 
 class Astray(Exception):
@@ -126,7 +129,7 @@ def read_value(field: Field, value, arrival_micros: int):
     if isinstance(field, Boolean) and isinstance(value, bool) or isinstance(field, Text) and isinstance(value, str):
         return value
     if isinstance(field, Number) and isinstance(value, (Whole, Real)) and math.isfinite(float(value)):
-        return float(value)
+        return float(value) + 0.0  # for -0.0, which is 0
     if isinstance(field, Integer) and isinstance(value, Whole) and -2**(field.bits - 1) <= value < 2**(field.bits - 1):
         return int(value)
     if isinstance(field, Timestamp):

@@ -227,7 +227,7 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
     spark = rows.sparkSession
     pattern = _java(spark).org.apache.spark.sql.catalyst.trees.TreePattern
     setting = "spark.sql.session.timeZone"
-    zone, seen = spark.conf.get(setting), []
+    zone, seen = spark.conf.get(setting) or "UTC", []
     try:
         for there in ("+18:00", "-18:00"):  # where it is never the same day
             spark.conf.set(setting, there)

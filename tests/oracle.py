@@ -15,7 +15,7 @@ from common.fields import Field
 SENSORS = {"temperature": ("°C", -40, 120), "humidity": ("%", 0, 100), "co2": ("ppm", 0, 10_000)}
 WHITE_SPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
 DAY = 86_400_000_000
-AHEAD = {"1 day": DAY, "10 minutes": 600_000_000}
+AHEAD = {"1 day": DAY, "1 hour": 3_600_000_000, "10 minutes": 600_000_000}
 FIRST_MICROS, END_MICROS = -62_167_219_200_000_000, 253_402_300_800_000_000
 
 
@@ -26,6 +26,8 @@ class Invalid(Exception):
 def unique(pairs: list[tuple]) -> dict:
     if len({name for name, _ in pairs}) < len(pairs):
         raise Invalid("a name twice")
+    if any(len(name) > 50_000 for name, _ in pairs):
+        raise Invalid("a long name")
     return dict(pairs)
 
 
@@ -43,6 +45,8 @@ class Real(float):
 
 
 def real(text: str) -> Real:
+    if len(text) > 1001:  # with the point or the "e"
+        raise Invalid("a long number")
     number = Real(text)
     number.text = text
     return number

@@ -15,7 +15,9 @@ from common.contract import Contract
 from common.fields import Field, Timestamp
 from common.internals import attempt
 
-LARGE = 500_000  # bytes of a record
+# A large record is first read as one variant, which is null for a name that occurs twice at any depth. A map of all that a record
+# may repeat would fill the memory, and Spark compares each name with all others of the same hash to find those that are there twice.
+IS_SMALL = "octet_length(raw) < 10000"
 MOST_NAMES = 20  # of a record's unknown fields that are told; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
@@ -113,7 +115,7 @@ def _slow_reading(contract: Contract) -> str:
     names = ", ".join(_quoted(field.name) for field in contract.fields)
     rest = f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
     types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
-    return _let({"rest": f"CASE WHEN {_has_rest(contract)} THEN {rest} END"},
+    return _let({"rest": f"CASE WHEN {_has_rest(contract)} AND {IS_SMALL} THEN {rest} END"},
                 f"CASE WHEN NOT {_has_twice('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
                 f"to_json(rest) AS rescued, slice(map_keys(rest), 1, {MOST_NAMES}) AS unknown) ELSE {_strict_reading(contract)} END")
 
@@ -138,9 +140,7 @@ def _strict_reading(contract: Contract) -> str:
     """
     # SQL of each object that has fields of the contract in it, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
-    # A large record is first read as one variant, which is null for a name that occurs twice and takes little memory: a map of a
-    # million entries, for one name, would be a quarter of the heap.
-    levels = {"json": f"CASE WHEN octet_length(raw) < {LARGE} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
+    levels = {"json": f"CASE WHEN {IS_SMALL} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
                       "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
                       "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')) END"}
     for depth in range(1, max(len(field.path) for field in contract.fields)):
@@ -152,7 +152,7 @@ def _strict_reading(contract: Contract) -> str:
     # `text` is null for a field that is null or not there.
     levels["seen"] = _struct(text=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
                              rest=[_unnamed(objects, contract, path) for path in objects],
-                             twice=[_has_twice("get(json, 0)")])
+                             twice=[f"{IS_SMALL} AND {_has_twice('get(json, 0)')}"])
     levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(text)} END"
                                  for field, variant, text in zip(contract.fields, found, map("seen.text{}".format, itertools.count(1)))])
     names = ", ".join(f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MOST_NAMES}), "

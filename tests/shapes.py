@@ -34,6 +34,30 @@ def short_names(size: int) -> str:
     return ",".join(f'"{"".join(name)}":1' for name in itertools.islice(itertools.product(letters, repeat=3), size // 8 + 1))
 
 
+def same_hash(count: int) -> list[str]:
+    """Different names of eight letters that have one hash in Spark (Murmur3 of two words from 42)."""
+    def mixed(hash_: int, word: int) -> int:
+        hash_ ^= rotated(word * 0xcc9e2d51, 15) * 0x1b873593 & 0xffffffff
+        return rotated(hash_, 13) * 5 + 0xe6546b64 & 0xffffffff
+
+    def rotated(word: int, bits: int) -> int:
+        word &= 0xffffffff
+        return (word << bits | word >> 32 - bits) & 0xffffffff
+
+    undo = {number: pow(number, -1, 2**32) for number in (0xcc9e2d51, 0x1b873593, 5)}
+    letters = bytes(code for code in range(32, 127) if code not in b'"\\')
+    names = []
+    for first in itertools.product(letters, repeat=4):
+        middle = mixed(42, int.from_bytes(first, "little"))
+        word = rotated(-0xe6546b64 * undo[5], 19) ^ middle  # so that the hash becomes 0
+        last = (rotated(word * undo[0x1b873593], 17) * undo[0xcc9e2d51] & 0xffffffff).to_bytes(4, "little")
+        if not last.strip(letters):
+            names.append((bytes(first) + last).decode())
+            if len(names) == count:
+                break
+    return names
+
+
 def within(left: str, shape: Callable[[int], str], right: str) -> Callable[[int], str]:
     return lambda size: left + shape(size) + right
 

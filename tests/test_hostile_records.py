@@ -229,6 +229,13 @@ def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
     return used() - before
 
 
+def test_names_of_one_hash_take_no_longer_than_others(spark, tmp_path):
+    names = shapes.same_hash(30_000)
+    for value in ("1", "[]"):  # in the plain way and in the strict one
+        fields = ",".join(f'"{name}":{value}' for name in names)
+        assert seconds_for(spark, CONTRACT, tmp_path, [shapes.FLAT.replace("}", f",{fields}}}").encode()]) < 8
+
+
 @pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
 def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
     """Those that once did not end, had no memory or took the square of time by themselves, two at a time; all others in one go,

@@ -20,13 +20,10 @@ from pyspark.sql import SparkSession
 
 from common.console import PipelineError, first_line, location
 from common.fields import Boolean, ContractError, Field, Integer, Number, Text, Timestamp
-from common.internals import is_deterministic
+from common.internals import is_deterministic, is_of_one_row
 from common.process import REPOSITORY
 
 __all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]  # what readings.py and the like take from here
-# Texts that Spark makes a time of the present day of (SpecialDatetimeValues in its optimizer), in the plan no more than texts.
-PRESENT = r"""(?ix) \b(date|timestamp(_[ln]tz)?) \s* \(? \s* ['"]\s* (now|today|tomorrow|yesterday)
-              | ['"]\s* (now|today|tomorrow|yesterday) [^'"]* ['"] \s* (as\b|::)"""
 
 
 @dataclass(frozen=True)
@@ -78,16 +75,24 @@ class Contract:
                 *(f"missing_{each.name}" for each in self.fields if each.required),
                 *(f"invalid_{each.name}" for each in self.fields), *self.rules)
 
+    @property
+    def conditions(self) -> dict[str, str]:
+        """The rules as SQL to be put into other SQL: the line after each ends a comment."""
+        return {reason: f"({sql}\n)" for reason, sql in self.rules.items()}
+
     def check_rules(self, spark: SparkSession) -> None:
         """Raises ContractError if a rule is no SQL over the columns, or not the same for the same record."""
         columns = self.columns | {"ingest_time": "TIMESTAMP"}
         empty = spark.range(0).selectExpr(*(f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in columns.items()))
-        for reason, sql in self.rules.items():
+        for reason, condition in self.conditions.items():
+            told = " ".join(self.rules[reason].split())
             try:
-                broken = empty.where(sql)
-                if not is_deterministic(broken) or re.search(PRESENT, sql):
+                if not is_of_one_row(empty, condition):
+                    raise ContractError(f"the rule {reason} reads more than the record itself, which may be something else when a batch "
+                                        f"is repeated; it can only use {', '.join(columns)}: {told}")
+                if not is_deterministic(empty, condition):
                     raise ContractError(f"the rule {reason} can give different results for the same record, which a repeated batch "
-                                        f"would see; the present time is ingest_time: {sql}")
+                                        f"would see; the present time is ingest_time: {told}")
             except PySparkException as error:
                 problem = re.sub(r"\.? SQLSTATE.*", "", first_line(str(error)).strip())
                 raise ContractError(f"the rule {reason} is not a condition over {', '.join(columns)}: {problem}") from error

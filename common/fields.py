@@ -9,7 +9,7 @@ from common.tables import RESERVED_COLUMNS
 
 # RFC 3339, less its lower-case "t" and "z"; the short forms +01 and +0100 of ISO 8601 pass too.
 RFC3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d(?::?\d\d)?)"
-# The years 0 to 9999, all that RFC 3339 can say, in seconds since 1970.
+# The years 0 to 9999 in UTC, in seconds since 1970.
 FIRST_SECOND, END_SECOND = -62_167_219_200, 253_402_300_800
 
 
@@ -64,7 +64,7 @@ class Field(ABC):
         return text
 
     def is_invalid(self, value: str) -> str:
-        """SQL: whether the field, which is there, has no valid value."""
+        """SQL over `value`, `arrival_time` (or null) and `ingest_time`: whether the field, which is there, has no valid value."""
         return f"{value} IS NULL"
 
 
@@ -93,7 +93,8 @@ class Number(Field):
     plain = r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)"
 
     def value(self, text: str) -> str:
-        return f"nullif(nullif(try_cast({text} AS DOUBLE), double('Infinity')), double('-Infinity'))"
+        # Plus 0, because a variant holds 0 for -0.0, and a record has the same value in whatever way it is read.
+        return f"nullif(nullif(try_cast({text} AS DOUBLE) + 0D, double('Infinity')), double('-Infinity'))"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Integer(Field):
 
 @dataclass(frozen=True)
 class Timestamp(Field):
-    """A time of the years 0 to 9999, kept to the microsecond.
+    """A time of the years 0 to 9999 in UTC, kept to the microsecond.
 
     `format`: "rfc3339" (a string: date, "T", time with seconds, any fraction, "Z" or an offset), "epoch_s" (a number of
     seconds since 1970) or "epoch_ms" (a whole number of milliseconds). `at_most_ahead`: how much later than its arrival it
@@ -165,5 +166,9 @@ class Timestamp(Field):
                 f"THEN {time.format(number)} END")
 
     def is_invalid(self, value: str) -> str:
-        too_far = f" OR {value} > ingest_time + INTERVAL {self.at_most_ahead}" if self.at_most_ahead else ""
-        return super().is_invalid(value) + too_far
+        # With an offset, a time that is written with the year 0 or 9999 can be of another year.
+        first, end = (f"timestamp_seconds({second})" for second in (FIRST_SECOND, END_SECOND))
+        other_year = f" OR {value} < {first} OR {value} >= {end}" if self.format == "rfc3339" else ""
+        arrival = "coalesce(arrival_time, ingest_time)"
+        too_far = f" OR {value} > {arrival} + INTERVAL {self.at_most_ahead}" if self.at_most_ahead else ""
+        return super().is_invalid(value) + other_year + too_far

@@ -5,6 +5,7 @@ field of the contract is in it with a value of its kind, and no rule holds. Noth
 1.0 is no integer. Fields that the contract does not name are allowed, and kept as JSON.
 """
 
+import itertools
 import re
 
 from pyspark.sql import Column, DataFrame
@@ -12,7 +13,12 @@ from pyspark.sql import functions as F
 
 from common.contract import Contract
 from common.fields import Field, Timestamp
+from common.internals import attempt
 
+# A large record is first read as one variant, which is null for a name that occurs twice at any depth. A map of all that a record
+# may repeat would fill the memory, and Spark compares each name with all others of the same hash to find those that are there twice.
+IS_SMALL = "octet_length(raw) < 10000"
+MOST_NAMES = 20  # of a record's unknown fields that are told; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
 # out first, an escaped backslash and a whole pair.
@@ -26,20 +32,25 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     """Reads each record by the contract, and says for which reason it is rejected.
 
     In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there is a
-    `reject_reason` already, it stays.
+    `reject_reason` already, it stays; where there is an `arrival_time` (timestamp), a time can't be too far ahead of that,
+    else of `ingest_time`.
     Out: the same columns; those of the contract (null if the record has no such value); `reject_reason` (string: the
     first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields that the contract
-    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names).
+    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names, MOST_NAMES of them).
     """
     others = [f"`{column}`" for column in records.columns if column != "reject_reason"]
     given = "reject_reason, " if "reject_reason" in records.columns else ""
+    if "arrival_time" not in records.columns:
+        records = records.withColumn("arrival_time", F.lit(None).cast("timestamp"))
     values, invalid = {}, {}
     for number, field in enumerate(contract.fields, 1):
         part = f"_parts[{number}]" if field.required else f"nullif(_parts[{number}], '')"
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
         if isinstance(field, Timestamp):  # the one kind that can be plain but invalid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
-    reason = f"coalesce({given}_strict.reason, {_first(invalid | contract.rules)})"
+    # Whatever a rule makes of a value, such as an interval that is too long, stops no stream.
+    broken = [F.when(attempt(records.sparkSession, condition), reason) for reason, condition in contract.conditions.items()]
+    reason = F.coalesce(F.expr(f"coalesce({given}_strict.reason, {_first(invalid)})"), *broken)
     # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
     is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
     in_order, any_order = _plain_parts(contract)
@@ -50,7 +61,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
         .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL OR {_has_rest(contract)} THEN {_slow_reading(contract)} END"))
         .select(*(f"`{column}`" for column in records.columns), "_parts", "_strict", *values.values())
-        .select(*others, *(f"`{column}`" for column in values), F.expr(reason).alias("reject_reason"),
+        .select(*others, *(f"`{column}`" for column in values), reason.alias("reject_reason"),
                 F.col("_strict.rescued").alias("_rescued_data"), F.col("_strict.unknown").alias("_unknown_fields"))
     )
 
@@ -90,7 +101,8 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
 def _replaced(pattern: str, groups: list[int]) -> Column:
     """The groups of the pattern as an array after an empty string, or the record where the pattern does not match."""
     template = "".join(f"{SEPARATOR}${group}" for group in groups)
-    return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR)
+    # The limit is for records that do not match and are nothing but separators.
+    return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR, len(groups) + 1)
 
 
 def _has_rest(contract: Contract) -> str:
@@ -103,9 +115,9 @@ def _slow_reading(contract: Contract) -> str:
     names = ", ".join(_quoted(field.name) for field in contract.fields)
     rest = f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
     types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
-    return _let({"rest": f"CASE WHEN {_has_rest(contract)} THEN {rest} END"},
+    return _let({"rest": f"CASE WHEN {_has_rest(contract)} AND {IS_SMALL} THEN {rest} END"},
                 f"CASE WHEN NOT {_has_twice('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
-                f"to_json(rest) AS rescued, map_keys(rest) AS unknown) ELSE {_strict_reading(contract)} END")
+                f"to_json(rest) AS rescued, slice(map_keys(rest), 1, {MOST_NAMES}) AS unknown) ELSE {_strict_reading(contract)} END")
 
 
 def _has_twice(fields: str) -> str:
@@ -128,29 +140,35 @@ def _strict_reading(contract: Contract) -> str:
     """
     # SQL of each object that has fields of the contract in it, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
-    levels = {"json": "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
-                      "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))"}
+    levels = {"json": f"CASE WHEN {IS_SMALL} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
+                      "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
+                      "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')) END"}
     for depth in range(1, max(len(field.path) for field in contract.fields)):
         paths = list(dict.fromkeys(field.path[:depth] for field in contract.fields if len(field.path) > depth))
         levels[f"depth{depth}"] = _struct(f=[f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')" for path in paths])
         objects |= {path: f"depth{depth}.f{number}" for number, path in enumerate(paths, 1)}
     found = [_in(objects, field.path) for field in contract.fields]
     rests = {path: f"seen.rest{number}" for number, path in enumerate(objects, 1)}
-    levels["seen"] = _struct(type=[f"coalesce(schema_of_variant({variant}), 'VOID')" for variant in found],
-                             string=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
+    # `text` is null for a field that is null or not there.
+    levels["seen"] = _struct(text=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
                              rest=[_unnamed(objects, contract, path) for path in objects],
-                             twice=[_has_twice("get(json, 0)")])
-    levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, number)} THEN {field.value(f'seen.string{number}')} END"
-                                 for number, field in enumerate(contract.fields, 1)])
-    names = ", ".join(f"transform(coalesce(map_keys({rest}), array()), name -> concat({_quoted(''.join(f'{step}.' for step in path))}, "
-                      f"name))" for path, rest in rests.items())
+                             twice=[f"{IS_SMALL} AND {_has_twice('get(json, 0)')}"])
+    levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(text)} END"
+                                 for field, variant, text in zip(contract.fields, found, map("seen.text{}".format, itertools.count(1)))])
+    names = ", ".join(f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MOST_NAMES}), "
+                      f"name -> concat({_quoted(''.join(f'{step}.' for step in path))}, name))" for path, rest in rests.items())
     return _let(levels, f"struct(value, {_first(_form(contract, objects))} AS reason, "
                         f"CASE WHEN NOT seen.twice1 THEN nullif(to_json({_rest_of(rests, ())}), '{{}}') END AS rescued, "
-                        f"concat({names}) AS unknown)")
+                        f"slice(concat({names}), 1, {MOST_NAMES}) AS unknown)")
 
 
-def _has_type(field: Field, number: int) -> str:
-    return f"substring_index(seen.type{number}, '(', 1) IN ({', '.join(map(_quoted, field.json_types))})"
+def _has_type(field: Field, variant: str, text: str) -> str:
+    """SQL: whether a value, a variant and as `text`, has the JSON type of the field."""
+    if field.json_types == ("STRING",):
+        return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # which nothing else can be read as
+    # schema_of_variant takes the square of time for an array of objects, so it is not asked about arrays and objects.
+    return (f"left({text}, 1) NOT IN ('{{', '[') AND "
+            f"substring_index(schema_of_variant({variant}), '(', 1) IN ({', '.join(map(_quoted, field.json_types))})")
 
 
 def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, str]:
@@ -164,12 +182,12 @@ def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, 
     missing, invalid = {}, {}
     for number, field in enumerate(contract.fields, 1):
         # The field's parent exists, but is not an object.
-        astray = "".join(f" OR {objects[path]} IS NULL AND coalesce(schema_of_variant({_in(objects, path)}), 'VOID') <> 'VOID'"
+        astray = "".join(f" OR {objects[path]} IS NULL AND try_variant_get({_in(objects, path)}, '$', 'STRING') IS NOT NULL"
                          for path in (field.path[:depth] for depth in range(1, len(field.path))))
         if field.required:
-            missing[f"missing_{field.name}"] = (f"(seen.type{number} = 'VOID' OR seen.type{number} = 'STRING' "
-                                                f"AND seen.string{number} RLIKE r'{BLANK}') AND NOT (false{astray})")
-        invalid[f"invalid_{field.name}"] = f"seen.type{number} <> 'VOID' AND ({field.is_invalid(f'value.f{number}')}){astray}"
+            missing[f"missing_{field.name}"] = (f"(seen.text{number} IS NULL OR seen.text{number} RLIKE r'{BLANK}') "
+                                                f"AND NOT (false{astray})")
+        invalid[f"invalid_{field.name}"] = f"seen.text{number} IS NOT NULL AND ({field.is_invalid(f'value.f{number}')}){astray}"
     return form | missing | invalid
 
 
@@ -186,7 +204,7 @@ def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
         if inner and inner[:-1] == path:
             rest = _rest_of(rests, inner)
             parts.append(f"CASE WHEN size({rest}) > 0 THEN map({_quoted(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END")
-    return f"map_concat({', '.join(parts)})"
+    return f"map_concat({', '.join(parts)})" if len(parts) > 1 else parts[0]
 
 
 def _in(objects: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:

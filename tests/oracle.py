@@ -15,7 +15,7 @@ from common.fields import Field
 SENSORS = {"temperature": ("°C", -40, 120), "humidity": ("%", 0, 100), "co2": ("ppm", 0, 10_000)}
 WHITE_SPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
 DAY = 86_400_000_000
-AHEAD = {"1 day": DAY, "10 minutes": 600_000_000}
+AHEAD = {"1 day": DAY, "1 hour": 3_600_000_000, "10 minutes": 600_000_000}
 FIRST_MICROS, END_MICROS = -62_167_219_200_000_000, 253_402_300_800_000_000
 
 
@@ -26,6 +26,8 @@ class Invalid(Exception):
 def unique(pairs: list[tuple]) -> dict:
     if len({name for name, _ in pairs}) < len(pairs):
         raise Invalid("a name twice")
+    if any(len(name) > 50_000 for name, _ in pairs):
+        raise Invalid("a long name")
     return dict(pairs)
 
 
@@ -43,6 +45,8 @@ class Real(float):
 
 
 def real(text: str) -> Real:
+    if len(text) > 1001:  # with the point or the "e"
+        raise Invalid("a long number")
     number = Real(text)
     number.text = text
     return number
@@ -98,7 +102,10 @@ def micros_of(timestamp: str) -> int:
     except ValueError:
         raise Invalid("date") from None
     fraction = int((found[7] or ".")[1:7].ljust(6, "0"))
-    return ((days * 24 + hour) * 60 + minute - zone) * 60_000_000 + second * 1_000_000 + fraction
+    micros = ((days * 24 + hour) * 60 + minute - zone) * 60_000_000 + second * 1_000_000 + fraction
+    if not FIRST_MICROS <= micros < END_MICROS:  # in UTC
+        raise Invalid("year")
+    return micros
 
 
 class Astray(Exception):
@@ -126,7 +133,7 @@ def read_value(field: Field, value, arrival_micros: int):
     if isinstance(field, Boolean) and isinstance(value, bool) or isinstance(field, Text) and isinstance(value, str):
         return value
     if isinstance(field, Number) and isinstance(value, (Whole, Real)) and math.isfinite(float(value)):
-        return float(value)
+        return float(value) + 0.0  # for -0.0, which is 0
     if isinstance(field, Integer) and isinstance(value, Whole) and -2**(field.bits - 1) <= value < 2**(field.bits - 1):
         return int(value)
     if isinstance(field, Timestamp):

@@ -1,23 +1,28 @@
-"""Mutated records by both roads, against the oracle: none lost, none accepted with another value.
+"""Mutated records by both roads, against the oracle: none lost, none accepted with another value. And records that are large.
 
-There are 20,000, with `--long` 110,000.
+There are 20,000 mutated ones, with `--long` 110,000.
 """
 
 import json
 import os
 import random
 import struct
+import subprocess
 from collections import Counter
 
 import oracle
 import pytest
-from conftest import origins, tables
+import shapes
+from conftest import REPOSITORY, origins, tables
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
 from pyspark.sql import functions as F
 from test_rules import ARRIVAL, CASES, VALID, judge, reading
 
+from common.contract import load_contract
+from common.internals import jvm_of
+from common.parsing import parse
 from common.tables import quarantine_of
 from readings import CONTRACT
 
@@ -188,3 +193,59 @@ def test_hostile_records_go_through_files(spark, tmp_path, hostile, account, run
     assert Counter((row.reject_reason, bytes(row.raw)) for row in rejected.collect()) == wrong
     account("hostile records by files", range(len(lines)), range(len(rows)),
             range(len(rows), len(rows) + rejected.count()))
+
+
+CONTRACTS = {shapes.FLAT: CONTRACT, shapes.NESTED: load_contract(str(REPOSITORY / "examples" / "zigbee2mqtt.py"))}
+
+
+@pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
+def test_records_that_are_hard_to_read_are_read_as_the_oracle_reads_them(spark, record):
+    contract, raws = CONTRACTS[record], shapes.records(record, 20_000)
+    rows = spark.createDataFrame(list(enumerate(raws)), "number INT, raw BINARY").withColumn(
+        "ingest_time", F.lit(ARRIVAL).cast("timestamp"))
+    columns = [f"unix_micros({name}) AS {name}" if kind == "TIMESTAMP" else name for name, kind in contract.columns.items()]
+    judged = parse(rows, contract).selectExpr("number", "reject_reason", "_rescued_data", *columns).orderBy("number").collect()
+    for raw, row in zip(raws, judged, strict=True):
+        reason, values, rest = oracle.read(contract, raw, ARRIVAL_MICROS)
+        assert row.reject_reason == reason, raw[:300]
+        assert reason or ({name: row[name] for name in contract.columns}, rescued(row)) == (values, rest), raw[:300]
+
+
+def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
+    """Seconds of a core that it takes to read the records, which the files of this folder are then."""
+    for number, raw in enumerate(raws):
+        (folder / str(number)).write_bytes(raw)
+    records = spark.read.format("binaryFile").load(str(folder)).selectExpr(
+        "content AS raw", f"TIMESTAMP '{ARRIVAL}' AS ingest_time")
+
+    def used() -> float:
+        """What the JVM has used by now; the clock would count what the machine does for others."""
+        fields = subprocess.run(["ps", "-o", "time=", "-p", str(jvm_of(spark).pid)], capture_output=True, text=True, check=True).stdout
+        days, _, clock = fields.strip().rpartition("-")
+        return sum(float(part) * 60 ** power for power, part in enumerate(reversed(clock.split(":")))) + 86400 * int(days or 0)
+
+    before = used()
+    parse(records, contract).write.format("noop").mode("overwrite").save()
+    return used() - before
+
+
+def test_names_of_one_hash_take_no_longer_than_others(spark, tmp_path):
+    names = shapes.same_hash(30_000)
+    for value in ("1", "[]"):  # in the plain way and in the strict one
+        fields = ",".join(f'"{name}":{value}' for name in names)
+        assert seconds_for(spark, CONTRACT, tmp_path, [shapes.FLAT.replace("}", f",{fields}}}").encode()]) < 8
+
+
+@pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
+def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
+    """Those that once did not end, had no memory or took the square of time by themselves, two at a time; all others in one go,
+    with --long by themselves, too."""
+    size = 7_900_000
+    worst = [b"\x01" * size, b"{" + shapes.times('"":1')(size).encode() + b"}", b"[" * size]
+    worst += [record.replace("21.5", f"[{shapes.counted(part)(size)}]").encode() for part in ('{"n#":1}', '"#"')]
+    worst += [record.replace("{", "{" + shapes.short_names(size) + ",", 1).encode()]
+    for raw in [*worst, *(shapes.records(record, size) if pytestconfig.option.long else [])]:
+        seconds = seconds_for(spark, CONTRACTS[record], tmp_path, [raw] * 2)
+        assert seconds < 2 * 8 + 4, raw[:300]
+    raws = shapes.records(record, 200_000)
+    assert seconds_for(spark, CONTRACTS[record], tmp_path, raws) < sum(map(len, raws)) / 1_000_000 + 10

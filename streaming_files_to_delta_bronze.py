@@ -40,7 +40,7 @@ from common.process import REPOSITORY
 from common.session import build_spark
 from common.source import Left, Source, SourceAwayError
 from common.streams import add_stream_options, may_not_read, run_until_stopped, trigger_of
-from common.tables import BRONZE, bronze_tables
+from common.tables import BRONZE, TablePair, bronze_tables
 from common.taken_files import TakenFiles, is_draft, plain
 
 MOST_PATTERNS = 100
@@ -154,7 +154,8 @@ class FileSource(Source):
         self.files: list[Row] = []  # those of the running batch, as they were when it began
         self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
 
-    def check_unread(self, unread: dict[str, Any], checkpoint: str, last_records: str | None) -> None:
+    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], checkpoint: str,
+                     last_records: str | None) -> None:
         """Names the files that have changed since they were read, or since they were to be."""
         self.taken.read_log()
         self.entry = unread.get("logOffset", -1)

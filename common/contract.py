@@ -26,6 +26,10 @@ from common.process import REPOSITORY
 __all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]  # what readings.py and the like take from here
 
 
+# Reasons that are the reading's, not a contract's: two readings of a record did not agree; a file can't be read to its end.
+OTHER_REASONS = INCONSISTENT, UNREADABLE = "inconsistent_verdict", "unreadable_file"
+
+
 @dataclass(frozen=True)
 class Contract:
     """Which records are valid.
@@ -55,7 +59,7 @@ class Contract:
         for reason, sql in self.rules.items():
             if not (isinstance(reason, str) and reason.strip() and isinstance(sql, str)):
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
-            if reason in (*self.reasons[:-len(self.rules)], "unreadable_file"):
+            if reason in (*self.reasons[:-len(self.rules)], *OTHER_REASONS):
                 raise ContractError(f"the rule {reason} has the name of another reason; give it one of its own")
 
     @property

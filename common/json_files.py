@@ -12,12 +12,13 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import first_line, java_causes, root_cause, warn
+from common.contract import UNREADABLE
 from common.internals import BrokenFileError, FileSystem
 from common.source import SourceAwayError
 
 # Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
 LONGEST_RECORD = 8_000_000
-IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
+IN_QUARANTINE = f"It is in the quarantine as {UNREADABLE}; fix it and give it a new name."
 # A value of JSON in an array of which no more is known than that it is one. Brackets are only counted: which of them close which is
 # settled already. No quantifier gives back what it has taken. Java's stack suffices for 500 levels.
 DEEPEST = 200
@@ -109,7 +110,7 @@ def read_files(spark: SparkSession, files: list[Row], faults: dict[str, str], ca
     ingest_time = F.timestamp_micros(F.lit(files[0].arrival if files else None))
     names = F.array(*map(F.lit, faults)).cast("ARRAY<STRING>")
     records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
-                                    F.lit("unreadable_file").alias("reject_reason"))
+                                    F.lit(UNREADABLE).alias("reject_reason"))
     if readable := [path for path in paths if path not in faults]:
         text = read_text(spark, readable, **text_options).where(F.btrim("value", F.lit(" \t\r\n")) != "")
         records = records.union(text.select(F.col("value").cast("binary"), source_file(), F.lit(None).cast("string")))

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 from common.batches import done_in
 from common.console import PipelineError, first_line, java_class, root_cause, say, warn
+from common.contract import INCONSISTENT
 from common.internals import begun_at, kafka_records, query_of
 from common.kafka_config import spark_options
 from common.process import StopFlag, Stopped
@@ -21,7 +22,6 @@ from common.tables import TablePair
 from common.topics import Topic
 
 GOES_ON = "it goes on with what there is"
-INCONSISTENT = "inconsistent_verdict"  # the reason of a record that one reading has accepted and another one has not
 GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds

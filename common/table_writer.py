@@ -126,23 +126,29 @@ class TableWriter:
             else:
                 self._append(rows.where(_is_valid()), self.tables.table, self.tables.columns, batch_id, stream, contents)
         found = observed(spark, seen, SEEN_WITHIN)
-        found = observed(spark, seen, SEEN_WITHIN)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
         if not found:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
             everything, seen = self._observed(judged)
             everything.write.format("noop").mode("overwrite").save()
             found = observed(spark, seen, SEEN_WITHIN) or {}
-        written = spark.read.format("delta").load(self.tables.table).where(
-            F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"])))
-        of_table = self._accepted_in(written) if is_repeated else (found["accepted"], found["fingerprint"])
-        return self._report(found, judged), self._rejected(judged, found, of_table, written)
+        of_table = self._accepted(spark, found, is_repeated)
+        return self._report(found, judged), self._rejected(judged, found, of_table)
 
-    def _rejected(self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int], written: DataFrame) -> DataFrame | None:
-        """The rejected records as the quarantine takes them; None for none.
+    def _accepted(self, spark: SparkSession, found: dict[str, Any], is_repeated: bool) -> tuple[int, int]:
+        """How many of the batch's records are in the table, and their fingerprint."""
+        if not is_repeated:
+            return found["accepted"], found["fingerprint"]
+        [[count, fingerprint]] = self._written(spark, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        return count, fingerprint
 
-        `found`: the figures of a reading; `of_table`: how many of the batch's records are in the table, and their fingerprint.
-        """
+    def _written(self, spark: SparkSession, found: dict[str, Any]) -> DataFrame:
+        """The batch's rows in the table."""
+        rows = spark.read.format("delta").load(self.tables.table)
+        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"])))
+
+    def _rejected(self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]) -> DataFrame | None:
+        """The rejected records as the quarantine takes them; None for none. `found`: the figures of a reading; `of_table`: `_accepted`."""
         columns = list(self.tables.quarantine_columns)
         is_same = (found["accepted"], found["fingerprint"]) == of_table
         if is_same and not found["rejected"]:
@@ -154,15 +160,10 @@ class TableWriter:
         rejected = again.where(~_is_valid()).select(*columns).persist(StorageLevel.DISK_ONLY)
         rejected.count()
         figures = observed(judged.sparkSession, seen, SEEN_WITHIN) or {}
-        if (figures["accepted"], figures["fingerprint"]) == of_table:
+        if (figures.get("accepted"), figures.get("fingerprint")) == of_table:
             return rejected
         rejected.unpersist()
-        return self.source.rejected_otherwise(judged, written).select(*columns)
-
-    def _accepted_in(self, rows: DataFrame) -> tuple[int, int]:
-        """How many rows of the table these are, and their fingerprint."""
-        [[count, fingerprint]] = rows.agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
-        return count, fingerprint
+        return self.source.rejected_otherwise(judged, self._written(judged.sparkSession, found)).select(*columns)
 
     def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:
         """The judged records, and what observes them while they are read once; `observed` has it then.

@@ -29,7 +29,7 @@ class Taken(NamedTuple):
 
 def plain(path: str) -> str:
     """A path as Python takes it, of a file on this machine (file:/data, file:///data); the URI of any other."""
-    return re.sub(r"\Afile:(//)?(?=/)", "", path)
+    return local_path(path) or path
 
 
 def is_draft(path: str, folder: str = "") -> bool:

@@ -13,8 +13,8 @@ from test_rules import reading
 
 from common.checkpoints import LAST_BATCH, Checkpoint, Start
 from common.console import PipelineError
-from common.contract import Contract, Number
-from common.kafka_source import INCONSISTENT, KafkaSource
+from common.contract import INCONSISTENT, Contract, Number
+from common.kafka_source import KafkaSource
 from common.table_writer import LONGEST_KEPT, TableWriter
 from common.tables import silver_tables
 

@@ -171,7 +171,13 @@ class FileSource(Source):
         self.taken.read_log()
         found = {plain(file.path): file.modified for file in self.files}
         # Spark passes over a file that it does not find, and over an empty one.
-        self.taken.name_gone(path for path in self.taken.after(self.entry) if path not in found and not is_there(batch.sparkSession, path))
+        planned = self.taken.after(self.entry)
+        gone = [path for path in planned if path not in found and not is_there(batch.sparkSession, path)]
+        if gone and gone == planned and not FileSystem(batch.sparkSession, self.folder).names_in(self.folder):
+            raise SourceAwayError(f"The folder {plain(self.folder)} is empty, and so the {len(gone):,} files are gone that this batch was to "
+                                  f"read. If its disk is not mounted, mount it and start again. If somebody has removed them, put any other "
+                                  f"file there, and the stream goes on without them.")
+        self.taken.name_gone(gone)
         self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
         for path, modified in found.items():
             self.taken.note(path, modified)

@@ -345,6 +345,24 @@ def test_a_file_that_grows_or_goes_between_a_crash_and_the_restart_is_named(inge
     assert said[1].startswith(f"{folder}/goes.json was there, and is gone before it was read")
 
 
+def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkeypatch):
+    folder, run = ingest
+    put(folder, "a.json", VALID)
+
+    def crash(*_) -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "read_batch", crash)
+        with pytest.raises((RuntimeError, StreamingQueryException)):
+            run()
+    (folder / "a.json").rename(tmp_path / "a.json")
+    with pytest.raises(PipelineError, match=f"The folder {folder} is empty, and so the 1 files are gone that this batch was to read"):
+        run()
+    (tmp_path / "a.json").rename(folder / "a.json")
+    assert run() == (1, 0)
+
+
 def test_taken_files_are_watched_in_small_steps(spark, tmp_path, capsys):
     """At most 1,000 in half a second: a folder with many of them costs a stream no noticeable share of a core."""
     taken = TakenFiles(spark, str(tmp_path / "none"), str(tmp_path))

@@ -174,9 +174,9 @@ class FileSource(Source):
         planned = self.taken.after(self.entry)
         gone = [path for path in planned if path not in found and not is_there(batch.sparkSession, path)]
         if gone and gone == planned and not FileSystem(batch.sparkSession, self.folder).names_in(self.folder):
-            raise SourceAwayError(f"The folder {plain(self.folder)} is empty, so the files of this batch are gone, {gone[0]} among them. If "
-                                  f"the folder's disk is not mounted, mount it and start again. If somebody has removed the files, put any "
-                                  f"other file there: the stream goes on without them.")
+            raise SourceAwayError(f"The folder {plain(self.folder)} is empty, so the files of this batch are gone, {gone[0]} among them. "
+                                  f"If the folder's disk is not mounted, mount it and start again. If somebody has removed the files, put "
+                                  f"any other file there: the stream goes on without them.")
         self.taken.name_gone(gone)
         self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
         for path, modified in found.items():

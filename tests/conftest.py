@@ -346,7 +346,7 @@ class World:
         """(partition, offset) of the rows of both tables."""
         paths = (self.options.table, quarantine_of(self.options.table))
         return tuple([tuple(row) for row in self.spark.read.format("delta").load(path).select("partition", "offset").collect()]
-                     if Path(path).exists() else [] for path in paths)
+                     if Path(path, "_delta_log").exists() else [] for path in paths)
 
     def kept(self) -> list[tuple[int, int]]:
         """(partition, offset) of what a plain consumer finds in the topic."""

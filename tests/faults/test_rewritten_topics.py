@@ -195,12 +195,13 @@ def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_a
 def test_a_broker_that_comes_back_with_an_older_copy_of_its_data(spark, tmp_path, world):
     [port] = free_ports(1)
     data, world = tmp_path / "kafka", world()
-    world.topic, world.broker = Topic(f"localhost:{port}", "t"), f"localhost:{port}"
+    world.broker = f"localhost:{port}"
 
     def running(action) -> None:
         kafka = Script("local_kafka.py", "--port", port, "--data-dir", data)
         try:
             kafka.wait_for("Kafka is ready")
+            world.topic = Topic(world.broker, "t")  # as in a new process, without the connections to the broker before
             action()
         finally:
             assert kafka.stop() == 0, kafka.output

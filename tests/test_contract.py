@@ -408,7 +408,7 @@ def begin(spark, folder: Path, contract: Contract, done: int):
     for number in range(done + 1):
         (checkpoint / "offsets" / str(number)).write_text(f'v1\n{{}}\n{{"logOffset":{number}}}')
     for number in range(done):
-        (checkpoint / "commits" / str(number)).touch()
+        (checkpoint / "commits" / str(number)).write_text("v1\n{}")
     (checkpoint / "metadata").write_text('{"id": "test"}')
     writer = bronze_writer(spark, folder / "bronze", contract)
     writer.start = check_start(spark, writer.source, writer.tables, contract, str(checkpoint))

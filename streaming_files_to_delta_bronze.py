@@ -145,7 +145,7 @@ class FileSource(Source):
     def __init__(self, spark: SparkSession, options: argparse.Namespace):
         self.folder = FileSystem(spark, options.input).qualified(options.input)
         self.taken = TakenFiles(spark, options.checkpoint, self.folder)
-        self.waiting = count_waiting(self.taken, options) if options.once else 0  # files, if that is known
+        self.options, self.waiting = options, 0  # files, if that is known
         self.is_multiline = options.multiline
         self.read = read_values if self.is_multiline else read_lines
         self.mode = "with --multiline" if self.is_multiline else "without --multiline"
@@ -159,6 +159,7 @@ class FileSource(Source):
         """Names the files that have changed since they were read, or since they were to be."""
         self.taken.read_log()
         self.entry = unread.get("logOffset", -1)
+        self.waiting = count_waiting(self.taken, self.options) if self.options.once else 0
         self.begun = self.taken.after(self.entry)
         self.taken.name_changed(self.taken.changed(self.taken.files))
 

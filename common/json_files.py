@@ -18,10 +18,11 @@ from common.source import SourceAwayError
 
 # Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
 LONGEST_RECORD = 8_000_000
-IN_QUARANTINE = f"It is in the quarantine as {UNREADABLE}; fix it and give it a new name."
+IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
 # A value of JSON in an array of which no more is known than that it is one. Brackets are only counted: which of them close which is
 # settled already. No quantifier gives back what it has taken. Java's stack suffices for 500 levels.
 DEEPEST = 200
+MOST_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(DEEPEST), "")
 ELEMENT = rf'\G[\[,]\s*+([\[{{]{_INNER}[\]}}]|{_TEXT}|[^\[\]{{}}",\s]++)\s*+'
@@ -53,7 +54,8 @@ def read_lines(spark: SparkSession, files: list[Row], faults: dict[str, str], ca
 def read_values(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool) -> DataFrame:
     """One record per object of `files`, each of which holds an object or an array of them; see `read_files`.
 
-    A file whose array is broken, holds null or strings, or is nested more than 200 levels deep is one record as a whole.
+    A file whose array is broken, holds null or strings, is nested more than 200 levels deep or has more than 400,000 elements is one
+    record as a whole.
     """
     whole = with_elements(read_files(spark, files, faults, careful, wholetext=True))
     return whole.select(F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"),
@@ -67,12 +69,13 @@ def with_elements(files: DataFrame) -> DataFrame:
     checksum = F.sha2("raw", 256)
     # As in common/parsing.py: the checksum comes second only if nothing but white space follows the value.
     framed = F.from_json(F.concat(F.lit("["), "text", F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
-    files = (files.withColumn("text", F.col("raw").cast("string"))
-             .withColumns({"framed": framed, "cut": F.regexp_extract_all(F.btrim("text", F.lit(" \t\r\n")), F.lit(ELEMENT), F.lit(1))}))
+    cut = F.regexp_extract_all(F.btrim("text", F.lit(" \t\r\n")), F.lit(ELEMENT), F.lit(1))
+    files = (files.withColumns({"text": F.col("raw").cast("string")}).withColumn("length", F.json_array_length("text"))
+             .withColumns({"framed": framed, "cut": F.when(F.col("length") <= MOST_ELEMENTS, cut)}))
     is_one_value = F.is_valid_utf8("text") & (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
     value = F.get("framed", F.lit(0))
     # The cuts follow each other without a gap. So if there are as many as elements, they are the elements.
-    is_cut = value.startswith("[") & (F.size("cut") == F.json_array_length("text"))
+    is_cut = value.startswith("[") & (F.size("cut") == F.col("length"))
     may_be_records = F.forall("cut", lambda element: ~element.startswith('"') & (element != "null"))
     elements = F.transform("cut", lambda element: element.cast("binary"))
     return files.withColumns({"is_object": is_one_value & value.startswith("{"),

@@ -8,6 +8,8 @@ from typing import Any
 
 from delta.tables import DeltaTable
 from kafka.errors import KafkaError
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -197,8 +199,9 @@ class KafkaSource(Source):
                  for partition, records in self.remembered.items() for record in records if int(partition) in end}
         ranges = {partition: (max(offset - REMEMBERED, first[partition]), min(offset + 1, end[partition]))
                   for partition, offset in sorted(known)}  # the last offset of each partition wins
-        others = {row.partition for row in self._in_kafka(spark, ranges).collect()
-                  if known.get((row.partition, row.offset), (row.time, row.md5)) != (row.time, row.md5)}
+        with self._asking():
+            others = {row.partition for row in self._in_kafka(spark, ranges).collect()
+                      if known.get((row.partition, row.offset), (row.time, row.md5)) != (row.time, row.md5)}
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
             return {}
@@ -296,3 +299,6 @@ class KafkaSource(Source):
         except KafkaError as error:
             raise SourceAwayError(f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
                                   f"then this script: it goes on from the last committed offsets.") from error
+        except (PySparkException, Py4JJavaError) as error:  # of a reading by Spark
+            self.topic.require_access(error)
+            raise

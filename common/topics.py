@@ -214,14 +214,19 @@ class Topic(Broker):
             ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))
         return sum(max(0, ends[place].offset - note.offset) for place, note in noted.items()) if noted else None
 
+    def require_access(self, error: Exception) -> None:
+        """Raises PipelineError if the brokers have refused this client with `error`."""
+        message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"
+        if re.search(r"(Authenticat|Authoriz|S[sS][lL])\w*(Exception|Error)", message):
+            raise self.refused(first_line(root_cause(error))) from error
+
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
 
         Raises PipelineError if Kafka stays away or waiting is of no use; `error` if it is not Kafka's.
         """
+        self.require_access(error)
         message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"
-        if re.search(r"(Authenticat|Authoriz|S[sS][lL])\w*(Exception|Error)", message):
-            raise self.refused(first_line(root_cause(error))) from error
         has_no_topic = re.search(
             r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)
         is_away = r"kafka\.\S*(Timeout|Disconnect|Network|NotAvailable|NotLeader)\w*Exception|java\.util\.concurrent\.TimeoutException"

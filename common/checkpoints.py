@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
 
 from common import durable
-from common.commits import Commits, set_cut_aside
+from common.commits import Commits, set_cut_aside, sync_commits
 from common.console import PipelineError, local_path, say
 from common.contract import Contract
 from common.internals import FileSystem, state_of
@@ -122,12 +122,14 @@ class Checkpoint:
             newest = max(logs, key=lambda name: int(name.removesuffix(".compact")), default=None)
             if newest and self._drop_cut(f"sources/0/{newest}"):
                 self.files.delete(f"{self.path}/offsets/{planned}")
-            else:
-                self._drop_cut(f"offsets/{planned}")
+            elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
+                say(f"Batch {planned} of {self.path} was planned to end before it begins. Nothing of it was written: it is planned again.")
+                self.files.delete(f"{self.path}/offsets/{planned}")
 
     def _is_whole(self, file: str) -> bool:
         """Whether one of Spark's entries, a version and lines of JSON, has been written to its end."""
-        lines = (self.files.read(f"{self.path}/{file}") or "").strip("\n").split("\n")
+        text = (self.files.read(f"{self.path}/{file}") or "").removeprefix("\0")  # with which Kafka's sources/0/0 begins
+        lines = text.strip("\n").split("\n")
         try:
             return lines[0].startswith("v") and isinstance(json.loads(lines[-1]), dict | int)
         except (IndexError, ValueError):
@@ -193,6 +195,14 @@ class Checkpoint:
         return aside
 
 
+def _goes_back(begin: Any, end: Any) -> bool:
+    """Whether a batch from `begin` to `end`, as its source writes them, ends before it begins or lacks a partition: for a moment, Kafka has
+    told an old copy of itself."""
+    if isinstance(begin, dict):
+        return any(_goes_back(offset, end.get(place, -1) if isinstance(end, dict) else -1) for place, offset in begin.items())
+    return end < begin
+
+
 @dataclass(frozen=True)
 class Start:
     """What a start of a stream has found: its `checkpoint` and, as properties of its tables, the `identity` of its source and by
@@ -213,13 +223,13 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
         set_cut_aside(spark, tables.table, relied_on["table"])
         set_cut_aside(spark, tables.quarantine, relied_on["quarantine"])
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
-    if properties[tables.table] is not None:
-        checkpoint.drop_cut_entries(state_of(spark, tables.table, checkpoint.id())[1])
+    checkpoint.drop_cut_entries(-1 if properties[tables.table] is None else state_of(spark, tables.table, checkpoint.id())[1])
     checkpoint = _finish_starting_over(spark, checkpoint, tables, properties)
     written_from = properties[tables.table] or {}
     identity = source.identity()
     start = Start(checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
-    if source.is_made_anew(identity, written_from, checkpoint.unread()):
+    is_ours = written_from.get(WRITER, NO_WRITER) in (NO_WRITER, checkpoint.id())
+    if is_ours and source.is_made_anew(identity, written_from, checkpoint.unread()):
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, identity | {STARTS_AT: ""})
     _check_tables(spark, checkpoint, properties, tables)
     last_records = checkpoint.last_batch().get("last_records")
@@ -242,6 +252,7 @@ def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tab
     # In one commit: what follows is finished by the next start if a crash comes in between.
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)
+    sync_commits(spark, tables.table, [state_of(spark, tables.table, None)[0]])
     return _finish_starting_over(spark, checkpoint, tables, properties)
 
 
@@ -301,7 +312,8 @@ def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
                             f"{checkpoint.path} belongs to version {written}. Going on would lose records. Put back both tables and "
                             f"the checkpoint as they were at one moment, or {READ_AGAIN}.")
     if role == "table" and note:
-        require_same_contents(commits, checkpoint, note["batch"], note["contents"])
+        planned = checkpoint.end_of(note["batch"])
+        require_same_contents(commits, checkpoint, note["batch"], note["contents"] if planned == note["end"] else planned)
 
 
 def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: int, contents: dict[str, Any]) -> None:

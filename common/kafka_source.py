@@ -77,6 +77,8 @@ class KafkaSource(Source):
     `group`: the consumer group under which it notes how far it is.
     """
 
+    knows_records = True
+
     def __init__(self, topic: Topic, accept_data_loss: bool, group: str):
         self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group
         self.mode = f"isolation.level={topic.isolation_level}"
@@ -120,8 +122,8 @@ class KafkaSource(Source):
         return json.dumps(self.remembered)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
-        warn(f"Records of {self.topic} were judged twice, with different results. Those that the table lacks are in the quarantine, as "
-             f"{INCONSISTENT} where the second judgement accepts them. Check the contract's rules.")
+        warn(f"A batch of {self.topic} was read twice, with different results: a rule is not the same for the same record, or Kafka has "
+             f"other records than before. Those that the tables lack are in the quarantine, as {INCONSISTENT} where they are valid.")
         row, record = written.alias("row"), judged.alias("record")
         is_written = F.expr("row.partition = record.partition AND row.offset = record.offset AND "
                             "row.kafka_timestamp <=> record.kafka_timestamp")

@@ -27,6 +27,7 @@ class Source:
     `mode`: how it is read, as it is told to a user. A batch that was begun in one mode can't be repeated in another.
     """
     mode: str
+    knows_records = False  # by their origin
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         """The records of a micro-batch: `raw` and `ingest_time` for the contract, and what the tables have of their origin.
@@ -52,7 +53,8 @@ class Source:
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         """The records for the quarantine where a second reading of a batch has accepted others than its first.
 
-        `judged`: the records of the second reading, as `parse` gives them. `written`: the rows that the first has written.
+        `judged`: the records of the second reading, as `parse` gives them. `written`: where those came from that are in one of the tables.
+        Where the source `knows_records`, none of these is returned.
         """
         return judged.where("reject_reason IS NOT NULL")
 

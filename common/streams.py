@@ -93,8 +93,8 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                             say("Going on from the last committed offsets.")
                         writer = TableWriter(tables, contract, source, start)
                         batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
-                    except SourceAwayError as away:
-                        error = away
+                    except (SourceAwayError, PySparkException, Py4JJavaError) as failed:  # the source is away again
+                        error = failed
                     if not error:
                         break
                     if isinstance(error, ClockSetBackError):

@@ -62,14 +62,14 @@ class TableWriter:
     def write(self, batch: DataFrame, batch_id: int, stream: str) -> BatchReport:
         """Writes one batch of the query with the id `stream`."""
         spark, tables, checkpoint = batch.sparkSession, self.tables, self.start.checkpoint
+        end = checkpoint.end_of(batch_id)
+        checkpoint.sync(batch_id, end)
         if batch_id == 0:
             owner = {WRITER: stream} | self.start.identity
             create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
             # Last: as long as it is not this stream's, nothing was written.
             create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
-        end = checkpoint.end_of(batch_id)
         contents = self.source.contents(batch, end)
-        checkpoint.sync(batch_id, end)
         before, last_batch = state_of(spark, tables.table, stream)
         if batch_id <= last_batch:
             require_same_contents(Commits(spark, tables.table, before), checkpoint, batch_id, contents)
@@ -82,14 +82,16 @@ class TableWriter:
             raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start says what is "
                                 f"lost, and takes back the records of the new one.")
         if rejected is not None:
-            self._append(rejected, tables.quarantine, tables.quarantine_columns, batch_id, stream, contents)
-            rejected.unpersist()
+            has_changed, rows = rejected
+            writer = f"{stream} again" if has_changed else stream  # the quarantine may have the batch already, by an earlier reading
+            self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
+            rows.unpersist()
         self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
         if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
             self._clean_up(spark)
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
         versions = {"table": self._sync(spark, tables.table, stream), "quarantine": self._sync(spark, tables.quarantine, stream)}
-        checkpoint.write_last_batch({"batch": batch_id, "contents": contents, "versions": versions,
+        checkpoint.write_last_batch({"batch": batch_id, "end": end, "contents": contents, "versions": versions,
                                      "last_records": self.source.remember(report.last_records)})
         return report
 
@@ -109,11 +111,11 @@ class TableWriter:
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 
     def _write_accepted(self, records: DataFrame, batch_id: int, stream: str,
-                        contents: dict[str, Any]) -> tuple[BatchReport, DataFrame | None]:
+                        contents: dict[str, Any]) -> tuple[BatchReport, tuple[bool, DataFrame] | None]:
         """Appends the valid ones of `records` to the table, unless the batch is there already.
 
-        Returns the report, and the rejected ones as the quarantine takes them, None for none. One pass over the records finds all of that:
-        what is rejected is little as a rule, and kept in memory.
+        Returns the report, and what `_rejected` does. One pass over the records finds all of that: what is rejected is little as a rule,
+        and kept in memory.
         """
         spark = records.sparkSession
         cores = spark.sparkContext.defaultParallelism
@@ -139,31 +141,36 @@ class TableWriter:
         """How many of the batch's records are in the table, and their fingerprint."""
         if not is_repeated:
             return found["accepted"], found["fingerprint"]
-        [[count, fingerprint]] = self._written(spark, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        [[count, fingerprint]] = self._written(spark, self.tables.table, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
         return count, fingerprint
 
-    def _written(self, spark: SparkSession, found: dict[str, Any]) -> DataFrame:
-        """The batch's rows in the table."""
-        rows = spark.read.format("delta").load(self.tables.table)
-        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"])))
+    def _written(self, spark: SparkSession, table: str, found: dict[str, Any]) -> DataFrame:
+        """The batch's rows in a table, by their origin."""
+        rows = spark.read.format("delta").load(table)
+        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"]))).select(*self.tables.origin)
 
-    def _rejected(self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]) -> DataFrame | None:
-        """The rejected records as the quarantine takes them; None for none. `found`: the figures of a reading; `of_table`: `_accepted`."""
+    def _rejected(self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]) -> tuple[bool, DataFrame] | None:
+        """The rejected records as the quarantine takes them, and whether they are others than those of an earlier reading; None for none.
+
+        `found`: the figures of a reading; `of_table`: `_accepted`.
+        """
         columns = list(self.tables.quarantine_columns)
         is_same = (found["accepted"], found["fingerprint"]) == of_table
         if is_same and not found["rejected"]:
             return None
         if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
-            return from_java_rows(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
+            return False, from_java_rows(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
         # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or in none.
         again, seen = self._observed(judged)
         rejected = again.where(~_is_valid()).select(*columns).persist(StorageLevel.DISK_ONLY)
         rejected.count()
         figures = observed(judged.sparkSession, seen, SEEN_WITHIN) or {}
         if (figures.get("accepted"), figures.get("fingerprint")) == of_table:
-            return rejected
+            return False, rejected
         rejected.unpersist()
-        return self.source.rejected_otherwise(judged, self._written(judged.sparkSession, found)).select(*columns)
+        written = [self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)]
+        rows = self.source.rejected_otherwise(judged, written[0].union(written[1]))
+        return self.source.knows_records, rows.select(*columns)
 
     def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:
         """The judged records, and what observes them while they are read once; `observed` has it then.

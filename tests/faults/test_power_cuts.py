@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import GivenRecords
+from kafka import KafkaAdminClient, TopicPartition
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import functions as F
 from test_files_to_bronze import put
 from test_rules import reading
@@ -90,6 +93,39 @@ def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(two_batch
     assert run() == (0, 0)
 
 
+def test_a_plan_of_kafka_is_kept_if_it_is_whole_and_made_again_if_it_goes_back(world, capsys):
+    """Kafka's own entry in the checkpoint begins with a zero byte."""
+    world = world()
+    world.make(1)
+    world.send(*[reading()] * 5)
+    assert world.consume() == (5, 0)
+    for goes_back in (False, True):
+        world.send(*[reading()] * 3)
+        plan(world.consume)
+        planned = max(Path(world.options.checkpoint, "offsets").glob("[0-9]*"), key=lambda path: int(path.name))
+        *others, end = planned.read_text().split("\n")
+        if goes_back:
+            planned.write_text("\n".join([*others, json.dumps({world.topic.name: {"0": 4}})]))
+        assert world.consume() == (3, 0)
+        assert planned.read_text().endswith(end)
+        said = capsys.readouterr().out
+        assert ("was planned to end before it begins" in said) == goes_back and "is cut" not in said
+
+
+def test_a_first_batch_that_was_planned_and_lost_by_kafka_is_not_planned_again_in_silence(world, broker):
+    world = world()
+    world.make(1)
+    world.send(*[reading()] * 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TableWriter, "_write_accepted", lambda *_: 1 / 0)  # the tables are there, and empty
+        with pytest.raises(ZeroDivisionError):
+            world.consume()
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        admin.delete_records({TopicPartition(world.topic.name, 0): 8})
+    with pytest.raises((StreamingQueryException, Py4JJavaError), match="may have been lost|out of range|KafkaDataLoss"):
+        world.consume()
+
+
 def test_two_copies_of_a_checkpoint_do_not_take_each_others_batches_for_their_own(two_batches, tmp_path):
     folder, run = two_batches
     checkpoint, copy = str(tmp_path / "checkpoint"), str(tmp_path / "copy")
@@ -122,7 +158,7 @@ def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path
     """Such a rule is refused at the start; should one get in, this is the second line."""
     class Given(GivenRecords):
         topic = "the topic"
-        rejected_otherwise = KafkaSource.rejected_otherwise
+        rejected_otherwise, knows_records = KafkaSource.rejected_otherwise, True
 
     contract = Contract((Number("value"),), {"coin": "xxhash64(value, CAST('now' AS TIMESTAMP)) % 2 = 0"})
     tables = silver_tables(str(tmp_path / "silver"), contract.columns)
@@ -145,6 +181,6 @@ def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path
     accepted, rejected = (spark.read.format("delta").load(table).collect() for table in (tables.table, tables.quarantine))
     assert sorted(row.offset for row in accepted + rejected) == list(range(400)) and 100 < len(accepted) < 300
     assert {row.reject_reason for row in rejected} == {"coin", INCONSISTENT}
-    assert "were judged twice, with different results" in capsys.readouterr().err
+    assert "was read twice, with different results" in capsys.readouterr().err
     note = json.loads((tmp_path / "checkpoint" / LAST_BATCH).read_text())
     assert note["versions"] == {"table": 1, "quarantine": 1}

@@ -117,14 +117,16 @@ class Checkpoint:
         while self.last_done >= 0 and self._drop_cut(f"commits/{self.last_done}"):
             self.last_done -= 1
         planned = self.last_begun()
+        logs = [name for name in self.files.names_in(f"{self.path}/sources/0") if name[0] != "."]
+        newest = max(logs, key=lambda name: int(name.removesuffix(".compact")), default=None)
         if planned > max(self.last_done, written):
-            logs = [name for name in self.files.names_in(f"{self.path}/sources/0") if name[0] != "."]
-            newest = max(logs, key=lambda name: int(name.removesuffix(".compact")), default=None)
             if newest and self._drop_cut(f"sources/0/{newest}"):
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
                 say(f"Batch {planned} of {self.path} was planned to end before it begins. Nothing of it was written: it is planned again.")
                 self.files.delete(f"{self.path}/offsets/{planned}")
+        elif newest and planned >= 0 and int(newest.removesuffix(".compact")) > self.end_of(planned).get("logOffset", float("inf")):
+            self._drop_cut(f"sources/0/{newest}")  # of files whose batch was not planned yet
 
     def _is_whole(self, file: str) -> bool:
         """Whether one of Spark's entries, a version and lines of JSON, has been written to its end."""

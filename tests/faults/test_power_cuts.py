@@ -93,6 +93,13 @@ def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(two_batch
     assert run() == (0, 0)
 
 
+def test_files_are_found_again_if_the_power_was_cut_before_their_batch_was_planned(two_batches, tmp_path):
+    folder, run = two_batches
+    (tmp_path / "checkpoint" / "sources" / "0" / "2").write_text("")
+    put(folder, "3.json", reading(), b"{")
+    assert [run(), run()] == [(1, 1), (0, 0)]
+
+
 def test_a_plan_of_kafka_is_kept_if_it_is_whole_and_made_again_if_it_goes_back(world, capsys):
     """Kafka's own entry in the checkpoint begins with a zero byte."""
     world = world()

@@ -190,7 +190,11 @@ class FileSource(Source):
         return super().rejected_otherwise(judged, written)
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        return self.read(batch.sparkSession, self._files_in(batch), self.faults, careful=True)
+        files = self._files_in(batch)
+        there = {file.path for file in files}
+        self.taken.name_gone(plain(file.path) for file in self.files
+                             if file.path not in there and not is_there(batch.sparkSession, plain(file.path)))
+        return self.read(batch.sparkSession, files, self.faults, careful=True)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
         """The files of a batch, without drafts: Spark passes over `_draft.json`, but not over `_site=A.json`."""

@@ -345,6 +345,22 @@ def test_a_file_that_grows_or_goes_between_a_crash_and_the_restart_is_named(inge
     assert said[1].startswith(f"{folder}/goes.json was there, and is gone before it was read")
 
 
+def test_a_file_that_goes_while_its_batch_is_read_is_named(ingest, monkeypatch, capsys):
+    folder, run = ingest
+    for name in ("stays.json", "goes.json"):
+        put(folder, name, VALID)
+    read_batch = FileSource.read_batch
+
+    def read_and_remove(self, batch):
+        records = read_batch(self, batch)
+        (folder / "goes.json").unlink()
+        return records
+
+    monkeypatch.setattr(FileSource, "read_batch", read_and_remove)
+    assert run() == (1, 0)
+    assert f"{folder}/goes.json was there, and is gone before it was read" in capsys.readouterr().err
+
+
 def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkeypatch):
     folder, run = ingest
     put(folder, "a.json", VALID)

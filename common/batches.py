@@ -35,7 +35,7 @@ class Batches:
                     raise Stopped  # before anything of this batch was written; the next start repeats it
                 with self.writer.tables.write_lock(self.stopping, create=batch_id == 0):
                     self.begun = time.monotonic()
-                    # As after a crash, a second attempt finds what the first has written.
+                    # A second attempt skips whatever the first one wrote, as after a crash.
                     self.reports[batch_id] = retried(lambda: self.writer.write(batch, batch_id, stream_of(batch)))
                 self.written += 1
             except Exception as error:

@@ -111,8 +111,8 @@ class Checkpoint:
     def drop_cut_entries(self, written: int) -> None:
         """Removes the newest entries where a power cut has left no whole one, so that Spark begins their batch again.
 
-        `written`: the last batch in the table. What it has written is whole (`sync`), so these are the note that it is done, and the
-        plan of one after it.
+        `written`: the last batch in the table. Its own plan was synced before the write, so only the entry that marks it as done, or the
+        plan of a later batch, can be cut.
         """
         while self.last_done >= 0 and self._drop_cut(f"commits/{self.last_done}"):
             self.last_done -= 1
@@ -174,7 +174,7 @@ class Checkpoint:
             return {}
 
     def write_last_batch(self, note: dict[str, Any]) -> None:
-        """Notes what is known of a batch before Spark notes that it is done."""
+        """Stores the facts about a batch, before Spark marks the batch as done."""
         file, local = f"{self.path}/{LAST_BATCH}", local_path(self.path)
         if local is None:
             self.files.write(file, json.dumps(note))
@@ -207,8 +207,8 @@ def _goes_back(begin: Any, end: Any) -> bool:
 
 @dataclass(frozen=True)
 class Start:
-    """What a start of a stream has found: its `checkpoint` and, as properties of its tables, the `identity` of its source and by
-    what it is `read_by`."""
+    """The result of the start checks: the stream's `checkpoint` and, as table properties, the `identity` of its source and the
+    contract and mode that it is `read_by`."""
     checkpoint: Checkpoint
     identity: dict[str, str]
     read_by: dict[str, str]
@@ -251,7 +251,7 @@ def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tab
     if written > checkpoint.last_done:  # the new checkpoint will know nothing of this batch
         source.take_back(spark, tables, begin, checkpoint.end_of(written))
     replaced = (properties[tables.table] or {})[WRITER]
-    # In one commit: what follows is finished by the next start if a crash comes in between.
+    # One commit. If a crash interrupts the steps after it, the next start finishes them.
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)
     sync_commits(spark, tables.table, [state_of(spark, tables.table, None)[0]])

@@ -43,7 +43,7 @@ class Commits:
         return None
 
     def damage(self) -> tuple[int, str]:
-        """The oldest of the newest commits that is not there as it was written, and what is wrong with it; (-1, "") for none."""
+        """The oldest damaged version among the newest commits, and the damage; (-1, "") if all are intact."""
         found, removed = (-1, ""), set()
         for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
             actions = self.actions(version)

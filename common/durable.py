@@ -1,4 +1,4 @@
-"""Makes files of this machine survive a power cut: neither Spark nor Delta nor Hadoop has the disk write what they have written."""
+"""Makes local files survive a power cut. Spark, Delta and Hadoop never sync the files that they write."""
 
 import os
 from collections.abc import Iterable

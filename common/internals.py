@@ -110,7 +110,7 @@ class FileSystem:
             content.close()
 
     def write(self, path: str, text: str) -> None:
-        """Replaces a file, or makes it: whole or not at all, but for HDFS, where a crash may leave half of it."""
+        """Creates or replaces a file. This is atomic on object stores; on HDFS a crash may leave half of the file."""
         content = self._files.create(self._path(path), True)
         try:
             content.write(text.encode())
@@ -213,7 +213,7 @@ def begun_at(batch: DataFrame) -> int:
     return offsets.get().metadataOpt().get().batchTimestampMs()
 
 
-# Of a record of Kafka: its methods, and the types of what they return.
+# Methods of Kafka's ConsumerRecord, and the SQL types of their results.
 KAFKA_RECORD = {"key": "BINARY", "value": "BINARY", "partition": "INT", "offset": "BIGINT", "timestamp": "BIGINT"}
 
 

@@ -19,8 +19,8 @@ from common.source import SourceAwayError
 # Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
 LONGEST_RECORD = 8_000_000
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
-# A value of JSON in an array of which no more is known than that it is one. Brackets are only counted: which of them close which is
-# settled already. No quantifier gives back what it has taken. Java's stack suffices for 500 levels.
+# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets, of either kind.
+# All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 DEEPEST = 200
 MOST_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'

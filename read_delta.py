@@ -27,6 +27,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from common.commits import sync_commits
 from common.console import (
     PipelineError,
     argument_parser,
@@ -40,7 +41,7 @@ from common.console import (
     table_location,
     warn,
 )
-from common.internals import FileSystem
+from common.internals import FileSystem, newest_state
 from common.session import READER_JVM, build_spark
 from common.table_lock import retried, write_lock
 from common.tables import LAKE, clean_up, time_travel
@@ -152,6 +153,7 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
         with write_lock(options.table):
             table = DeltaTable.forPath(spark, options.table)
             [done] = retried(lambda: table.optimize().executeCompaction().collect())
+            sync_commits(spark, options.table, [newest_state(spark, options.table)[1]])  # before the merged files are removed
         say(f"Merged {done.metrics['numFilesRemoved']:,} files into {done.metrics['numFilesAdded']:,}.")
     if options.vacuum:
         with write_lock(options.table):

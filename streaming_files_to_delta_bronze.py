@@ -22,6 +22,7 @@ import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C durin
 
 import argparse
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -29,13 +30,26 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from common.console import PipelineError, argument_parser, at_least, location, run, warn
+from common.console import PipelineError, argument_parser, at_least, local_path, location, run, warn
 from common.contract import load_contract
 from common.internals import FileSystem, planned_files
-from common.json_files import away, escape_glob, files_in, find_multiline, is_there, read_lines, read_values, unread_file
+from common.json_files import (
+    MOST_PATTERNS,
+    away,
+    escape_glob,
+    files_in,
+    find_multiline,
+    is_pattern,
+    is_there,
+    read_lines,
+    read_values,
+    unread_file,
+)
 from common.process import REPOSITORY
 from common.session import build_spark
 from common.source import Left, Source, SourceAwayError
@@ -43,7 +57,6 @@ from common.streams import add_stream_options, may_not_read, run_until_stopped, 
 from common.tables import BRONZE, TablePair, bronze_tables
 from common.taken_files import TakenFiles, is_draft, plain
 
-MOST_PATTERNS = 100
 TAKEN_NAMES = "*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
 
 
@@ -79,12 +92,12 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
     if options.archive:
         check_archive(options.archive, options.input)
+    has_patterns = is_pattern(options.input)
     for path in paths_in(options.input):
         if re.search("[\ud800-\udfff]", path):
             warn(f"{path.encode(errors='backslashreplace').decode()} can't be read: its name is not in UTF-8. Rename it.")
-    # Of n files whose paths look like patterns Spark makes a list of n * n.
-    most_files = options.max_files_per_trigger if escape_glob(options.input) == options.input else min(
-        options.max_files_per_trigger, MOST_PATTERNS)
+        has_patterns = has_patterns or is_pattern(path)
+    most_files = min(options.max_files_per_trigger, MOST_PATTERNS if has_patterns else options.max_files_per_trigger)
     return (
         spark.readStream.format("binaryFile")
         .schema("path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY")
@@ -102,8 +115,8 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
 
 def check_archive(archive: str, folder: str) -> None:
     """Raises PipelineError if Spark can't move files from `folder` to `archive`, or would read them there again."""
-    place, source = (urlsplit(path) if "://" in path else SplitResult("", "", path, "", "")
-                     for path in (archive.removeprefix("file://"), folder.removeprefix("file://")))
+    place, source = (urlsplit(path) if (local := local_path(path)) is None else SplitResult("", "", os.path.realpath(local), "", "")
+                     for path in (archive, folder))
     one, other = (f"/{each.path.strip('/')}".rstrip("/") + "/" for each in (place, source))
     if place[:2] != source[:2] or one.startswith(other) or other.startswith(one):
         raise PipelineError(f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and neither of the "
@@ -119,7 +132,7 @@ def check_archive(archive: str, folder: str) -> None:
 
 def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
     """How many files were not taken yet; 0 if the folder or the checkpoint is not on this machine."""
-    if "://" in options.input + options.checkpoint:
+    if None in (local_path(options.input), local_path(options.checkpoint)):
         return 0
     taken.read_log()
     return len({path for path in paths_in(options.input) if re.search(r"(?i)\.(jsonl?|ndjson)(\.gz)?$", path)} - taken.files.keys())
@@ -134,7 +147,7 @@ def paths_in(folder: str) -> Iterator[str]:
         if isinstance(error, PermissionError):  # not one that has just gone
             raise PipelineError(may_not_read(error.filename)) from error
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    for place, folders, names in os.walk(local_path(folder) or "", onerror=refuse):
         folders[:] = (name for name in folders if not is_draft(name))
         yield from (os.path.join(place, name) for name in names if not is_draft(name))
 
@@ -144,7 +157,7 @@ class FileSource(Source):
 
     def __init__(self, spark: SparkSession, options: argparse.Namespace):
         self.folder = FileSystem(spark, options.input).qualified(options.input)
-        self.taken = TakenFiles(spark, options.checkpoint, self.folder)
+        self.taken = TakenFiles(spark, options.checkpoint, self.folder, options.archive)
         self.options, self.waiting = options, 0  # files, if that is known
         self.is_multiline = options.multiline
         self.read = read_values if self.is_multiline else read_lines
@@ -156,8 +169,11 @@ class FileSource(Source):
 
     def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> None:
-        """Names the files that have changed since they were read, or since they were to be."""
+        """Names the files that have changed since they were read, or since they were to be. `last_records`: `TakenFiles.read_later`."""
         self.taken.read_log()
+        self.taken.check_folder()
+        for path, modified in json.loads(last_records or "{}").items():
+            self.taken.note(path, modified)
         self.entry = unread.get("logOffset", -1)
         self.waiting = count_waiting(self.taken, self.options) if self.options.once else 0
         self.begun = self.taken.after(self.entry)
@@ -166,6 +182,9 @@ class FileSource(Source):
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
         paths = planned_files(batch)
         return {"files": len(paths), "sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
+
+    def remember(self, last_records: str | None) -> str | None:
+        return json.dumps(self.taken.read_later)
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         self.files, self.faults = self._files_in(batch), {}
@@ -182,6 +201,7 @@ class FileSource(Source):
         self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
         for path, modified in found.items():
             self.taken.note(path, modified)
+        self.taken.name_packed(planned)
         return self.read(batch.sparkSession, self.files, self.faults, careful=False)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
@@ -220,9 +240,10 @@ class FileSource(Source):
         before = {file.path: file for file in self.files}
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
         if files and not self.is_multiline and "malformed_json" in reasons:
-            for path in find_multiline(batch.sparkSession, files, quarantine):
-                warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
-                     f"--multiline, and give the file a new name.")
+            with suppress(PySparkException, Py4JJavaError):  # one of them is gone by now; this is only advice
+                for path in find_multiline(batch.sparkSession, files, quarantine):
+                    warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
+                         f"--multiline, and give the file a new name.")
 
 
 if __name__ == "__main__":

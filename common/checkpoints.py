@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
@@ -19,6 +20,7 @@ from common.commits import Commits, set_cut_aside, sync_commits
 from common.console import PipelineError, local_path, say
 from common.contract import Contract
 from common.internals import FileSystem, state_of
+from common.json_files import MOST_PATTERNS, is_pattern
 from common.source import Source
 from common.tables import (
     CONTRACT,
@@ -34,7 +36,8 @@ from common.tables import (
     set_properties,
 )
 
-LAST_BATCH = "last_batch.json"  # in the checkpoint, beside Spark's own files
+LAST_BATCH = "_last_batch.json"  # in the checkpoint, beside Spark's own files; a file stream from above it passes over this name
+ID = "metadata"  # Spark's file with the stream's id
 READ_AGAIN = "read all that is still there into a new --table with a new --checkpoint"
 
 
@@ -42,13 +45,14 @@ READ_AGAIN = "read all that is still there into a new --table with a new --check
 def exclusive(path: str) -> Iterator[None]:
     """Keeps the checkpoint at `path` from other processes of this machine. PipelineError if one of them has it.
 
-    Where it is a URI (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
+    In another store (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
     the other fails. A store that can't rename in one step lets both, if they write at the same moment.
     """
-    if "://" in path:
+    local = local_path(path)
+    if local is None:
         yield
         return
-    real = Path(os.path.realpath(path))  # by whatever links it is named
+    real = Path(os.path.realpath(local))  # by whatever links it is named
     place = real.with_name(f".{real.name}.lock")  # beside it, so that it may be deleted or moved
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +67,12 @@ def exclusive(path: str) -> Iterator[None]:
 
 
 def check_places(options: argparse.Namespace) -> None:
-    """PipelineError if the stream has a folder in a table, whose clean-up would delete it. URIs are not looked at."""
-    ours = {os.path.realpath(table) for table in (options.table, quarantine_of(options.table)) if "://" not in table}
+    """PipelineError if the stream has a folder in a table, whose clean-up would delete it. Other stores are not looked at."""
+    ours = {os.path.realpath(table) for table in map(local_path, (options.table, quarantine_of(options.table))) if table}
     for option in ("checkpoint", "input", "archive"):
-        place = getattr(options, option, None) or "://"
-        real = Path(os.path.realpath(place))
-        inner = real / "…"  # the folder itself is no place for it either
-        for table in inner.parents if "://" not in place else ():
+        place = local_path(getattr(options, option, None) or "")
+        inner = Path(os.path.realpath(place or ""), "…")  # the folder itself is no place for it either
+        for table in inner.parents if place else ():
             is_table = str(table) in ours or (table / "_delta_log").is_dir()
             if is_table and inner.relative_to(table).parts[0][0] not in "._":  # which are left alone
                 raise PipelineError(f"--{option} {place} must not be in the table {table}, which deletes what does not belong to it. "
@@ -98,8 +101,8 @@ class Checkpoint:
 
     def id(self) -> str | None:
         """The id of the stream, by which Delta knows its batches; None for a checkpoint that is not there yet."""
-        metadata = self.files.read(f"{self.path}/metadata")
-        return None if metadata is None else self._parse(metadata, "metadata")["id"]
+        metadata = self.files.read(f"{self.path}/{ID}")
+        return None if metadata is None else self._parse(metadata, ID)["id"]
 
     def last_begun(self) -> int:
         """The newest batch that has begun, which settles what it reads; -1 for none."""
@@ -107,6 +110,11 @@ class Checkpoint:
 
     def _newest(self, folder: str) -> int:
         return max((int(name) for name in self.files.names_in(f"{self.path}/{folder}") if name.isdecimal()), default=-1)
+
+    def drop_cut_id(self) -> None:
+        """Removes the stream's id if a power cut has left it empty: the disk has it before anything is written in its name."""
+        if self.last_done < 0 and ID in self.files.names_in(self.path):
+            self._drop_cut(ID)
 
     def drop_cut_entries(self, written: int) -> None:
         """Removes the newest entries where a power cut has left no whole one, so that Spark begins their batch again.
@@ -122,18 +130,28 @@ class Checkpoint:
         if planned > max(self.last_done, written):
             if newest and self._drop_cut(f"sources/0/{newest}"):
                 self.files.delete(f"{self.path}/offsets/{planned}")
+            elif newest and self._has_too_many_patterns(f"sources/0/{newest}"):
+                say(f"Batch {planned} of {self.path} has too many files whose names look like patterns to Spark. It is planned again.")
+                self.files.delete(f"{self.path}/sources/0/{newest}")
+                self.files.delete(f"{self.path}/offsets/{planned}")
             elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
                 say(f"Batch {planned} of {self.path} was planned to end before it begins. Nothing of it was written: it is planned again.")
                 self.files.delete(f"{self.path}/offsets/{planned}")
         elif newest and planned >= 0 and int(newest.removesuffix(".compact")) > self.end_of(planned).get("logOffset", float("inf")):
             self._drop_cut(f"sources/0/{newest}")  # of files whose batch was not planned yet
 
+    def _has_too_many_patterns(self, file: str) -> bool:
+        """Whether Spark could not list the files of an entry of their log; see `MOST_PATTERNS`."""
+        entries = [json.loads(line) for line in (self.files.read(f"{self.path}/{file}") or "").split("\n")[1:]]
+        paths = [unquote(entry["path"]) for entry in entries if entry.get("batchId", -1) == entries[-1].get("batchId")]
+        return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MOST_PATTERNS ** 2
+
     def _is_whole(self, file: str) -> bool:
-        """Whether one of Spark's entries, a version and lines of JSON, has been written to its end."""
+        """Whether one of Spark's entries, a version (but for the id's) and lines of JSON, has been written to its end."""
         text = (self.files.read(f"{self.path}/{file}") or "").removeprefix("\0")  # with which Kafka's sources/0/0 begins
         lines = text.strip("\n").split("\n")
         try:
-            return lines[0].startswith("v") and isinstance(json.loads(lines[-1]), dict | int)
+            return (lines[0].startswith("v") or file == ID) and isinstance(json.loads(lines[-1]), dict | int)
         except (IndexError, ValueError):
             return False
 
@@ -174,7 +192,7 @@ class Checkpoint:
             return {}
 
     def write_last_batch(self, note: dict[str, Any]) -> None:
-        """Stores the facts about a batch, before Spark marks the batch as done."""
+        """Stores the facts about a batch, before Spark marks the batch as done; before the first one only the tables' `versions`."""
         file, local = f"{self.path}/{LAST_BATCH}", local_path(self.path)
         if local is None:
             self.files.write(file, json.dumps(note))
@@ -186,7 +204,7 @@ class Checkpoint:
         another store than this machine."""
         if (local := local_path(self.path)) is not None:
             files = f"sources/0/{end.get('logOffset', 0)}"  # a folder's names of files
-            written = ("metadata", f"commits/{batch_id - 1}", f"offsets/{batch_id}", files, f"{files}.compact")
+            written = (ID, f"commits/{batch_id - 1}", f"offsets/{batch_id}", files, f"{files}.compact")
             durable.sync(f"{local}/{file}" for file in written)
 
     def set_aside(self) -> str:
@@ -221,9 +239,10 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     write them twice.
     """
     checkpoint = Checkpoint(spark, checkpoint_path)
-    if relied_on := checkpoint.last_batch().get("versions"):
-        set_cut_aside(spark, tables.table, relied_on["table"])
-        set_cut_aside(spark, tables.quarantine, relied_on["quarantine"])
+    checkpoint.drop_cut_id()
+    relied_on = checkpoint.last_batch().get("versions", {})
+    set_cut_aside(spark, tables.table, relied_on.get("table"))
+    set_cut_aside(spark, tables.quarantine, relied_on.get("quarantine"))
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
     checkpoint.drop_cut_entries(-1 if properties[tables.table] is None else state_of(spark, tables.table, checkpoint.id())[1])
     checkpoint = _finish_starting_over(spark, checkpoint, tables, properties)
@@ -313,7 +332,7 @@ def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
         raise PipelineError(f"The table is an older copy: {commits.table} has version {commits.newest}, but the checkpoint "
                             f"{checkpoint.path} belongs to version {written}. Going on would lose records. Put back both tables and "
                             f"the checkpoint as they were at one moment, or {READ_AGAIN}.")
-    if role == "table" and note:
+    if role == "table" and "batch" in note:
         planned = checkpoint.end_of(note["batch"])
         require_same_contents(commits, checkpoint, note["batch"], note["contents"] if planned == note["end"] else planned)
 

@@ -64,19 +64,23 @@ class Commits:
         return unquote(name) if "://" in name or name.startswith("/") else f"{self.table}/{unquote(name)}"
 
 
-def set_cut_aside(spark: SparkSession, table: str, relied_on: int) -> None:
+def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None) -> None:
     """Renames the newest commits of a table of this machine if a power cut has come before the disk had all of them.
 
-    That leaves the table as it was before them. `relied_on`: the version up to which the checkpoint counts on it, which stays.
+    That leaves the table as it was before them. `relied_on`: the version up to which the checkpoint counts on it, which stays; None for
+    a checkpoint that does not say so, where only an empty or cut commit that was to create the table is renamed.
     """
     log = Path(local_path(table) or "", "_delta_log")
     while local_path(table) and log.is_dir():
         newest = max((int(name[:20]) for name in os.listdir(log) if re.fullmatch(r"\d{20}\.json", name)), default=-1)
-        damaged, problem = Commits(spark, str(log.parent), newest).damage()
-        if damaged <= relied_on:
+        commits = Commits(spark, str(log.parent), newest)
+        damaged, problem = commits.damage()
+        is_all = damaged == newest == 0 and commits.actions(0) == []
+        if not is_all and (relied_on is None or damaged <= relied_on):
             return
-        say(f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is put back to version {damaged - 1}; the batch is "
-            f"written again, so nothing is lost.")
+        what_follows = "created again" if is_all else f"put back to version {damaged - 1}"
+        say(f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is {what_follows}; the batch is written again, so "
+            f"nothing is lost.")
         (log / "_last_checkpoint").unlink(missing_ok=True)  # a hint, which may be beyond
         for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):
             with suppress(FileNotFoundError):

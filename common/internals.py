@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -15,7 +16,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
-from common.console import java_causes, root_cause
+from common.console import java_causes, java_class, root_cause
 
 
 def without_pandas(module: str) -> None:
@@ -122,7 +123,8 @@ class FileSystem:
         return self._files.getFileStatus(self._path(path)).getLen() if self._files.exists(self._path(path)) else None
 
     def delete(self, path: str) -> None:
-        self._files.delete(self._path(path), False)
+        """Deletes a file, or a folder with all that is in it; does nothing if there is none."""
+        self._files.delete(self._path(path), True)
 
     def rename(self, old: str, new: str) -> bool:
         """False if it can't be done; true, too, if there is nothing to rename."""
@@ -260,6 +262,49 @@ def _kafka_rdd(rows: DataFrame) -> Any:
     return _java(spark).org.apache.spark.sql.kafka010.KafkaSourceRDD(
         spark.sparkContext._jsc.sc(), parts[0].executorKafkaParams(), _scala_seq(spark, [part.offsetRange() for part in parts]),
         parts[0].pollTimeoutMs(), parts[0].failOnDataLoss())
+
+
+class KafkaReader:
+    """Kafka's own consumer, for single records: kafka-python needs further libraries for those that some producers have packed.
+
+    `options`: those of Spark's Kafka source.
+    """
+
+    def __init__(self, spark: SparkSession, options: dict[str, Any]):
+        java = self._java = _java(spark)
+        settings = java.java.util.HashMap()
+        for name, value in options.items():
+            settings.put(name.removeprefix("kafka."), value)
+        # It never notes offsets; and one that is no longer there is no reason to read elsewhere.
+        for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none", "max.partition.fetch.bytes": "65536"}.items():
+            settings.put(name, value)
+        bytes_as_they_are = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
+        self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, bytes_as_they_are, bytes_as_they_are)
+
+    def records_at(self, topic: str, offsets: dict[int, int], seconds: float) -> dict[int, tuple[int, bytes | None]]:
+        """The times (milliseconds since 1970) and values of the records at `offsets`, by partition, without those that Kafka lacks or
+        does not give within so many seconds."""
+        places = {partition: self._java.org.apache.kafka.common.TopicPartition(topic, partition) for partition in offsets}
+        found: dict[int, tuple[int, bytes | None]] = {}
+        deadline = time.monotonic() + seconds
+        while places and time.monotonic() < deadline:
+            self._consumer.assign(list(places.values()))
+            for partition, place in places.items():
+                self._consumer.seek(place, offsets[partition])
+            try:
+                records = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
+            except Py4JJavaError as error:
+                if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
+                    raise
+                for place in error.java_exception.partitions():
+                    del places[place.partition()]
+                continue
+            for partition, place in list(places.items()):
+                if of_place := records.records(place):
+                    del places[partition]
+                    if of_place[0].offset() == offsets[partition]:
+                        found[partition] = of_place[0].timestamp(), of_place[0].value()
+        return found
 
 
 def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:

@@ -22,6 +22,8 @@ IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it 
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets, of either kind.
 # All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 DEEPEST = 200
+# Files in a batch where the names of some look like patterns: of n files, Spark lists all n again for each of these.
+MOST_PATTERNS = 100
 MOST_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(DEEPEST), "")
@@ -125,7 +127,7 @@ def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> Dat
     reader = spark.read.options(**READ_OPTIONS)
     # Spark takes each path as a pattern, by which Hadoop finds none with a ":". It can be told to take one path literally; of
     # several it would then read each several times.
-    literal = [path for path in paths if ":" in os.path.basename(path) and escape_glob(path) != path]
+    literal = [path for path in paths if ":" in os.path.basename(path) and is_pattern(path)]
     patterns = [escape_glob(path) for path in paths if path not in literal]
     parts = [reader.text(patterns, **text_options)] if patterns else []
     parts += [reader.option("__globPaths__", "false").text(path, **text_options) for path in literal]
@@ -209,6 +211,11 @@ def away(path: str, error: Exception) -> str:
     """What to do about a file that can't be read by no fault of its own."""
     return (f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost: see to its storage or its permissions, "
             f"or move it out of the folder, and start again.")
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path looks like a pattern to Hadoop."""
+    return escape_glob(path) != path
 
 
 def escape_glob(path: str) -> str:

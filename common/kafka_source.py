@@ -1,5 +1,6 @@
 """The topic as the source of a stream: what is lost of it, how far behind the stream is, and what to do when Kafka is away."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pyspark.sql import functions as F
 from common.batches import done_in
 from common.console import PipelineError, first_line, java_class, root_cause, say, warn
 from common.contract import INCONSISTENT
-from common.internals import begun_at, kafka_records, query_of
+from common.internals import KafkaReader, begun_at, kafka_records, query_of
 from common.kafka_config import spark_options
 from common.process import StopFlag, Stopped
 from common.source import Left, Source, SourceAwayError
@@ -28,6 +29,7 @@ GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's rea
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
+MOST_LOOKED = 2  # seconds for the last records
 REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
 SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common
 TOPIC_ID, TOPIC_NAME = "pipeline.topic.id", "pipeline.topic.name"  # properties of a table: the topic that it is written from
@@ -85,7 +87,9 @@ class KafkaSource(Source):
         self.beginning: dict[int, int] = {}  # of the topic at the start, by partition, if data loss is accepted
         self.starting_offsets = "earliest"  # of a stream without a checkpoint, as Spark takes them
         self.has_started = False
-        self.ends: dict[str, int] = {}  # of the batch that is being written, by partition
+        self.reader: KafkaReader | None = None
+        self.begins: dict[str, int] = {}  # of the batch that is being written, by partition, as far as they are known
+        self.ends: dict[str, int] = {}
         self.remembered: dict[str, list[dict[str, Any]]] = {}  # that were read of each partition
         self.has_failed = False  # for lost records, and was started again
         self.has_warned = False  # that it can't note how far it is
@@ -102,7 +106,10 @@ class KafkaSource(Source):
         return batch
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
-        self.ends = end.get(self.topic.name, {})
+        if end and self.topic.name not in end:
+            raise PipelineError(f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} a "
+                                f"--table and a --checkpoint of its own.")
+        self.begins, self.ends = self.ends, end.get(self.topic.name, {})
         return end
 
     def last_records(self) -> Column | None:
@@ -177,11 +184,25 @@ class KafkaSource(Source):
         if lost:
             self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
                        f"or something else did.", GOES_ON)
-        places = self._replaced(spark, tables, next_offsets)
-        if too_far:
+        if too_far:  # looked at first: what comes after its beginning can't be compared
             raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
+        places = self._replaced(spark, tables, next_offsets)
         return json.dumps({self.topic.name: places}) if places else None
+
+    def check_read(self, spark: SparkSession) -> None:
+        """Compares the last record of each partition that was remembered before this batch."""
+        newest = {int(partition): max(records, key=lambda record: record["offset"]) for partition, records in self.remembered.items()}
+        self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
+        with self._asking():
+            there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
+                                           MOST_LOOKED)
+        others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
+                  if (newest[partition].get("time"), newest[partition].get("md5"))
+                  != (time if GREGORIAN <= time <= MOST_MILLISECONDS else None, value and hashlib.md5(value).hexdigest())]
+        if others:
+            raise PipelineError(f"While the stream ran, Kafka has lost records of {self.topic} that were read, and has others in their "
+                                f"place: {', '.join(others)}. Start again: the start says what is lost.")
 
     def begin_at(self, place: str) -> None:
         self.has_started = True
@@ -252,6 +273,19 @@ class KafkaSource(Source):
             spark.read.format("kafka").options(**kafka_options(self.topic)).option("assign", json.dumps({self.topic.name: list(ranges)}))
             .option("startingOffsets", begin).option("endingOffsets", end).option("failOnDataLoss", False).load())
         return records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias("record")
+
+    def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
+        """Names what Kafka has removed while the stream passes over lost records."""
+        if not self.accept_data_loss:
+            return
+        with self._asking():
+            first = self.topic.beginning()
+        ranges = {partition: (max(self.beginning.get(partition, 0), self.begins.get(str(partition), 0)),
+                              min(offset, self.ends.get(str(partition), 0))) for partition, offset in sorted(first.items())}
+        if gone := ", ".join(f"partition {partition} offsets {begin} to {end - 1}" for partition, (begin, end) in ranges.items()
+                             if begin < end):
+            say(f"Kafka has removed records of {self.topic} while they were read: {gone}. Those that were not read by then are lost.")
+        self.beginning = first
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)

@@ -69,6 +69,7 @@ class TableWriter:
             create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
             # Last: as long as it is not this stream's, nothing was written.
             create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
+            checkpoint.write_last_batch({"versions": self._synced_versions(spark, stream)})
         contents = self.source.contents(batch, end)
         before, last_batch = state_of(spark, tables.table, stream)
         if batch_id <= last_batch:
@@ -81,19 +82,24 @@ class TableWriter:
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
             raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start says what is "
                                 f"lost, and takes back the records of the new one.")
+        self.source.check_read(spark)
         if rejected is not None:
             has_changed, rows = rejected
             writer = f"{stream} again" if has_changed else stream  # the quarantine may have the batch already, by an earlier reading
             self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
             rows.unpersist()
         self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
-        if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
-            self._clean_up(spark)
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
-        versions = {"table": self._sync(spark, tables.table, stream), "quarantine": self._sync(spark, tables.quarantine, stream)}
-        checkpoint.write_last_batch({"batch": batch_id, "end": end, "contents": contents, "versions": versions,
+        checkpoint.write_last_batch({"batch": batch_id, "end": end, "contents": contents,
+                                     "versions": self._synced_versions(spark, stream),
                                      "last_records": self.source.remember(report.last_records)})
+        if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
+            self._clean_up(spark)  # when the disk has what takes the place of the old files
         return report
+
+    def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
+        """The versions of the tables, once the disk has them."""
+        return {"table": self._sync(spark, self.tables.table, stream), "quarantine": self._sync(spark, self.tables.quarantine, stream)}
 
     def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
         """Returns the version of a table once the disk has it."""

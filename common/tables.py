@@ -9,7 +9,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from common.console import PipelineError, local_path, say
-from common.internals import remove_old_log_entries
+from common.internals import FileSystem, remove_old_log_entries
 from common.process import REPOSITORY, StopFlag
 from common.table_lock import write_lock
 
@@ -89,6 +89,9 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name, or takes over one that
     has no writer any more. Raises PipelineError if the table is another stream's.
     """
+    files, log = FileSystem(spark, path), f"{path}/_delta_log"
+    if not any(name[0].isdecimal() for name in files.names_in(log)):
+        files.delete(log)  # of a creation that was killed: Delta neither finds a table there nor makes one
     table = DeltaTable.createIfNotExists(spark).location(path)
     for name, kind in columns.items():
         table = table.addColumn(name, kind)

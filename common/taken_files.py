@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -45,9 +46,11 @@ class TakenFiles:
     tenth is the file N.compact instead, with all that was before.
     """
 
-    def __init__(self, spark: SparkSession, checkpoint: str, folder: str):
+    def __init__(self, spark: SparkSession, checkpoint: str, folder: str, archive: str | None):
         self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
+        self.archive = archive and local_path(archive)
         self.files: dict[str, Taken] = {}
+        self.read_later: dict[str, int] = {}  # the noted times that Spark's log does not have
         self.last_entry = -1  # of those that were read
         self.named: set[str] = set()
         self.round: Iterator[str] = iter(())  # the files that a round of `watch` has still to look at
@@ -63,6 +66,15 @@ class TakenFiles:
                 self._read(names[number])
                 self.last_entry = number
 
+    def check_folder(self) -> None:
+        """Raises PipelineError if all taken files lie elsewhere: under a new path, each of them would be read again."""
+        begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
+        folder = self.folder.rstrip("/") + "/"
+        if self.files and not folder.startswith(f"{begin}/") and not any(path.startswith(folder) for path in self.files):
+            raise PipelineError(f"The checkpoint {self.checkpoint} is that of another folder: it has taken {next(iter(self.files))} and "
+                                f"others, and none in {self.folder}. By another path each file would be read again. Name the folder as "
+                                f"before, or give {self.folder} a --table and a --checkpoint of its own.")
+
     def after(self, entry: int) -> list[str]:
         """The files of the later entries."""
         paths = []
@@ -73,9 +85,10 @@ class TakenFiles:
         return paths
 
     def note(self, path: str, modified: int) -> None:
-        """Takes note of how a file is as it is read, which may be later than when it was taken."""
-        if path in self.files:
+        """Takes note of when a file that is read now was written last, which may be later than when it was taken."""
+        if path in self.files and self.files[path].modified != modified:
             self.files[path] = self.files[path]._replace(modified=modified)
+            self.read_later[path] = modified
 
     def watch(self) -> None:
         """Names files that have changed. Looks at some of them each time, so at all of them once a minute, or less often if they are
@@ -87,16 +100,28 @@ class TakenFiles:
 
     def changed(self, paths: Iterable[str]) -> list[str]:
         """Those of `paths` that are on this machine and were written since they were taken."""
-        return [path for path in paths if (modified := _modified(path)) is not None and modified != self.files[path].modified]
+        return [path for path in paths
+                if (modified := self._modified(path)) is not None and modified != self.files[path].modified]
 
     def name_changed(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each file, that it has changed since it was taken."""
-        self._name(paths, "has changed since it was taken, and a file is read once: what was added later may be in no table. Put it into a "
-                          'file of another name. Write files under a name that begins with "_", and rename them when they are complete.')
+        self._name(paths, "has changed since it was taken, and a file is read once: what was added later may be in no table. Put what the "
+                          "tables lack (see their source_file) into a file of another name. Write files under a name that begins with "
+                          '"_", and rename them when they are complete.')
 
     def name_gone(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each file, that it could not be read because it is not there."""
-        self._name(paths, "was there, and is gone before it was read. If nobody has renamed it, put it back under another name.")
+        self._name(paths, "was there, and is gone before it was read. If nobody has renamed it, and it is no row's source_file, put it "
+                          "back under another name.")
+
+    def name_packed(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each file, that it is probably one that was taken before, packed or unpacked since."""
+        taken = {path: self.files.get(path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz") for path in paths}
+        self._name((path for path, other in taken.items()
+                    if other and (other.entry < self.files[path].entry or path.endswith(".gz"))
+                    and other.modified // 1000 == self.files[path].modified // 1000),
+                   'has the time and, but for ".gz", the name of a file that was taken before. If that one was packed or unpacked, its '
+                   "records are in the tables twice. Pack files elsewhere, or use --archive.")
 
     def _name(self, paths: Iterable[str], what: str) -> None:
         new = [path for path in paths if path not in self.named]
@@ -125,10 +150,11 @@ class TakenFiles:
             raise PipelineError(damaged(self.checkpoint, f"{file} is not as Spark writes it")) from error
         self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
 
-
-def _modified(path: str) -> int | None:
-    """When a file on this machine was written last, in milliseconds since 1970; None for none, and for one that can't be looked at."""
-    try:
-        return os.stat(path).st_mtime_ns // 1_000_000 if path.startswith("/") else None
-    except OSError:
+    def _modified(self, path: str) -> int | None:
+        """When a file on this machine was written last, in milliseconds since 1970, also in the archive; None for none, and for one that
+        can't be looked at."""
+        places = [path, *([f"{self.archive}{path}"] if self.archive else [])]
+        for place in places if path.startswith("/") else ():
+            with suppress(OSError):
+                return os.stat(place).st_mtime_ns // 1_000_000
         return None

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import subprocess
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from pyspark.sql import Row
 from test_files_to_bronze import put
 from test_rules import reading
 
+import streaming_files_to_delta_bronze
 from common.console import PipelineError, location, without_controls
 from common.json_files import LONGEST_RECORD, find_unreadable, with_elements
 from common.taken_files import Taken, TakenFiles
@@ -320,17 +322,110 @@ def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, 
     assert len(said) == 11 and said[-1] == "So it is with 9 more files."
 
 
+def test_files_that_change_before_they_are_read_and_after_they_are_archived(ingest, tmp_path, monkeypatch, capsys):
+    """Of the first kind, all is read: nobody is told to add something. What the second kind gains is in no table."""
+    folder, run = ingest
+    put(folder, "early.json", VALID)
+    put(folder, "late.json", VALID)
+    files_in = FileSource._files_in
+
+    def grow(self, batch):
+        with (folder / "early.json").open("ab") as file:
+            file.write(VALID + b"\n")
+        monkeypatch.undo()
+        return files_in(self, batch)
+
+    monkeypatch.setattr(FileSource, "_files_in", grow)
+    time.sleep(0.02)
+    archive = tmp_path / "archive"
+    assert run(archive=str(archive)) == (3, 0)
+    for number in range(3):  # Spark moves the files of a batch while it takes the next ones
+        put(folder, f"{number}.json", VALID)
+        assert run() == (1, 0)
+    assert capsys.readouterr().err == ""
+    moved = archive / str(folder / "late.json")[1:]
+    with moved.open("ab") as file:
+        file.write(VALID + b"\n")
+    for _ in range(2):
+        assert run() == (0, 0)
+        assert capsys.readouterr().err.split(". ")[0] == f"{changed(folder, 'late.json')}, and a file is read once: what was added later " \
+                                                         "may be in no table"
+
+
+@pytest.mark.parametrize("other", ["link", "elsewhere", "inp"])
+def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
+    """All its files would be read again."""
+    folder, run = ingest
+    put(folder, "a.json", VALID)
+    (folder / "sub").mkdir()
+    if other == "link":
+        (tmp_path / other).symlink_to(folder)
+    else:
+        (tmp_path / other).mkdir()
+    assert run(input=str(tmp_path / other)) == (1 if other == "link" else 0, 0)
+    if other == "link":
+        with pytest.raises(PipelineError, match=f"is that of another folder: it has taken {tmp_path}/link/a.json and others, and none in "
+                                                f"{folder}. By another path"):
+            run(input=str(folder))
+        (tmp_path / "link" / "a.json").unlink()
+        assert run(input=str(tmp_path / "link")) == (0, 0)
+    else:
+        assert run(input=str(folder)) == (1, 0)
+        for same in (f"file:{folder}", f"file://{folder}/", str(folder / "sub"), str(tmp_path)):
+            assert run(input=same) == (0, 0)
+        with pytest.raises(PipelineError, match="is that of another folder"):
+            run(input=str(tmp_path / other))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_file_that_is_packed_where_it_was_read_is_named(ingest, capsys, pack):
+    folder, run = ingest
+    for name in ("a.json", "other.json"):
+        put(folder, name, VALID)
+        os.utime(folder / name, (1, 1))
+    if not pack:
+        subprocess.run(["gzip", folder / "a.json"], check=True)
+    assert run() == (2, 0) and capsys.readouterr().err == ""
+    subprocess.run(["gzip", folder / "a.json"] if pack else ["gunzip", folder / "a.json.gz"], check=True)
+    (folder / "other.json.gz").write_bytes(gzip.compress(VALID))  # later, so another one
+    assert run() == (2, 0)
+    assert capsys.readouterr().err.startswith(f'{folder}/a.json{".gz" * pack} has the time and, but for ".gz", the name of a file that')
+    assert run() == (0, 0) and capsys.readouterr().err == ""
+
+
+def test_hundreds_of_files_whose_names_look_like_patterns_are_read_a_few_at_a_time(ingest, monkeypatch, capsys):
+    """Of n files Spark makes a list of n * n."""
+    folder, run = ingest
+    for number in range(150):
+        put(folder, f"[{number}] {{x}}.json", VALID)
+    for number in range(10):
+        put(folder, f"{number}.json", VALID)
+    with monkeypatch.context() as patch:  # they have come while the stream ran, and ended it
+        patch.setattr(streaming_files_to_delta_bronze, "is_pattern", lambda _: False)
+        crash_in(patch, "read_batch")
+        with pytest.raises((RuntimeError, StreamingQueryException)):
+            run()
+    assert run() == (160, 0)
+    said = capsys.readouterr().out
+    assert "has too many files whose names look like patterns to Spark. It is planned again." in said
+    assert [line.split(",")[0] for line in said.splitlines() if line.startswith("batch")] == ["batch 0: 100 rows in", "batch 1: 60 rows in"]
+
+
+def crash_in(patch: pytest.MonkeyPatch, method: str) -> None:
+    def crash(*_) -> None:
+        raise RuntimeError("crash")
+
+    patch.setattr(FileSource, method, crash)
+
+
 def test_a_file_that_grows_or_goes_between_a_crash_and_the_restart_is_named(ingest, capsys, monkeypatch):
     """The batch is in the table already, and is repeated without a look at what is new in its files."""
     folder, run = ingest
     for name in ("grows.json", "goes.json", "stays.json"):
         put(folder, name, VALID)
 
-    def crash(*_) -> None:
-        raise RuntimeError("crash")
-
     with monkeypatch.context() as patch:
-        patch.setattr(FileSource, "after_batch", crash)
+        crash_in(patch, "after_batch")
         with pytest.raises((RuntimeError, StreamingQueryException)):
             run()
     time.sleep(0.02)
@@ -365,11 +460,8 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
     folder, run = ingest
     put(folder, "a.json", VALID)
 
-    def crash(*_) -> None:
-        raise RuntimeError("crash")
-
     with monkeypatch.context() as patch:
-        patch.setattr(FileSource, "read_batch", crash)
+        crash_in(patch, "read_batch")
         with pytest.raises((RuntimeError, StreamingQueryException)):
             run()
     (folder / "a.json").rename(tmp_path / "a.json")
@@ -381,7 +473,7 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
 
 def test_taken_files_are_watched_in_small_steps(spark, tmp_path, capsys):
     """At most 1,000 in half a second: a folder with many of them costs a stream no noticeable share of a core."""
-    taken = TakenFiles(spark, str(tmp_path / "none"), str(tmp_path))
+    taken = TakenFiles(spark, str(tmp_path / "none"), str(tmp_path), None)
     taken.files = {str(tmp_path / f"{number}.json"): Taken(0, 0) for number in range(30_000)}
     for number in range(0, 30_000, 10_000):
         (tmp_path / f"{number}.json").touch()

@@ -80,13 +80,14 @@ def test_a_path_that_cannot_be_is_refused_at_the_start(script, option, value, co
 @pytest.mark.parametrize("option, place, table", [
     ("--checkpoint", "t", "t"), ("--checkpoint", "t/checkpoint", "t"), ("--checkpoint", "t_quarantine/checkpoint", "t_quarantine"),
     ("--checkpoint", "other/checkpoint", "other"), ("--checkpoint", "link/checkpoint", "other"), ("--archive", "other/sub/old", "other"),
-    ("--input", "other/_sub/../new", "other")])
+    ("--input", "other/_sub/../new", "other"), ("--checkpoint", "file:{}/t", "t"), ("--input", "file://{}/other/new", "other")])
 def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, option, place, table, run_here):
     (tmp_path / "other" / "_delta_log").mkdir(parents=True)
     for folder in ("in", "other/new", "other/_sub"):
         (tmp_path / folder).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "other")
-    options = {"--input": tmp_path / "in", "--table": tmp_path / "t", "--checkpoint": tmp_path / "c"} | {option: tmp_path / place}
+    options = {"--input": tmp_path / "in", "--table": tmp_path / "t", "--checkpoint": tmp_path / "c"} | {
+        option: place.format(tmp_path) if "{}" in place else tmp_path / place}
     run = run_here(BRONZE, *itertools.chain(*options.items()), "--once")
     assert run.returncode == 1 and run.stderr.startswith(f"error: {option} {tmp_path}/"), run.stderr
     assert f"must not be in the table {tmp_path}/{table}, " in run.stderr and run.stderr.count("\n") == 1, run.stderr
@@ -94,12 +95,14 @@ def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, o
 
 def test_a_hidden_folder_of_the_table_may_have_the_checkpoint():
     check_places(argparse.Namespace(table="/lake/t", checkpoint="/lake/t/_checkpoint"))
+    check_places(argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint"))  # nobody looks there
 
 
-def test_a_checkpoint_that_is_named_by_a_link_is_locked_too(tmp_path):
+@pytest.mark.parametrize("name", ["{}/link", "{}/./checkpoint/", "file:{}/checkpoint", "file://{}/link"])
+def test_a_checkpoint_is_locked_however_it_is_named(tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
     with exclusive(str(tmp_path / "checkpoint")), pytest.raises(PipelineError, match="Another stream is using the checkpoint"):
-        with exclusive(str(tmp_path / "link")):
+        with exclusive(name.format(tmp_path)):
             pass
 
 

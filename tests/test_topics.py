@@ -16,8 +16,8 @@ from test_rules import reading
 
 from common.checkpoints import Checkpoint, Start
 from common.console import PipelineError
-from common.internals import kafka_records
-from common.kafka_source import KafkaSource, records_of
+from common.internals import KafkaReader, kafka_records
+from common.kafka_source import KafkaSource, kafka_options, records_of
 from common.process import StopFlag
 from common.streams import run_query
 from common.table_writer import TableWriter, Unwatched
@@ -146,6 +146,27 @@ def test_a_first_batch_of_aborted_records_stops_nothing(world, account):
     world.send(VALID)
     assert world.consume() == (1, 0)
     world.check(account, "aborted records at first")
+
+
+@pytest.mark.parametrize("codec", ["producer", "gzip", "snappy", "lz4", "zstd"])
+def test_single_records_are_found_by_their_offsets_however_they_are_packed(world, broker, codec):
+    world = world()
+    world.make(4, compression_type=codec)
+    world.send(*(b"%d" % number for number in range(2000)))
+    world.send(b"first", None, partition=1, key=b"key")
+    world.send(b"x" * 900_000, b"y" * 900_000, partition=2)
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        admin.delete_records({TopicPartition(world.topic.name, 0): 1000})
+    reader = KafkaReader(world.spark, kafka_options(world.topic))
+
+    def values(offsets: dict[int, int]) -> dict[int, bytes | None]:
+        return {partition: value for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds=3).items()}
+
+    assert values({0: 1999, 1: 1, 2: 1}) == {0: b"1999", 1: None, 2: b"y" * 900_000}
+    assert values({0: 1000, 1: 0}) == {0: b"1000", 1: b"first"}
+    assert values({0: 999, 1: 1}) == {1: None}  # removed
+    assert values({0: 2001, 1: 2, 2: 0, 3: 0}) == {2: b"x" * 900_000}  # not there yet
+    assert values({}) == {}
 
 
 def test_uncommitted_records_are_read_where_the_user_wants_them_and_committed_ones_wait_for_them(world, account):

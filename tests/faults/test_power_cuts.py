@@ -1,5 +1,6 @@
 """A power cut leaves files empty or missing, a checkpoint is copied, and a batch that is read twice is judged in two ways."""
 
+import itertools
 import json
 import os
 import shutil
@@ -77,6 +78,45 @@ def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tm
     assert run.rows() == [3, 3]
     assert "perhaps by a power cut" in capsys.readouterr().out
     assert run() == (0, 0)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("pattern", ["bronze/*.parquet", "bronze/_delta_log/*{}.json", "bronze_quarantine/*.parquet",
+                                     "bronze_quarantine/_delta_log/*{}.json"])
+def test_a_power_cut_during_the_first_batch_leaves_nothing_to_mend(ingest, tmp_path, monkeypatch, pattern, step):
+    """Before the tables are noted in the checkpoint, and after their first commits."""
+    folder, run = ingest
+    put(folder, "1.json", reading(), b"{")
+    steps = itertools.count(1)
+    write = Checkpoint.write_last_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write_last_batch", lambda *arguments: write(*arguments) if next(steps) < step else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.stream()
+    for file in tmp_path.glob(pattern.format(step - 1)):
+        os.truncate(file, 0)
+    run.stream()
+    assert run.rows() == [1, 1]
+    assert run() == (0, 0)
+
+
+@pytest.mark.parametrize("left", ["_delta_log", "_delta_log/_staged_commits", "_delta_log/.tmp"])
+def test_a_kill_while_a_table_is_created_stops_no_stream(ingest, tmp_path, left):
+    folder, run = ingest
+    for table in ("bronze", "bronze_quarantine"):
+        (tmp_path / table / left).mkdir(parents=True)
+    put(folder, "1.json", reading(), b"{")
+    run.stream()
+    assert run.rows() == [1, 1]
+
+
+def test_a_power_cut_before_the_first_batch_leaves_nothing_to_mend(ingest, tmp_path):
+    folder, run = ingest
+    put(folder, "1.json", reading(), b"{")
+    plan(run)
+    for name in ("metadata", "offsets/0", "sources/0/0"):
+        os.truncate(tmp_path / "checkpoint" / name, 0)
+    assert [run(), run()] == [(1, 1), (0, 0)]
 
 
 @pytest.mark.parametrize("cut", ["", "v1\n{\"path"])

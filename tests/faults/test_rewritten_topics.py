@@ -93,6 +93,24 @@ def test_a_log_that_lost_its_tail_stops_the_job_and_what_it_has_instead_is_read_
     assert capsys.readouterr().out.count("The old checkpoint is now") == 1
 
 
+def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_batch(read_hundred, rewrite):
+    """Too quickly for an outage: the batch would read offsets that have other records by now."""
+    world = read_hundred
+
+    class Replaced(TableWriter):
+        def write(self, *arguments):
+            rewrite(world, [*range(80), *range(200, 260)], [*range(1000, 1050), *range(2000, 2010)])
+            return super().write(*arguments)
+
+    send(world, range(100, 120))
+    with pytest.raises(PipelineError, match="in their place: partition 0 offset 99. Start again"):
+        world.consume(Replaced)
+    with pytest.raises(PipelineError, match="partition 0 offsets 80 to 99. .*Nothing was skipped"):
+        world.consume()
+    world.consume(accept_data_loss=True)
+    assert arrived(world) == [*range(100), *range(200, 260), *range(1000, 1050), *range(2000, 2010)]
+
+
 def test_partitions_that_are_added_meanwhile_are_read_from_their_beginning(read_hundred, rewrite):
     world = read_hundred
     rewrite(world, range(90), range(1000, 1050), range(3000, 3010))

@@ -286,24 +286,24 @@ class KafkaReader:
         does not give within so many seconds."""
         places = {partition: self._java.org.apache.kafka.common.TopicPartition(topic, partition) for partition in offsets}
         found: dict[int, tuple[int, bytes | None]] = {}
+        self._consumer.assign(list(places.values()))
+        self._consumer.resume(list(places.values()))
+        for partition, place in places.items():
+            self._consumer.seek(place, offsets[partition])
         deadline = time.monotonic() + seconds
         while places and time.monotonic() < deadline:
-            self._consumer.assign(list(places.values()))
-            for partition, place in places.items():
-                self._consumer.seek(place, offsets[partition])
             try:
                 records = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
+                looked_at = [place.partition() for place in records.partitions()]
             except Py4JJavaError as error:
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise
-                for place in error.java_exception.partitions():
-                    del places[place.partition()]
-                continue
-            for partition, place in list(places.items()):
-                if of_place := records.records(place):
-                    del places[partition]
-                    if of_place[0].offset() == offsets[partition]:
-                        found[partition] = of_place[0].timestamp(), of_place[0].value()
+                records, looked_at = None, [place.partition() for place in error.java_exception.partitions()]
+            for partition in looked_at:
+                place = places.pop(partition)
+                self._consumer.pause([place])
+                if records and (record := records.records(place)[0]).offset() == offsets[partition]:
+                    found[partition] = record.timestamp(), record.value()
         return found
 
 

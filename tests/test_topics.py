@@ -159,14 +159,58 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
         admin.delete_records({TopicPartition(world.topic.name, 0): 1000})
     reader = KafkaReader(world.spark, kafka_options(world.topic))
 
-    def values(offsets: dict[int, int]) -> dict[int, bytes | None]:
-        return {partition: value for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds=3).items()}
+    def values(offsets: dict[int, int], seconds: float = 10) -> dict[int, bytes | None]:
+        return {partition: value for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds).items()}
 
     assert values({0: 1999, 1: 1, 2: 1}) == {0: b"1999", 1: None, 2: b"y" * 900_000}
     assert values({0: 1000, 1: 0}) == {0: b"1000", 1: b"first"}
     assert values({0: 999, 1: 1}) == {1: None}  # removed
-    assert values({0: 2001, 1: 2, 2: 0, 3: 0}) == {2: b"x" * 900_000}  # not there yet
+    assert values({0: 2000, 3: 0}, seconds=0.3) == {}  # not there yet
+    assert values({0: 2001, 2: 0}) == {2: b"x" * 900_000}
     assert values({}) == {}
+
+
+def test_what_kafka_removes_while_lost_records_are_passed_over_is_named(world, broker, capsys):
+    world = world()
+    world.make(2)
+    world.send(*[VALID] * 30)
+    world.send(VALID, partition=1)
+
+    def remove(end: int) -> None:
+        with KafkaAdminClient(bootstrap_servers=broker) as admin:
+            admin.delete_records({TopicPartition(world.topic.name, 0): end})
+
+    class Slow(TableWriter):
+        def write(self, *arguments):
+            remove(65)
+            return super().write(*arguments)
+
+    assert world.consume() == (31, 0)
+    world.send(*[VALID] * 20)
+    remove(15)
+    assert world.consume(accept_data_loss=True) == (20, 0)
+    assert "removed records" not in capsys.readouterr().out
+    world.send(*[VALID] * 20)
+    remove(55)
+    assert world.consume(Slow, accept_data_loss=True) == (5, 0)
+    said = capsys.readouterr().out
+    assert "not read yet: partition 0 offsets 50 to 54" in said
+    assert "while they were read: partition 0 offsets 55 to 64. Those that were not read by then are lost." in said
+
+
+def test_a_batch_that_was_planned_for_another_topic_is_not_read_from_it(world):
+    one, other = world(), world()
+    for each in (one, other):
+        each.make(1)
+        each.send(VALID)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TableWriter, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.consume()
+    other.options = one.options
+    with pytest.raises(PipelineError, match=f"has begun a batch of the topic {one.topic.name}. Give the topic {other.topic.name} a"):
+        other.consume()
+    assert one.consume() == (1, 0)
 
 
 def test_uncommitted_records_are_read_where_the_user_wants_them_and_committed_ones_wait_for_them(world, account):

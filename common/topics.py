@@ -198,6 +198,10 @@ class Topic(Broker):
                     raise
                 time.sleep(0.2)
 
+    def close(self) -> None:
+        """Closes the clients; whoever asks again gets new ones."""
+        self._forget("_admin", "_notes")
+
     def _forget(self, *clients: str) -> None:
         for name in clients:
             if client := self.__dict__.pop(name, None):
@@ -243,4 +247,4 @@ class Topic(Broker):
             if not has_no_topic:
                 raise
             self.wait(OUTAGE, stopping=stopping)
-        self._forget("_admin", "_notes")  # which do not recover from a long outage
+        self.close()  # its clients, which do not recover from a long outage

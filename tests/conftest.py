@@ -362,12 +362,16 @@ class World:
 @pytest.fixture
 def world(spark, broker, tmp_path):
     """A function that makes a World whose Kafka client has these properties."""
+    topics = []
+
     def make_world(**properties: str) -> World:
         name = f"world_{next(topic_numbers)}"
-        topic = Topic(broker, name, {key.replace("_", "."): value for key, value in properties.items()})
-        return World(spark, topic, tmp_path / name / "silver", tmp_path / name / "checkpoint")
+        topics.append(Topic(broker, name, {key.replace("_", "."): value for key, value in properties.items()}))
+        return World(spark, topics[-1], tmp_path / name / "silver", tmp_path / name / "checkpoint")
 
-    return make_world
+    yield make_world
+    for topic in topics:
+        topic.close()
 
 
 def world_of(spark, options: list) -> World:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -23,14 +24,31 @@ from common.table_writer import LONGEST_KEPT, TableWriter
 from common.tables import silver_tables
 
 
+@pytest.fixture(scope="module")
+def copy_of_two_batches(tmp_path_factory):
+    return tmp_path_factory.mktemp("two batches") / "copy"
+
+
 @pytest.fixture
-def two_batches(ingest):
-    """A folder and its stream, which has written two batches of a valid and a broken record."""
+def two_batches(ingest, tmp_path, copy_of_two_batches):
+    """A folder and its stream, which has written two batches of a valid and a broken record: once, and then they are copied."""
     folder, run = ingest
+    if copy_of_two_batches.exists():
+        shutil.copytree(copy_of_two_batches, tmp_path, dirs_exist_ok=True)
+        log = tmp_path / "checkpoint" / "sources" / "0"
+        for entry in log.glob("[0-9]"):
+            (log / f".{entry.name}.crc").unlink(missing_ok=True)
+            entry.write_text(re.sub('file://.*/input/', f"file://{folder}/", entry.read_text()))
+    else:
+        write_two_batches(folder, run)
+        shutil.copytree(tmp_path, copy_of_two_batches)
+    return folder, run
+
+
+def write_two_batches(folder, run) -> None:
     for number in (1, 2):
         put(folder, f"{number}.json", reading(), b"{")
         assert run() == (1, 1)
-    return folder, run
 
 
 def plan(run, **options) -> None:
@@ -120,8 +138,9 @@ def test_a_power_cut_before_the_first_batch_leaves_nothing_to_mend(ingest, tmp_p
 
 
 @pytest.mark.parametrize("cut", ["", "v1\n{\"path"])
-def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(two_batches, tmp_path, capsys, cut):
-    folder, run = two_batches
+def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(ingest, tmp_path, capsys, cut):
+    folder, run = ingest
+    write_two_batches(folder, run)
     (tmp_path / "checkpoint" / "commits" / "1").write_text(cut)
     assert run() == (0, 0)
     for number, entry in enumerate(("offsets", "sources/0"), 2):

@@ -39,7 +39,7 @@ from common.console import PipelineError, argument_parser, at_least, local_path,
 from common.contract import load_contract
 from common.internals import FileSystem, planned_files
 from common.json_files import (
-    MOST_PATTERNS,
+    MAX_PATTERNS,
     away,
     escape_glob,
     files_in,
@@ -97,7 +97,7 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         if re.search("[\ud800-\udfff]", path):
             warn(f"{path.encode(errors='backslashreplace').decode()} can't be read: its name is not in UTF-8. Rename it.")
         has_patterns = has_patterns or is_pattern(path)
-    most_files = min(options.max_files_per_trigger, MOST_PATTERNS if has_patterns else options.max_files_per_trigger)
+    most_files = min(options.max_files_per_trigger, MAX_PATTERNS if has_patterns else options.max_files_per_trigger)
     return (
         spark.readStream.format("binaryFile")
         .schema("path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY")

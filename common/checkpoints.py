@@ -20,7 +20,7 @@ from common.commits import Commits, set_cut_aside, sync_commits
 from common.console import PipelineError, local_path, say
 from common.contract import Contract
 from common.internals import FileSystem, state_of
-from common.json_files import MOST_PATTERNS, is_pattern
+from common.json_files import MAX_PATTERNS, is_pattern
 from common.source import Source
 from common.tables import (
     CONTRACT,
@@ -36,7 +36,7 @@ from common.tables import (
     set_properties,
 )
 
-LAST_BATCH = "_last_batch.json"  # in the checkpoint, beside Spark's own files; a file stream from above it passes over this name
+LAST_BATCH = "_last_batch.json"  # in the checkpoint, beside Spark's own files. A file stream ignores such a name
 ID = "metadata"  # Spark's file with the stream's id
 READ_AGAIN = "read all that is still there into a new --table with a new --checkpoint"
 
@@ -112,7 +112,7 @@ class Checkpoint:
         return max((int(name) for name in self.files.names_in(f"{self.path}/{folder}") if name.isdecimal()), default=-1)
 
     def drop_cut_id(self) -> None:
-        """Removes the stream's id if a power cut has left it empty: the disk has it before anything is written in its name."""
+        """Removes the stream's id if a power cut left it empty. It is synced before the tables are created, so nothing refers to it."""
         if self.last_done < 0 and ID in self.files.names_in(self.path):
             self._drop_cut(ID)
 
@@ -131,7 +131,7 @@ class Checkpoint:
             if newest and self._drop_cut(f"sources/0/{newest}"):
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif newest and self._has_too_many_patterns(f"sources/0/{newest}"):
-                say(f"Batch {planned} of {self.path} has too many files whose names look like patterns to Spark. It is planned again.")
+                say(f"Batch {planned} of {self.path} has too many files with wildcards in their names. It is split into smaller ones.")
                 self.files.delete(f"{self.path}/sources/0/{newest}")
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
@@ -141,10 +141,10 @@ class Checkpoint:
             self._drop_cut(f"sources/0/{newest}")  # of files whose batch was not planned yet
 
     def _has_too_many_patterns(self, file: str) -> bool:
-        """Whether Spark could not list the files of an entry of their log; see `MOST_PATTERNS`."""
+        """Whether an entry of the file log has more files with wildcards in their names than Spark can list; see `MAX_PATTERNS`."""
         entries = [json.loads(line) for line in (self.files.read(f"{self.path}/{file}") or "").split("\n")[1:]]
         paths = [unquote(entry["path"]) for entry in entries if entry.get("batchId", -1) == entries[-1].get("batchId")]
-        return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MOST_PATTERNS ** 2
+        return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS ** 2
 
     def _is_whole(self, file: str) -> bool:
         """Whether one of Spark's entries, a version (but for the id's) and lines of JSON, has been written to its end."""

@@ -67,8 +67,8 @@ class Commits:
 def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None) -> None:
     """Renames the newest commits of a table of this machine if a power cut has come before the disk had all of them.
 
-    That leaves the table as it was before them. `relied_on`: the version up to which the checkpoint counts on it, which stays; None for
-    a checkpoint that does not say so, where only an empty or cut commit that was to create the table is renamed.
+    That leaves the table as it was before them. `relied_on`: the version that the checkpoint counts on; it and older ones stay. If that
+    is not known (None), only a cut commit that was to create the table is renamed.
     """
     log = Path(local_path(table) or "", "_delta_log")
     while local_path(table) and log.is_dir():

@@ -265,7 +265,7 @@ def _kafka_rdd(rows: DataFrame) -> Any:
 
 
 class KafkaReader:
-    """Kafka's own consumer, for single records: kafka-python needs further libraries for those that some producers have packed.
+    """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
 
     `options`: those of Spark's Kafka source.
     """
@@ -275,15 +275,17 @@ class KafkaReader:
         settings = java.java.util.HashMap()
         for name, value in options.items():
             settings.put(name.removeprefix("kafka."), value)
-        # It never notes offsets; and one that is no longer there is no reason to read elsewhere.
+        # Never commit offsets, and never jump elsewhere if an offset is gone.
         for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none", "max.partition.fetch.bytes": "65536"}.items():
             settings.put(name, value)
-        bytes_as_they_are = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
-        self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, bytes_as_they_are, bytes_as_they_are)
+        deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
+        self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
 
     def records_at(self, topic: str, offsets: dict[int, int], seconds: float) -> dict[int, tuple[int, bytes | None]]:
-        """The times (milliseconds since 1970) and values of the records at `offsets`, by partition, without those that Kafka lacks or
-        does not give within so many seconds."""
+        """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition.
+
+        Leaves out the records that Kafka doesn't have, or doesn't deliver within `seconds`.
+        """
         places = {partition: self._java.org.apache.kafka.common.TopicPartition(topic, partition) for partition in offsets}
         found: dict[int, tuple[int, bytes | None]] = {}
         self._consumer.assign(list(places.values()))

@@ -22,8 +22,8 @@ IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it 
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets, of either kind.
 # All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 DEEPEST = 200
-# Files in a batch where the names of some look like patterns: of n files, Spark lists all n again for each of these.
-MOST_PATTERNS = 100
+# Files in a batch if some of their names contain wildcards. Spark lists the whole batch once more for each such file.
+MAX_PATTERNS = 100
 MOST_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(DEEPEST), "")
@@ -214,7 +214,7 @@ def away(path: str, error: Exception) -> str:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path looks like a pattern to Hadoop."""
+    """Whether Hadoop would take a path for a pattern, because it contains one of its wildcards."""
     return escape_glob(path) != path
 
 

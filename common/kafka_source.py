@@ -29,7 +29,7 @@ GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's rea
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
-MOST_LOOKED = 2  # seconds for the last records
+MAX_LOOKUP_SECONDS = 2  # for the last records
 REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
 SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common
 TOPIC_ID, TOPIC_NAME = "pipeline.topic.id", "pipeline.topic.name"  # properties of a table: the topic that it is written from
@@ -107,8 +107,8 @@ class KafkaSource(Source):
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
         if end and self.topic.name not in end:
-            raise PipelineError(f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} a "
-                                f"--table and a --checkpoint of its own.")
+            raise PipelineError(f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} its "
+                                f"own --table and --checkpoint.")
         self.begins, self.ends = self.ends, end.get(self.topic.name, {})
         return end
 
@@ -191,18 +191,18 @@ class KafkaSource(Source):
         return json.dumps({self.topic.name: places}) if places else None
 
     def check_read(self, spark: SparkSession) -> None:
-        """Compares the last record of each partition that was remembered before this batch."""
+        """Compares the last record read of each partition before this batch with the one that Kafka has now."""
         newest = {int(partition): max(records, key=lambda record: record["offset"]) for partition, records in self.remembered.items()}
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
             there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
-                                           MOST_LOOKED)
+                                           MAX_LOOKUP_SECONDS)
         others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
                   if (newest[partition].get("time"), newest[partition].get("md5"))
                   != (time if GREGORIAN <= time <= MOST_MILLISECONDS else None, value and hashlib.md5(value).hexdigest())]
         if others:
-            raise PipelineError(f"While the stream ran, Kafka has lost records of {self.topic} that were read, and has others in their "
-                                f"place: {', '.join(others)}. Start again: the start says what is lost.")
+            raise PipelineError(f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
+                                f"others in their place: {', '.join(others)}. Start again: the start says what is lost.")
 
     def begin_at(self, place: str) -> None:
         self.has_started = True
@@ -275,7 +275,7 @@ class KafkaSource(Source):
         return records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias("record")
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
-        """Names what Kafka has removed while the stream passes over lost records."""
+        """Names the records that Kafka removes while the stream skips lost ones."""
         if not self.accept_data_loss:
             return
         with self._asking():
@@ -284,7 +284,7 @@ class KafkaSource(Source):
                               min(offset, self.ends.get(str(partition), 0))) for partition, offset in sorted(first.items())}
         if gone := ", ".join(f"partition {partition} offsets {begin} to {end - 1}" for partition, (begin, end) in ranges.items()
                              if begin < end):
-            say(f"Kafka has removed records of {self.topic} while they were read: {gone}. Those that were not read by then are lost.")
+            say(f"Kafka removed more records of {self.topic} while the stream caught up: {gone}. Those it had not read yet are lost.")
         self.beginning = first
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:

@@ -82,7 +82,7 @@ class Source:
         return None
 
     def check_read(self, spark: SparkSession) -> None:
-        """Raises PipelineError if the source has others than the records that were read last before the running batch."""
+        """Raises PipelineError if the source no longer has the records that were read last before the running batch, but others."""
 
     def begin_at(self, place: str) -> None:
         """Is told where a stream without a checkpoint begins: what `check_unread` has returned, or "" for the beginning."""

@@ -91,7 +91,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     """
     files, log = FileSystem(spark, path), f"{path}/_delta_log"
     if not any(name[0].isdecimal() for name in files.names_in(log)):
-        files.delete(log)  # of a creation that was killed: Delta neither finds a table there nor makes one
+        files.delete(log)  # left by a killed creation: Delta would neither find a table there nor create one
     table = DeltaTable.createIfNotExists(spark).location(path)
     for name, kind in columns.items():
         table = table.addColumn(name, kind)

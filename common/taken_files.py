@@ -50,7 +50,7 @@ class TakenFiles:
         self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
         self.archive = archive and local_path(archive)
         self.files: dict[str, Taken] = {}
-        self.read_later: dict[str, int] = {}  # the noted times that Spark's log does not have
+        self.read_later: dict[str, int] = {}  # modification times when the files were read, where they differ from Spark's log
         self.last_entry = -1  # of those that were read
         self.named: set[str] = set()
         self.round: Iterator[str] = iter(())  # the files that a round of `watch` has still to look at
@@ -67,13 +67,13 @@ class TakenFiles:
                 self.last_entry = number
 
     def check_folder(self) -> None:
-        """Raises PipelineError if all taken files lie elsewhere: under a new path, each of them would be read again."""
+        """Raises PipelineError if none of the taken files is in the folder. Under a different path, all of them would be read again."""
         begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
         folder = self.folder.rstrip("/") + "/"
         if self.files and not folder.startswith(f"{begin}/") and not any(path.startswith(folder) for path in self.files):
-            raise PipelineError(f"The checkpoint {self.checkpoint} is that of another folder: it has taken {next(iter(self.files))} and "
-                                f"others, and none in {self.folder}. By another path each file would be read again. Name the folder as "
-                                f"before, or give {self.folder} a --table and a --checkpoint of its own.")
+            raise PipelineError(f"The checkpoint {self.checkpoint} belongs to another input folder: the stream has read files such as "
+                                f"{next(iter(self.files))}, and none in {self.folder}. Under a different path, every file would be read "
+                                f"again. Use the same --input as before, or give {self.folder} its own --table and --checkpoint.")
 
     def after(self, entry: int) -> list[str]:
         """The files of the later entries."""
@@ -85,7 +85,7 @@ class TakenFiles:
         return paths
 
     def note(self, path: str, modified: int) -> None:
-        """Takes note of when a file that is read now was written last, which may be later than when it was taken."""
+        """Notes the modification time of a file that is being read. It may be later than the one in Spark's log."""
         if path in self.files and self.files[path].modified != modified:
             self.files[path] = self.files[path]._replace(modified=modified)
             self.read_later[path] = modified
@@ -115,13 +115,13 @@ class TakenFiles:
                           "back under another name.")
 
     def name_packed(self, paths: Iterable[str]) -> None:
-        """Says on stderr, once for each file, that it is probably one that was taken before, packed or unpacked since."""
+        """Warns, once per file, of files that look like an earlier one that was compressed or decompressed in place."""
         taken = {path: self.files.get(path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz") for path in paths}
         self._name((path for path, other in taken.items()
                     if other and (other.entry < self.files[path].entry or path.endswith(".gz"))
                     and other.modified // 1000 == self.files[path].modified // 1000),
-                   'has the time and, but for ".gz", the name of a file that was taken before. If that one was packed or unpacked, its '
-                   "records are in the tables twice. Pack files elsewhere, or use --archive.")
+                   "looks like a file that was read before and then compressed or decompressed in place: it has the same time and, apart "
+                   "from .gz, the same name. If so, its records are now in the tables twice. Compress files elsewhere, or use --archive.")
 
     def _name(self, paths: Iterable[str], what: str) -> None:
         new = [path for path in paths if path not in self.named]
@@ -151,8 +151,7 @@ class TakenFiles:
         self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
 
     def _modified(self, path: str) -> int | None:
-        """When a file on this machine was written last, in milliseconds since 1970, also in the archive; None for none, and for one that
-        can't be looked at."""
+        """When a local file, or its copy in the archive, was last modified (milliseconds since 1970); None if it can't be found."""
         places = [path, *([f"{self.archive}{path}"] if self.archive else [])]
         for place in places if path.startswith("/") else ():
             with suppress(OSError):

@@ -364,8 +364,8 @@ def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
         (tmp_path / other).mkdir()
     assert run(input=str(tmp_path / other)) == (1 if other == "link" else 0, 0)
     if other == "link":
-        with pytest.raises(PipelineError, match=f"is that of another folder: it has taken {tmp_path}/link/a.json and others, and none in "
-                                                f"{folder}. By another path"):
+        with pytest.raises(PipelineError, match=f"belongs to another input folder: the stream has read files such as "
+                                                f"{tmp_path}/link/a.json, and none in {folder}. Under a different path"):
             run(input=str(folder))
         (tmp_path / "link" / "a.json").unlink()
         assert run(input=str(tmp_path / "link")) == (0, 0)
@@ -373,7 +373,7 @@ def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
         assert run(input=str(folder)) == (1, 0)
         for same in (f"file:{folder}", f"file://{folder}/", str(folder / "sub"), str(tmp_path)):
             assert run(input=same) == (0, 0)
-        with pytest.raises(PipelineError, match="is that of another folder"):
+        with pytest.raises(PipelineError, match="belongs to another input folder"):
             run(input=str(tmp_path / other))
 
 
@@ -389,7 +389,7 @@ def test_a_file_that_is_packed_where_it_was_read_is_named(ingest, capsys, pack):
     subprocess.run(["gzip", folder / "a.json"] if pack else ["gunzip", folder / "a.json.gz"], check=True)
     (folder / "other.json.gz").write_bytes(gzip.compress(VALID))  # later, so another one
     assert run() == (2, 0)
-    assert capsys.readouterr().err.startswith(f'{folder}/a.json{".gz" * pack} has the time and, but for ".gz", the name of a file that')
+    assert capsys.readouterr().err.startswith(f'{folder}/a.json{".gz" * pack} looks like a file that was read before and')
     assert run() == (0, 0) and capsys.readouterr().err == ""
 
 
@@ -407,7 +407,7 @@ def test_hundreds_of_files_whose_names_look_like_patterns_are_read_a_few_at_a_ti
             run()
     assert run() == (160, 0)
     said = capsys.readouterr().out
-    assert "has too many files whose names look like patterns to Spark. It is planned again." in said
+    assert "has too many files with wildcards in their names. It is split into smaller ones." in said
     assert [line.split(",")[0] for line in said.splitlines() if line.startswith("batch")] == ["batch 0: 100 rows in", "batch 1: 60 rows in"]
 
 

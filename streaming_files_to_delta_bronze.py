@@ -57,7 +57,7 @@ from common.streams import add_stream_options, may_not_read, run_until_stopped, 
 from common.tables import BRONZE, TablePair, bronze_tables
 from common.taken_files import TakenFiles, is_draft, plain
 
-TAKEN_NAMES = "*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
+TAKEN_NAMES = "[^._]*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
 
 
 def main() -> None:
@@ -139,9 +139,9 @@ def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
 
 
 def paths_in(folder: str) -> Iterator[str]:
-    """The files in a folder of this machine and in those inside it, but for drafts; of a URI none.
+    """The files in a folder of this machine and in those inside it, without drafts and links; of a URI none.
 
-    Raises PipelineError if one of them may not be read.
+    Raises PipelineError if one of the folders may not be read, or is a link back.
     """
     def refuse(error: OSError) -> None:
         if isinstance(error, PermissionError):  # not one that has just gone
@@ -149,7 +149,22 @@ def paths_in(folder: str) -> Iterator[str]:
 
     for place, folders, names in os.walk(local_path(folder) or "", onerror=refuse):
         folders[:] = (name for name in folders if not is_draft(name))
-        yield from (os.path.join(place, name) for name in names if not is_draft(name))
+        for name in folders:
+            if is_loop(os.path.join(place, name), folder):
+                raise PipelineError(f"{os.path.join(place, name)} is a link that leads back to {folder}, where Spark would follow it round "
+                                    f"and round. Remove it.")
+        yield from (path for name in names if not is_draft(name) and not os.path.islink(path := os.path.join(place, name)))
+
+
+def is_behind_link(path: str, folder: str) -> bool:
+    """Whether the way from `folder`, which may itself be a link, to a folder in it has a link."""
+    return os.path.realpath(path) != os.path.normpath(os.path.join(os.path.realpath(folder), os.path.relpath(path, folder)))
+
+
+def is_loop(path: str, folder: str) -> bool:
+    """Whether a path is a link to `folder` or to a folder above or inside it."""
+    one, other = (os.path.realpath(each) + "/" for each in (path, local_path(folder) or ""))
+    return os.path.islink(path) and (one.startswith(other) or other.startswith(one))
 
 
 class FileSource(Source):
@@ -167,7 +182,7 @@ class FileSource(Source):
         self.files: list[Row] = []  # those of the running batch, as they were when it began
         self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
 
-    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], checkpoint: str,
+    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> None:
         """Names the files that have changed since they were read, or since they were to be. `last_records`: `TakenFiles.read_later`."""
         self.taken.read_log()
@@ -183,7 +198,7 @@ class FileSource(Source):
         paths = planned_files(batch)
         return {"files": len(paths), "sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
 
-    def remember(self, last_records: str | None) -> str | None:
+    def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
         return json.dumps(self.taken.read_later)
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
@@ -202,6 +217,8 @@ class FileSource(Source):
         for path, modified in found.items():
             self.taken.note(path, modified)
         self.taken.name_packed(planned)
+        if self.options.archive:
+            self.taken.name_archived_drafts(plain(path) for path in planned_files(batch) if is_draft(path, self.folder))
         return self.read(batch.sparkSession, self.files, self.faults, careful=False)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
@@ -217,8 +234,13 @@ class FileSource(Source):
         return self.read(batch.sparkSession, files, self.faults, careful=True)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
-        """The files of a batch, without drafts: Spark passes over `_draft.json`, but not over `_site=A.json`."""
-        return [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
+        """The files of a batch without those that only Spark would read: drafts such as `_site=A/1.json`, and what is behind a link."""
+        files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
+        folders = {os.path.dirname(plain(file.path)) for file in files}
+        linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
+        not_read = {file.path for file in files if os.path.dirname(plain(file.path)) in linked or os.path.islink(plain(file.path))}
+        self.taken.name_linked(map(plain, not_read))
+        return [file for file in files if file.path not in not_read]
 
     def explain(self, error: Exception) -> str | None:
         if isinstance(error, SourceAwayError):

@@ -164,13 +164,13 @@ class Checkpoint:
 
     def unread(self) -> dict[str, Any]:
         """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
-        return {} if self.last_done < 0 else self.end_of(self.last_done)
+        return self.end_of(self.last_done)
 
     def end_of(self, batch_id: int) -> dict[str, Any]:
         """Where a batch ends, as its source writes it; {} for a batch that was not begun."""
         file = f"offsets/{batch_id}"
         text = self.files.read(f"{self.path}/{file}")
-        if text is None and batch_id > self.last_done:
+        if text is None and (batch_id > self.last_done or batch_id < 0):
             return {}
         # A version, the metadata, and a line for each source, here one.
         lines = (text or "").split("\n")
@@ -254,7 +254,8 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, identity | {STARTS_AT: ""})
     _check_tables(spark, checkpoint, properties, tables)
     last_records = checkpoint.last_batch().get("last_records")
-    place = source.check_unread(spark, tables, checkpoint.unread(), checkpoint.path, last_records)
+    planned = checkpoint.end_of(checkpoint.last_begun())
+    place = source.check_unread(spark, tables, checkpoint.unread(), planned, checkpoint.path, last_records)
     if place is not None:
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, {STARTS_AT: place})
     source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
@@ -266,6 +267,11 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
 def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tables: TablePair,
                 properties: dict[str, dict[str, str] | None], changed: dict[str, str]) -> Checkpoint:
     """Sets the checkpoint aside and frees its tables for a new one, which is returned. `changed`: further properties of the table."""
+    if properties[tables.table] is None:  # nothing was written yet
+        if properties[tables.quarantine] is not None:
+            set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
+            properties[tables.quarantine] = properties_of(spark, tables.quarantine)
+        return _set_aside(spark, checkpoint)
     begin, written = checkpoint.unread(), state_of(spark, tables.table, checkpoint.id())[1]
     if written > checkpoint.last_done:  # the new checkpoint will know nothing of this batch
         source.take_back(spark, tables, begin, checkpoint.end_of(written))
@@ -288,6 +294,10 @@ def _finish_starting_over(spark: SparkSession, checkpoint: Checkpoint, tables: T
         properties[tables.quarantine] = properties_of(spark, tables.quarantine)
     if checkpoint.id() != of_table[REPLACED]:
         return checkpoint
+    return _set_aside(spark, checkpoint)
+
+
+def _set_aside(spark: SparkSession, checkpoint: Checkpoint) -> Checkpoint:
     say(f"The old checkpoint is now {checkpoint.set_aside()}.")
     return Checkpoint(spark, checkpoint.path)
 

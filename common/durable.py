@@ -6,8 +6,11 @@ from pathlib import Path
 
 
 def sync(paths: Iterable[str | Path]) -> None:
-    """Returns once the disk has these files, and their names in their folders. Passes over those that don't exist."""
-    existing = [path for path in paths if os.path.exists(path)]
+    """Returns once the disk has these files, and their names in their folders. Passes over those that don't exist.
+
+    An executor on another machine writes a checksum file `.NAME.crc` beside each; they are synced too.
+    """
+    existing = [path for each in paths for path in (each, Path(each).with_name(f".{Path(each).name}.crc")) if os.path.exists(path)]
     for path in dict.fromkeys([*map(str, existing), *(os.path.dirname(path) for path in existing)]):
         number = os.open(path, os.O_RDONLY)
         try:

@@ -66,7 +66,7 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
         F.lit(topic).alias("topic"),
         "partition",
         "offset",
-        F.col("timestamp").alias("kafka_timestamp"),
+        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN)), F.col("timestamp")).alias("kafka_timestamp"),
         F.col("key").alias("kafka_key"),
         ingest_time.alias("ingest_time"),
         # With CreateTime it is what the producer says.
@@ -109,7 +109,8 @@ class KafkaSource(Source):
         if end and self.topic.name not in end:
             raise PipelineError(f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} its "
                                 f"own --table and --checkpoint.")
-        self.begins, self.ends = self.ends, end.get(self.topic.name, {})
+        if self.ends != (ends := end.get(self.topic.name, {})):  # else a second attempt at the same batch
+            self.begins, self.ends = self.ends, ends
         return end
 
     def last_records(self) -> Column | None:
@@ -118,13 +119,22 @@ class KafkaSource(Source):
         ends = F.array(*(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends)))))
         is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED
         time = F.expr(_time("unix_millis(kafka_timestamp)")).alias("time")
-        return F.to_json(F.collect_list(F.when(is_last, F.struct("partition", "offset", time, F.md5("raw").alias("md5")))))
+        records = F.collect_list(F.when(is_last, F.struct("partition", "offset", time, F.md5("raw").alias("md5"))))
+        return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
 
-    def remember(self, last_records: str | None) -> str | None:
-        """Those of the batch; of a partition without any those of an earlier batch."""
+    def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
+        """The last records of each partition of the batch. Partitions without any keep those of an earlier batch."""
+        observed = json.loads(last_records or "{}")
         newest: dict[str, list[dict[str, Any]]] = {}
-        for record in json.loads(last_records or "[]"):
+        for record in observed.get("records", ()):
             newest.setdefault(str(record.pop("partition")), []).append(record)
+        # Partitions whose records all come before the last offsets, which an aborted transaction takes, for example.
+        for partition in map(str, observed.get("partitions", ())):
+            if partition not in newest:
+                records = self._in_kafka(spark, {int(partition): (self.begins.get(partition, 0), self.ends[partition])})
+                with self._asking():
+                    last = records.orderBy(F.desc("offset")).limit(REMEMBERED).collect()
+                newest[partition] = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in last]
         self.remembered |= newest
         return json.dumps(self.remembered)
 
@@ -167,20 +177,22 @@ class KafkaSource(Source):
                    f"(partition: offset) is gone.", "the new topic is read from its beginning")
         return True
 
-    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], checkpoint: str,
+    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> str | None:
         self.remembered = json.loads(last_records or "{}")
         if self.accept_data_loss:
             with self._asking():
                 self.beginning = self.topic.beginning()
-        if not unread:
-            return None
-        if self.topic.name not in unread:
+        if unread and self.topic.name not in unread:
             raise PipelineError(f"The checkpoint {checkpoint} is that of the topic {', '.join(unread)}. Give the topic "
                                 f"{self.topic.name} a --table and a --checkpoint of its own.")
-        next_offsets = {int(partition): offset for partition, offset in unread[self.topic.name].items()}
+        next_offsets = {int(partition): offset for partition, offset in unread.get(self.topic.name, {}).items()}
         with self._asking():
-            lost, too_far = self.topic.lost(next_offsets), self.topic.read_too_far(next_offsets)
+            end = self.topic.end()
+            shorter = ", ".join(f"partition {partition} offsets {end[int(partition)]} to {offset - 1}"
+                                for partition, offset in sorted(planned.get(self.topic.name, {}).items())
+                                if next_offsets.get(int(partition), 0) <= end.get(int(partition), offset) < offset)
+            lost, too_far = self.topic.lost(next_offsets) if unread else "", self.topic.read_too_far(next_offsets)
         if lost:
             self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
                        f"or something else did.", GOES_ON)
@@ -188,7 +200,10 @@ class KafkaSource(Source):
             raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
         places = self._replaced(spark, tables, next_offsets)
-        return json.dumps({self.topic.name: places}) if places else None
+        if shorter:
+            self._lose(f"Kafka lost records of {self.topic} that were about to be read: {shorter}.", GOES_ON)
+            places = places or next_offsets
+        return json.dumps({self.topic.name: places}) if places or shorter else None
 
     def check_read(self, spark: SparkSession) -> None:
         """Compares the last record read of each partition before this batch with the one that Kafka has now."""
@@ -214,17 +229,21 @@ class KafkaSource(Source):
     def _replaced(self, spark: SparkSession, tables: TablePair, next_offsets: dict[int, int]) -> dict[int, int]:
         """Where to go on in each partition if some have lost records that were read, and perhaps have others in their place; else {}.
 
-        Raises PipelineError if that is not accepted.
+        Other records are recognised by their values. With read_committed, any record between the last one that was read and the next
+        offset is another one, too. Raises PipelineError if the loss is not accepted.
         """
         with self._asking():
             first, end = self.topic.beginning(), self.topic.end()
         known = {(int(partition), record["offset"]): (record.get("time"), record.get("md5"))
                  for partition, records in self.remembered.items() for record in records if int(partition) in end}
-        ranges = {partition: (max(offset - REMEMBERED, first[partition]), min(offset + 1, end[partition]))
-                  for partition, offset in sorted(known)}  # the last offset of each partition wins
+        last = dict(sorted(known))  # the last offset of each partition wins
+        is_committed = self.topic.isolation_level.lower() == "read_committed"
+        ranges = {partition: (max(offset - REMEMBERED, first[partition]),
+                              min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]))
+                  for partition, offset in last.items()}
         with self._asking():
-            others = {row.partition for row in self._in_kafka(spark, ranges).collect()
-                      if known.get((row.partition, row.offset), (row.time, row.md5)) != (row.time, row.md5)}
+            others = {row.partition for row in self._in_kafka(spark, ranges).collect() if row.offset > last[row.partition]
+                      or known.get((row.partition, row.offset), (row.time, row.md5)) != (row.time, row.md5)}
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
             return {}
@@ -289,7 +308,7 @@ class KafkaSource(Source):
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)
-        if re.search("may have been lost|is out of range for partition", problem):  # the start looks at what is lost
+        if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):  # the start looks at what is lost
             if self.has_failed:  # and has found nothing
                 self._lose(f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).", GOES_ON)
             self.has_failed = True

@@ -25,6 +25,10 @@ BLANK = r"\A\p{IsWhite_Space}*\z"
 LONE_SURROGATE = (r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
                   r"RLIKE r'\\u[dD][89a-fA-F]'")
 
+# Java matches a repeated group, as in `(a|b)+`, by calling itself for each repetition. Its stack (common/session.py) holds four times
+# as many as this, and an overflow would end the JVM, again at each start.
+MAX_PATTERN_TEXT = 8000  # characters
+
 NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
 
 
@@ -49,7 +53,8 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         if isinstance(field, Timestamp):  # the one kind that can be plain but invalid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
     # Whatever a rule makes of a value, such as an interval that is too long, stops no stream.
-    broken = [F.when(attempt(records.sparkSession, condition), reason) for reason, condition in contract.conditions.items()]
+    broken = [F.when(attempt(records.sparkSession, _computable(condition, contract)), reason)
+              for reason, condition in contract.conditions.items()]
     reason = F.coalesce(F.expr(f"coalesce({given}_strict.reason, {_first(invalid)})"), *broken)
     # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
     is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
@@ -64,6 +69,15 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         .select(*others, *(f"`{column}`" for column in values), reason.alias("reject_reason"),
                 F.col("_strict.rescued").alias("_rescued_data"), F.col("_strict.unknown").alias("_unknown_fields"))
     )
+
+
+def _computable(condition: str, contract: Contract) -> str:
+    """SQL: the condition of a rule, or null if its regular expression would be matched against too long a text (see `MAX_PATTERN_TEXT`)."""
+    texts = [field.column for field in contract.fields if field.type == "STRING" and field.column.lower() in condition.lower()]
+    if not texts or not re.search(r"(?i)\b(rlike|regexp\w*|split|similar)\b", condition):
+        return condition
+    too_long = " OR ".join(f"length(`{column}`) > {MAX_PATTERN_TEXT}" for column in texts)
+    return f"(CASE WHEN {too_long} THEN NULL ELSE {condition} END)"
 
 
 # A plain record, as nearly all should be, is an object of the contract's fields, each with its usual JSON and without an escape;

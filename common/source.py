@@ -46,7 +46,7 @@ class Source:
         None for nothing."""
         return None
 
-    def remember(self, last_records: str | None) -> str | None:
+    def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
         """What to note of the last records that were read, after a batch of which `last_records` were observed."""
         return last_records
 
@@ -73,9 +73,10 @@ class Source:
         """
         return False
 
-    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], checkpoint: str,
+    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> str | None:
-        """Raises PipelineError if the source no longer has what comes after the offsets `unread` of the checkpoint.
+        """Raises PipelineError if the source no longer has the records after the offsets `unread` of the checkpoint, up to the end
+        `planned` of a batch that was begun.
 
         Returns where a new checkpoint has to begin if this one can't go on, None if it can. `last_records`: what `remember` gave last.
         """

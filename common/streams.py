@@ -26,7 +26,8 @@ from common.tables import TablePair
 
 TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
 NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
-MOST_FAILURES = 3  # in a row, each after a wait for the source, without a batch between them
+MOST_FAILURES = 3  # in a row, each after a wait for the source
+RECOVERED = 600  # seconds that a query has run without records, after which its next failure is not in a row with earlier ones
 SET_BACK = 10  # seconds that the clock may go backwards, for which Spark begins no batch
 
 
@@ -86,7 +87,7 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                 error: Exception | None = None
                 failures = 0
                 while not stopping.is_set():
-                    batches = 0
+                    batches, began = 0, time.monotonic()
                     try:
                         if error:
                             start = check()
@@ -102,9 +103,10 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                         continue
                     if explanation := source.explain(error) or explain(error, tables.table, options.checkpoint):
                         raise PipelineError(explanation) from error
-                    failures = 1 if batches else failures + 1
+                    failures = 1 if batches or time.monotonic() - began > RECOVERED else failures + 1
                     if failures > MOST_FAILURES:
-                        raise error
+                        raise PipelineError(f"{source} failed {failures} times in a row, though it answers in between: "
+                                            f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)) from error
                     source.wait_out(error, stopping)
     if not options.once:
         say("Stopped. The next start goes on from here.")

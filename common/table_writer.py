@@ -92,7 +92,7 @@ class TableWriter:
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
         checkpoint.write_last_batch({"batch": batch_id, "end": end, "contents": contents,
                                      "versions": self._synced_versions(spark, stream),
-                                     "last_records": self.source.remember(report.last_records)})
+                                     "last_records": self.source.remember(spark, report.last_records)})
         if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
             self._clean_up(spark)  # when the disk has what takes the place of the old files
         return report

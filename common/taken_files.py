@@ -39,6 +39,13 @@ def is_draft(path: str, folder: str = "") -> bool:
     return any(name[:1] in ("_", ".") for name in inner.split("/"))
 
 
+def _are_on_one_disk(*paths: str) -> bool:
+    try:
+        return len({os.stat(local_path(path) or "").st_dev for path in paths}) == 1
+    except OSError:
+        return False
+
+
 class TakenFiles:
     """The files that a stream has taken, by their path as `plain` gives it.
 
@@ -48,7 +55,8 @@ class TakenFiles:
 
     def __init__(self, spark: SparkSession, checkpoint: str, folder: str, archive: str | None):
         self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
-        self.archive = archive and local_path(archive)
+        # Moved to another disk, a file is copied, and gets a new modification time.
+        self.archive = local_path(archive) if archive and _are_on_one_disk(archive, folder) else None
         self.files: dict[str, Taken] = {}
         self.read_later: dict[str, int] = {}  # modification times when the files were read, where they differ from Spark's log
         self.last_entry = -1  # of those that were read
@@ -111,8 +119,18 @@ class TakenFiles:
 
     def name_gone(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each file, that it could not be read because it is not there."""
+        paths = list(paths)
         self._name(paths, "was there, and is gone before it was read. If nobody has renamed it, and it is no row's source_file, put it "
-                          "back under another name.")
+                          "back under another name.", at_most=len(paths))
+
+    def name_linked(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each file, that it is not read because of a link."""
+        self._name(paths, "is not read: links in the input folder are not followed. Move the file there instead, under another name.")
+
+    def name_archived_drafts(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each draft, that Spark is going to archive it unread."""
+        self._name(paths, 'is a draft, which is not read, but --archive moves it: Spark takes a folder with "=" in its name for no draft. '
+                          "Rename the folder.")
 
     def name_packed(self, paths: Iterable[str]) -> None:
         """Warns, once per file, of files that look like an earlier one that was compressed or decompressed in place."""
@@ -123,13 +141,13 @@ class TakenFiles:
                    "looks like a file that was read before and then compressed or decompressed in place: it has the same time and, apart "
                    "from .gz, the same name. If so, its records are now in the tables twice. Compress files elsewhere, or use --archive.")
 
-    def _name(self, paths: Iterable[str], what: str) -> None:
+    def _name(self, paths: Iterable[str], what: str, at_most: int = MOST_NAMED) -> None:
         new = [path for path in paths if path not in self.named]
         self.named.update(new)
-        for path in new[:MOST_NAMED]:
+        for path in new[:at_most]:
             warn(f"{path} {what}")
-        if len(new) > MOST_NAMED:
-            warn(f"So it is with {len(new) - MOST_NAMED:,} more files.")
+        if len(new) > at_most:
+            warn(f"So it is with {len(new) - at_most:,} more files.")
 
     def _names(self) -> list[str]:
         folder = local_path(self.checkpoint)

@@ -120,8 +120,8 @@ def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
 
 def csv_line(values: Iterable[str | None]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
+    csv.writer(line, lineterminator="\r\n").writerow(values)  # before Python 3.13, it quotes only those line breaks that it writes
+    return line.getvalue().removesuffix("\r\n")
 
 
 def _text(name: str, kind: str) -> Column:

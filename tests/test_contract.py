@@ -349,6 +349,16 @@ def test_a_rule_that_cannot_be_computed_does_not_hold_and_stops_nothing(spark, r
         assert row.reject_reason == ("short" if record.get("a") == "x" else None)
 
 
+def test_a_pattern_and_a_long_text_end_no_jvm(spark):
+    """Java matches a repeated group by calling itself: of 50,000 characters it would overflow its stack."""
+    contract = Contract((Text("a"), Text("b")), {"odd": "NOT a RLIKE '^([a-z0-9]|-)+$'", "long": "length(b) > 60000"})
+    texts = ["x" * 8000, "x" * 7999 + "!", "x" * 8001, "x" * 50_000, "x" * 1_000_000 + "!"]
+    rows = read(spark, contract, [json.dumps({"a": text, "b": "x" * 50_000}).encode() for text in texts])
+    assert [row.reject_reason for row in rows] == [None, "odd", None, None, None]
+    [row] = read(spark, contract, [json.dumps({"a": "x", "b": "x" * 60_001}).encode()])
+    assert row.reject_reason == "long"
+
+
 def test_a_rule_may_speak_of_now_and_not_ask_for_it(spark):
     rules = {"a": "mode = 'right now' OR mode = 'today'", "b": "now > 3", "c": "`now` < 0 OR mode = \"now()\""}
     contract = Contract((Text("mode"), Number("now")), rules)

@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from conftest import run_script
@@ -375,6 +377,53 @@ def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
             assert run(input=same) == (0, 0)
         with pytest.raises(PipelineError, match="belongs to another input folder"):
             run(input=str(tmp_path / other))
+
+
+def test_what_a_link_leads_to_is_named_and_not_read(ingest, tmp_path, capsys):
+    folder, run = ingest
+    (tmp_path / "elsewhere").mkdir()
+    put(tmp_path / "elsewhere", "secret.json", VALID)
+    put(folder, "a.json", VALID)
+    (folder / "b.json").symlink_to(folder / "a.json")
+    (folder / "c.json").symlink_to(tmp_path / "elsewhere" / "secret.json")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(folder)
+    assert run(input=str(tmp_path / "link")) == (1, 0)
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(" is not read: links")[0] for line in said) == [
+        f"{tmp_path}/link/{name}" for name in ("b.json", "c.json", "linked/secret.json")]
+    (folder / "linked").unlink()
+    for target in (folder, tmp_path, folder / "sub"):
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / "round").symlink_to(target)
+        with pytest.raises(PipelineError, match=f"{tmp_path}/link/round is a link that leads back to {tmp_path}/link"):
+            run()
+        (folder / "round").unlink()
+
+
+def test_drafts_are_archived_only_if_spark_cannot_be_told_to_leave_them(ingest, tmp_path, capsys):
+    folder, run = ingest
+    drafts = ["_date=2026-11-20.json", "_metadata_x.json", "_common_metadata=1.json", ".hidden=1.json"]
+    for name in (*drafts, "one.json"):
+        put(folder, name, VALID)
+    (folder / "_tmp=1").mkdir()
+    assert run(archive=str(tmp_path / "archive")) == (1, 0) and capsys.readouterr().err == ""
+    put(folder / "_tmp=1", "draft.json", VALID)
+    for number in range(3):
+        put(folder, f"{number}.json", VALID)
+        assert run() == (1, 0)
+    assert {path.name for path in folder.glob("*.json")} >= set(drafts)
+    assert f"{folder}/_tmp=1/draft.json is a draft, which is not read, but --archive moves it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev, reason="needs a second disk")
+def test_files_that_are_archived_on_another_disk_have_not_changed(ingest, capsys):
+    folder, run = ingest
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as archive:
+        for number in range(4):
+            put(folder, f"{number}.json", VALID)
+            assert run(archive=archive) == (1, 0)
+        assert list(Path(archive).rglob("*.json")) and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import io
 import json
 import os
 import pty
@@ -24,6 +25,7 @@ from test_rules import reading
 
 from common.table_writer import TableWriter
 from common.tables import WRITER, bronze_tables, create_table, silver_tables
+from common.viewer import csv_line
 from readings import CONTRACT
 
 
@@ -72,6 +74,11 @@ def test_raw_and_rejected_records_are_shown_when_asked_for(lake, run_here):
     assert run_here("read_silver.py", "--table", table, "--raw").stdout.count('{"whole": "record"}') == 20
     run = run_here("read_silver.py", "--table", table, "--rejected")
     assert run.stdout.count("malformed_json  {\ufffd  ") == 3
+
+
+def test_a_row_of_csv_is_one_row_whatever_is_in_it():
+    rows = [["a\nb", "c\rd", None, ""], ["\r\n", 'say "x"', "1,5", "\u2028"]]
+    assert list(csv.reader(io.StringIO("\n".join(map(csv_line, rows)), newline=""))) == [[text or "" for text in row] for row in rows]
 
 
 def test_programs_get_all_columns_as_json_or_csv(lake, run_here):

@@ -1,5 +1,6 @@
 """Topics of every shape, in one session of Spark through the stream's own functions, and starts in every order."""
 
+import argparse
 import signal
 import socket
 import subprocess
@@ -8,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, REPOSITORY, origins, tables, until, world_of
+from conftest import PATIENCE, REPOSITORY, GivenRecords, origins, tables, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import InvalidTimestampError
 from pyspark.sql import functions as F
 from test_rules import reading
 
+from common import streams
 from common.checkpoints import Checkpoint, Start
 from common.console import PipelineError
 from common.internals import KafkaReader, kafka_records
@@ -21,7 +23,7 @@ from common.kafka_source import KafkaSource, kafka_options, records_of
 from common.process import StopFlag
 from common.streams import run_query
 from common.table_writer import TableWriter, Unwatched
-from common.tables import quarantine_of, silver_tables
+from common.tables import bronze_tables, quarantine_of, silver_tables
 from common.topics import Topic
 from readings import CONTRACT
 from spark_kafka_consumer import streams_of
@@ -168,6 +170,34 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
     assert values({0: 2000, 3: 0}, seconds=0.3) == {}  # not there yet
     assert values({0: 2001, 2: 0}) == {2: b"x" * 900_000}
     assert values({}) == {}
+
+
+@pytest.mark.parametrize("idle, outages", [(0, 3), (0.3, 8)])
+def test_only_failures_without_a_quiet_time_between_them_are_counted_together(spark, tmp_path, monkeypatch, idle, outages):
+    """An idle topic has no batch by which to see that the stream has recovered."""
+    class Source(GivenRecords):
+        def wait_out(self, error, stopping) -> None:
+            pass
+
+    def run(*_):
+        time.sleep(idle)
+        seen.append(None)
+        return (0, OSError("away")) if len(seen) <= 8 else (0, None)
+
+    seen: list[None] = []
+    monkeypatch.setattr(streams, "run_query", run)
+    monkeypatch.setattr(streams, "RECOVERED", 0.2)
+    monkeypatch.setattr(streams, "on_stop_signal", lambda _: None)
+    monkeypatch.setattr(type(spark), "stop", lambda _: None)
+    options = argparse.Namespace(table=str(tmp_path / "t"), checkpoint=str(tmp_path / "c"), readings="readings.py", once=True,
+                                 metrics_port=None)
+    arguments = (spark, [(None, {})], Source(), bronze_tables(options.table, CONTRACT.columns), CONTRACT, options)
+    if outages == 8:
+        streams.run_until_stopped(*arguments)
+    else:
+        with pytest.raises(PipelineError, match="failed 4 times in a row, though it answers in between: away. Nothing is lost"):
+            streams.run_until_stopped(*arguments)
+    assert len(seen) == outages + 1
 
 
 def test_what_kafka_removes_while_lost_records_are_passed_over_is_named(world, broker, capsys):

@@ -118,6 +118,18 @@ def test_a_power_cut_during_the_first_batch_leaves_nothing_to_mend(ingest, tmp_p
     assert run() == (0, 0)
 
 
+def test_empty_checksum_files_hide_no_whole_file(two_batches, tmp_path, spark):
+    """Hadoop's, which it writes beside each file and never syncs."""
+    folder, run = two_batches
+    assert not list(tmp_path.rglob(".*.parquet.crc"))
+    files = [path for table in ("bronze", "bronze_quarantine") for path in (tmp_path / table).rglob("*.parquet")]
+    for path in files:  # as an earlier version, or an executor on another machine, has written them
+        path.with_name(f".{path.name}.crc").touch()
+    put(folder, "3.json", reading(), b"{")
+    run.stream()
+    assert run.rows() == [3, 3]
+
+
 @pytest.mark.parametrize("left", ["_delta_log", "_delta_log/_staged_commits", "_delta_log/.tmp"])
 def test_a_kill_while_a_table_is_created_stops_no_stream(ingest, tmp_path, left):
     folder, run = ingest

@@ -7,6 +7,7 @@ import pytest
 from conftest import Script, until
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from test_lost_records import make_topic
+from test_power_cuts import plan
 from test_rules import reading
 
 from common import checkpoints
@@ -109,6 +110,49 @@ def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_bat
         world.consume()
     world.consume(accept_data_loss=True)
     assert arrived(world) == [*range(100), *range(200, 260), *range(1000, 1050), *range(2000, 2010)]
+
+
+@pytest.mark.parametrize("aborted", [5, 15])
+@pytest.mark.parametrize("kept", [110, 123])
+def test_a_lost_tail_is_noticed_behind_an_aborted_transaction(world, rewrite, aborted, kept):
+    """It takes the last offsets of the batch, so that no record may be among them."""
+    world = world()
+    world.make(1)
+    send(world, range(100))
+    world.consume()
+    send(world, range(100, 120))
+    with world.transaction() as producer:
+        for _ in range(aborted):
+            producer.send(world.topic.name, b"aborted", partition=0).get()
+        producer.abort_transaction()
+    for _ in range(2):
+        world.consume()
+    rewrite(world, [*range(min(kept, 120)), *range(200, 260)])  # of 123 offsets, the last three were aborted
+    with pytest.raises(PipelineError, match=f"partition 0 offsets {min(kept, 120)} to {120 + aborted}"):
+        world.consume()
+    world.consume(accept_data_loss=True)
+    assert arrived(world) == [*range(120), *range(200, 260)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_log_that_lost_the_end_of_a_planned_batch_is_noticed_though_it_fills_up_again(world, rewrite, first):
+    world = world()
+    world.make(1)
+    send(world, range(100))
+    if not first:
+        world.consume()
+        send(world, range(100, 120))
+    end = 100 if first else 120
+    plan(world.consume)
+    rewrite(world, range(end - 10))
+    lost = f"Kafka lost records of .* that were about to be read: partition 0 offsets {end - 10} to {end - 1}"
+    with pytest.raises(PipelineError, match=f"{lost}. Nothing was skipped. With --accept-data-loss it goes on with what there is"):
+        world.consume()
+    world.consume(accept_data_loss=True)
+    assert arrived(world) == [*range(end - 10)]
+    send(world, range(300, 330))
+    world.consume()
+    assert arrived(world) == [*range(end - 10), *range(300, 330)]
 
 
 def test_partitions_that_are_added_meanwhile_are_read_from_their_beginning(read_hundred, rewrite):

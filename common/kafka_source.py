@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,8 @@ MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
 MAX_LOOKUP_SECONDS = 2  # for the last records
 REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
-SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common
+SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
+SETTLES_WITHIN = 3  # seconds after an election, the end of a partition is that of all its replicas again
 TOPIC_ID, TOPIC_NAME = "pipeline.topic.id", "pipeline.topic.name"  # properties of a table: the topic that it is written from
 
 
@@ -130,11 +132,13 @@ class KafkaSource(Source):
             newest.setdefault(str(record.pop("partition")), []).append(record)
         # Partitions whose records all come before the last offsets, which an aborted transaction takes, for example.
         for partition in map(str, observed.get("partitions", ())):
-            if partition not in newest:
-                records = self._in_kafka(spark, {int(partition): (self.begins.get(partition, 0), self.ends[partition])})
+            begin, end, size = self.begins.get(partition, 0), self.ends[partition], SEARCHED_FIRST
+            while partition not in newest and end > begin:
+                records = self._in_kafka(spark, {int(partition): (max(begin, end - size), end)}).orderBy(F.desc("offset"))
                 with self._asking():
-                    last = records.orderBy(F.desc("offset")).limit(REMEMBERED).collect()
-                newest[partition] = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in last]
+                    last = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in records.limit(REMEMBERED).collect()]
+                newest |= {partition: last} if last else {}
+                end, size = end - size, size * 10
         self.remembered |= newest
         return json.dumps(self.remembered)
 
@@ -180,6 +184,7 @@ class KafkaSource(Source):
     def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> str | None:
         self.remembered = json.loads(last_records or "{}")
+        self.ends = unread.get(self.topic.name, {})  # where the next batch begins
         if self.accept_data_loss:
             with self._asking():
                 self.beginning = self.topic.beginning()
@@ -188,7 +193,7 @@ class KafkaSource(Source):
                                 f"{self.topic.name} a --table and a --checkpoint of its own.")
         next_offsets = {int(partition): offset for partition, offset in unread.get(self.topic.name, {}).items()}
         with self._asking():
-            end = self.topic.end()
+            end = self._end_at_least({int(partition): offset for partition, offset in (planned or unread).get(self.topic.name, {}).items()})
             shorter = ", ".join(f"partition {partition} offsets {end[int(partition)]} to {offset - 1}"
                                 for partition, offset in sorted(planned.get(self.topic.name, {}).items())
                                 if next_offsets.get(int(partition), 0) <= end.get(int(partition), offset) < offset)
@@ -199,22 +204,32 @@ class KafkaSource(Source):
         if too_far:  # looked at first: what comes after its beginning can't be compared
             raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
-        places = self._replaced(spark, tables, next_offsets)
+        places = self._replaced(spark, tables, next_offsets) if unread else {}
         if shorter:
             self._lose(f"Kafka lost records of {self.topic} that were about to be read: {shorter}.", GOES_ON)
             places = places or next_offsets
         return json.dumps({self.topic.name: places}) if places or shorter else None
 
+    def _end_at_least(self, offsets: dict[int, int]) -> dict[int, int]:
+        """The end of each partition. If one is before these offsets, it waits: a new leader says so for a moment."""
+        deadline = time.monotonic() + SETTLES_WITHIN
+        while True:
+            end = self.topic.end()
+            if all(end.get(partition, offset) >= offset for partition, offset in offsets.items()) or time.monotonic() > deadline:
+                return end
+            time.sleep(0.5)
+
     def check_read(self, spark: SparkSession) -> None:
         """Compares the last record read of each partition before this batch with the one that Kafka has now."""
-        newest = {int(partition): max(records, key=lambda record: record["offset"]) for partition, records in self.remembered.items()}
+        newest = {int(partition): max(records, key=lambda record: record["offset"])
+                  for partition, records in self.remembered.items() if records}
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
             there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
                                            MAX_LOOKUP_SECONDS)
         others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
                   if (newest[partition].get("time"), newest[partition].get("md5"))
-                  != (time if GREGORIAN <= time <= MOST_MILLISECONDS else None, value and hashlib.md5(value).hexdigest())]
+                  != (time if GREGORIAN <= time <= MOST_MILLISECONDS else None, None if value is None else hashlib.md5(value).hexdigest())]
         if others:
             raise PipelineError(f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
                                 f"others in their place: {', '.join(others)}. Start again: the start says what is lost.")

@@ -200,6 +200,17 @@ def test_only_failures_without_a_quiet_time_between_them_are_counted_together(sp
     assert len(seen) == outages + 1
 
 
+def test_the_last_record_of_a_batch_may_be_anything(world):
+    """With each batch, and at each start, it is compared with the one that Kafka has."""
+    world = world(request_timeout_ms="3000")
+    world.make(1)
+    for last in (b"", None, b"\xff\x00", b"x" * 900_000):
+        world.send(VALID, last, key=b"key")
+        assert world.consume() == (1, 1)
+    world.send(VALID)
+    assert [world.consume(), world.consume()] == [(1, 0), (0, 0)]
+
+
 def test_what_kafka_removes_while_lost_records_are_passed_over_is_named(world, broker, capsys):
     world = world()
     world.make(2)

@@ -137,7 +137,7 @@ class Checkpoint:
             elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
                 say(f"Batch {planned} of {self.path} was planned to end before it begins. Nothing of it was written: it is planned again.")
                 self.files.delete(f"{self.path}/offsets/{planned}")
-        elif newest and planned >= 0 and int(newest.removesuffix(".compact")) > self.end_of(planned).get("logOffset", float("inf")):
+        elif newest and (planned < 0 or int(newest.removesuffix(".compact")) > self.end_of(planned).get("logOffset", float("inf"))):
             self._drop_cut(f"sources/0/{newest}")  # of files whose batch was not planned yet
 
     def _has_too_many_patterns(self, file: str) -> bool:
@@ -279,7 +279,9 @@ def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tab
     # One commit. If a crash interrupts the steps after it, the next start finishes them.
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)
-    sync_commits(spark, tables.table, [state_of(spark, tables.table, None)[0]])
+    for table in (tables.table, tables.quarantine):
+        version, _ = state_of(spark, table, None)
+        sync_commits(spark, table, range(max(0, version - 2), version + 1))  # with what was taken back
     return _finish_starting_over(spark, checkpoint, tables, properties)
 
 
@@ -362,7 +364,9 @@ def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, p
     mode: some of its records would then be in both tables, or in none.
     """
     is_changed = any(properties.get(name, value) != value for name, value in start.read_by.items())
-    if is_changed and state_of(spark, tables.table, checkpoint.id())[1] > checkpoint.last_done:
+    # After a power cut, the quarantine may have a batch that the table has lost.
+    written = max(state_of(spark, table, checkpoint.id())[1] for table in (tables.table, tables.quarantine))
+    if is_changed and written > checkpoint.last_done:
         raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
                             f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now.")
     fit_table(spark, tables.table, tables.columns)

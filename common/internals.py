@@ -281,6 +281,9 @@ class KafkaReader:
         deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
         self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
 
+    def close(self) -> None:
+        self._consumer.close()
+
     def records_at(self, topic: str, offsets: dict[int, int], seconds: float) -> dict[int, tuple[int, bytes | None]]:
         """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition.
 

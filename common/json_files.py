@@ -45,7 +45,7 @@ def files_in(batch: DataFrame) -> list[Row]:
     # A datetime of Python would go through the zone of this machine.
     files = batch.select("path", "length", F.unix_millis("modificationTime").alias("modified"),
                          F.unix_micros("ingest_time").alias("arrival")).collect()
-    return list(dict.fromkeys(files))
+    return list({file.path: file for file in files}.values())  # Spark lists files with wildcards in their names several times
 
 
 def read_lines(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool) -> DataFrame:

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import gc
 import itertools
 import os
 import re
@@ -208,6 +209,9 @@ def run_here(request, capsys):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            for each in gc.get_objects():  # which a script leaves to the end of its process
+                if issubclass(type(each), Topic):
+                    each.close()
         return subprocess.CompletedProcess([name, *arguments], code, *capsys.readouterr())
 
     return run
@@ -231,6 +235,9 @@ def run_streams(spark, streams: Iterable, source, tables, options, writer_type=T
     start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
     for stream, trigger in streams:
         _, error = run_query(stream, trigger, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), Unwatched())
+        if isinstance(source, KafkaSource) and source.reader:
+            source.reader.close()
+            source.reader = None
         if error:
             raise error
 

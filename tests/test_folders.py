@@ -171,7 +171,7 @@ def test_files_that_wait_are_counted_as_the_stream_takes_them(spark, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     options = argparse.Namespace(input=str(tmp_path), checkpoint=str(tmp_path / "none"))
-    assert count_waiting(TakenFiles(spark, options.checkpoint, options.input), options) == 2
+    assert count_waiting(TakenFiles(spark, options.checkpoint, options.input, None), options) == 2
 
 
 def test_thousands_of_files_are_read(ingest):

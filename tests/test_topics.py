@@ -249,7 +249,7 @@ def test_a_batch_that_was_planned_for_another_topic_is_not_read_from_it(world):
         with pytest.raises(ZeroDivisionError):
             one.consume()
     other.options = one.options
-    with pytest.raises(PipelineError, match=f"has begun a batch of the topic {one.topic.name}. Give the topic {other.topic.name} a"):
+    with pytest.raises(PipelineError, match=f"has begun a batch of the topic {one.topic.name}. Give the topic {other.topic.name} its"):
         other.consume()
     assert one.consume() == (1, 0)
 

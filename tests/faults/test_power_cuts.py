@@ -140,12 +140,15 @@ def test_a_kill_while_a_table_is_created_stops_no_stream(ingest, tmp_path, left)
     assert run.rows() == [1, 1]
 
 
-def test_a_power_cut_before_the_first_batch_leaves_nothing_to_mend(ingest, tmp_path):
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_power_cut_before_the_first_batch_leaves_nothing_to_mend(ingest, tmp_path, is_planned):
     folder, run = ingest
     put(folder, "1.json", reading(), b"{")
     plan(run)
     for name in ("metadata", "offsets/0", "sources/0/0"):
         os.truncate(tmp_path / "checkpoint" / name, 0)
+    if not is_planned:
+        (tmp_path / "checkpoint" / "offsets" / "0").unlink()
     assert [run(), run()] == [(1, 1), (0, 0)]
 
 

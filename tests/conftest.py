@@ -128,6 +128,11 @@ def pytest_terminal_summary(terminalreporter):
                                                               for cell in line[1:]))
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """The largest records come first, while the memory of Spark's JVM is still free."""
+    items.sort(key=lambda item: item.path.name != "test_hostile_records.py")
+
+
 @pytest.fixture
 def account(record_property):
     """Notes what became of the records that were sent, prints it at the end of the run, and lets none be lost or doubled.

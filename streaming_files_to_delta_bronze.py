@@ -234,7 +234,7 @@ class FileSource(Source):
         return self.read(batch.sparkSession, files, self.faults, careful=True)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
-        """The files of a batch without those that only Spark would read: drafts such as `_site=A/1.json`, and what is behind a link."""
+        """The files of a batch, without drafts that Spark doesn't recognize (`_site=A/1.json`) and files reached through a link."""
         files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
         folders = {os.path.dirname(plain(file.path)) for file in files}
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}

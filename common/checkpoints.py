@@ -147,7 +147,7 @@ class Checkpoint:
         return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS ** 2
 
     def _is_whole(self, file: str) -> bool:
-        """Whether one of Spark's entries, a version (but for the id's) and lines of JSON, has been written to its end."""
+        """Whether one of Spark's files is complete: a version line, which only the stream's id lacks, and lines of JSON."""
         text = (self.files.read(f"{self.path}/{file}") or "").removeprefix("\0")  # with which Kafka's sources/0/0 begins
         lines = text.strip("\n").split("\n")
         try:
@@ -281,7 +281,7 @@ def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tab
     properties[tables.table] = properties_of(spark, tables.table)
     for table in (tables.table, tables.quarantine):
         version, _ = state_of(spark, table, None)
-        sync_commits(spark, table, range(max(0, version - 2), version + 1))  # with what was taken back
+        sync_commits(spark, table, range(max(0, version - 2), version + 1))  # includes the commit that took rows back
     return _finish_starting_over(spark, checkpoint, tables, properties)
 
 

@@ -25,7 +25,7 @@ from common.source import Left, Source, SourceAwayError
 from common.tables import TablePair
 from common.topics import Topic
 
-GOES_ON = "it goes on with what there is"
+GOES_ON = "it goes on with the records that are left"
 GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
@@ -201,7 +201,7 @@ class KafkaSource(Source):
         if lost:
             self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
                        f"or something else did.", GOES_ON)
-        if too_far:  # looked at first: what comes after its beginning can't be compared
+        if too_far:  # checked first, because records of an open transaction can't be read for the comparison
             raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
         places = self._replaced(spark, tables, next_offsets) if unread else {}
@@ -232,7 +232,7 @@ class KafkaSource(Source):
                   != (time if GREGORIAN <= time <= MOST_MILLISECONDS else None, None if value is None else hashlib.md5(value).hexdigest())]
         if others:
             raise PipelineError(f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
-                                f"others in their place: {', '.join(others)}. Start again: the start says what is lost.")
+                                f"others in their place: {', '.join(others)}. Start again to see which records are lost.")
 
     def begin_at(self, place: str) -> None:
         self.has_started = True
@@ -323,7 +323,7 @@ class KafkaSource(Source):
 
     def wait_out(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)
-        if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):  # the start looks at what is lost
+        if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):  # the start names them
             if self.has_failed:  # and has found nothing
                 self._lose(f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).", GOES_ON)
             self.has_failed = True

@@ -113,8 +113,8 @@ class TakenFiles:
 
     def name_changed(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each file, that it has changed since it was taken."""
-        self._name(paths, "has changed since it was taken, and a file is read once: what was added later may be in no table. Put what the "
-                          "tables lack (see their source_file) into a file of another name. Write files under a name that begins with "
+        self._name(paths, "has changed since it was taken, and a file is read only once: later additions may be in no table. Put records "
+                          "that the tables lack (see source_file) into a file of another name. Write files under a name that begins with "
                           '"_", and rename them when they are complete.')
 
     def name_gone(self, paths: Iterable[str]) -> None:

@@ -77,7 +77,7 @@ def test_records_that_retention_removed_stop_the_job_which_names_them_and_can_be
     admin.delete_records({TopicPartition(topic, 0): read[0] + 15, TopicPartition(topic, 1): read[1] + 20})
     removed = (f"partition 0 offsets {read[0]} to {read[0] + 14}, partition 1 offsets {read[1]} to {read[1] + 19}")
 
-    with pytest.raises(PipelineError, match=f"{removed}.* Nothing was skipped. With --accept-data-loss it goes on with what there is"):
+    with pytest.raises(PipelineError, match=f"{removed}.* Nothing was skipped. With --accept-data-loss it goes on with the records"):
         world.consume()
     assert origins(spark, broker, options)[1:] == (accepted, rejected)
 

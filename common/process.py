@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The last comes when a terminal closes; nohup ignores it.
@@ -72,9 +73,11 @@ class Interrupt:
     Where Python can't let it out, as in a callback of the garbage collector, the signal comes again a moment later.
     """
 
+    AGAIN = (0.001, 0.001)  # seconds until then, and until each further try
+
     def __init__(self) -> None:
         self.raised_at = float("-inf")
-        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGALRM, self._raise_again)
         sys.unraisablehook = self._unraisable
 
     def __call__(self) -> None:
@@ -84,10 +87,16 @@ class Interrupt:
 
     def _unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
         if lost.exc_type is KeyboardInterrupt:
-            self.raised_at = float("-inf")
-            signal.setitimer(signal.ITIMER_REAL, 0.001)
+            signal.setitimer(signal.ITIMER_REAL, *self.AGAIN)
         else:
             sys.__unraisablehook__(lost)
+
+    def _raise_again(self, _: int, frame: FrameType | None) -> None:
+        # On a busy machine the timer may be faster than these two, which can't let it out either.
+        if not frame or frame.f_code not in (Interrupt._unraisable.__code__, Interrupt._raise_again.__code__):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.raised_at = float("-inf")
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

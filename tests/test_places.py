@@ -174,7 +174,9 @@ def test_a_signal_that_comes_while_a_loop_looks_at_its_flag_stops_it():
 
 @pytest.mark.parametrize("setup, call", [
     ("spark = build_spark('test', READER_JVM)", "spark.range(10).agg({'id': 'max'}).collect()"),
-    ("Half = type('', (), {'__init__': sleep, '__del__': sleep})", "Half()")], ids=["Spark", "__del__"])
+    ("Half = type('', (), {'__init__': sleep, '__del__': sleep})", "Half()"),
+    ("Half = type('', (), {'__init__': sleep, '__del__': sleep}); Interrupt.AGAIN = (1e-6, 0.001)", "Half()"),
+], ids=["Spark", "__del__", "__del__, and too early"])
 def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, call, tmp_path):
     """Without care one of some twenty becomes an error of py4j, or one is lost in __del__."""
     script = tmp_path / "script.py"
@@ -183,6 +185,7 @@ def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, cal
         from contextlib import suppress
         sys.path.insert(0, {str(REPOSITORY)!r})
         from common.console import run
+        from common.process import Interrupt
         from common.reader import READER_JVM, build_spark
 
         def sleep(_):

@@ -23,10 +23,12 @@ from common.brokers import add_broker_options
 from common.console import PipelineError, argument_parser, local_folder, port_number, run, say
 from common.process import REPOSITORY, on_stop_signal
 from common.tables import LAKE
+from common.topics import Topic
 from local_kafka import is_free
 
 STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/config.toml
     "server.address": "127.0.0.1",
+    "server.allowedHosts": ["localhost", "127.0.0.1", "[::1]"],  # a page elsewhere can give its own name this address
     "server.headless": "true",  # else it opens a browser, and asks for an e-mail address
     "server.fileWatcherType": "none",
     "browser.gatherUsageStats": "false",
@@ -40,12 +42,14 @@ def main() -> None:
     options = parse_options()
     if not is_installed():
         raise PipelineError("The page needs libraries that are not installed: pip install -r requirements-dashboard.txt")
+    Topic.of(options)  # refuses a wrong --kafka-config here, where the user sees it
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
     say(f"http://127.0.0.1:{options.port} shows {options.lake}. Ctrl+C stops.")
     on_stop_signal(lambda: os._exit(0))  # until Streamlit has handlers of its own, there is nothing to end in order
     from streamlit.web.cli import main as streamlit
-    settings = [f"--{name}={value}" for name, value in (STREAMLIT | {"server.port": options.port}).items()]
+    settings = [f"--{name}={value}" for name, values in (STREAMLIT | {"server.port": options.port}).items()
+                for value in (values if isinstance(values, list) else [values])]
     streamlit(["run", str(REPOSITORY / "dashboard.py"), *settings, "--", *sys.argv[1:]], standalone_mode=False)
 
 

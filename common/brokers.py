@@ -11,7 +11,7 @@ from kafka import KafkaAdminClient
 from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError
 
 from common.console import PipelineError, location
-from common.kafka_config import python_settings
+from common.kafka_config import python_settings, security_protocol
 
 SERVERS = "localhost:9092"
 
@@ -73,7 +73,11 @@ class Broker:
         self.servers = servers or self.properties.get("bootstrap.servers", SERVERS)
         self.addresses: list[tuple[str, int]] = []
         for server in filter(None, map(str.strip, self.servers.split(","))):
-            parts = re.fullmatch(r"(?:\w+://)?(?:\[([\da-fA-F:]+)\]|([^\s:]+)):(\d{1,5})", server)
+            scheme, _, address = server.rpartition("://")
+            parts = re.fullmatch(r"(?:\[([\da-fA-F:]+)\]|([^\s:]+)):(\d{1,5})", address)
+            if scheme and scheme.upper() != security_protocol(self.properties):  # which goes for all of them, whatever is said here
+                raise PipelineError(f"The broker's address {server} does not agree with security.protocol, which is "
+                                    f"{security_protocol(self.properties)}. Correct one of them.")
             if parts and 0 < int(parts[3]) < 65_536:
                 self.addresses.append((parts[1] or parts[2], int(parts[3])))
             else:
@@ -96,7 +100,7 @@ class Broker:
         except (KafkaError, OSError) as error:
             if found := refusals.found or [error] * isinstance(error, AuthorizationError):
                 raise self.refused(str(found[0])) from error
-            if refusals.has_hung_up and "SASL" in self.properties.get("security.protocol", "").upper():
+            if refusals.has_hung_up and "SASL" in security_protocol(self.properties):
                 raise NoBrokerError(str(self.refused("the broker hung up during the login"))) from error
             is_local = all(host in ("localhost", "127.0.0.1", "::1") for host, _ in self.addresses)
             raise NoBrokerError(f"No Kafka broker answers on {self.servers} ({type(error).__name__}). " + (

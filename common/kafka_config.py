@@ -5,6 +5,7 @@ those of https://kafka.apache.org/39/documentation.html#consumerconfigs and the 
 (`ssl.truststore.type=PEM`, `ssl.keystore.type=PEM`): that is what both clients read.
 """
 
+import difflib
 import re
 import ssl
 from typing import Any
@@ -13,13 +14,14 @@ import javaproperties
 
 from common.console import PipelineError
 
-# Names of kafka-python that are not Kafka's own with "_" for ".".
-PYTHON_NAMES = {"sasl.kerberos.service.name": "sasl_kerberos_service_name"}
+PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+SASL_NAMES = ("sasl.mechanism", "sasl.jaas.config", "sasl.kerberos.service.name")
 SSL_NAMES = ("ssl.truststore.location", "ssl.truststore.certificates", "ssl.truststore.type", "ssl.keystore.location",
              "ssl.keystore.type", "ssl.key.password", "ssl.endpoint.identification.algorithm")
+SECURITY_NAMES = ("security.protocol", *SASL_NAMES, *SSL_NAMES)  # those that both clients follow
 # Properties whose value is a class of Java, or the name of a default that has none in kafka-python.
 JAVA_ONLY = r"((key|value)\.serializer|metric\.reporters)=.*|compression\.type=none"
-USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
 def read_properties(path: str) -> dict[str, str]:
@@ -41,23 +43,53 @@ def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[s
     """The properties as settings of a client of kafka-python, whose own settings are `known` (its DEFAULT_CONFIG).
 
     As Kafka's own clients do, it leaves out what another kind of client knows; but never what makes a connection safe:
-    a `sasl.…` or `ssl.…` that kafka-python can't follow raises PipelineError.
+    see `check_security`.
     """
+    check_security(properties)
     settings = {}
     for name, value in properties.items():
-        setting = PYTHON_NAMES.get(name, name.replace(".", "_"))
-        if name in SSL_NAMES or name in ("sasl.jaas.config", "bootstrap.servers") or re.fullmatch(JAVA_ONLY, f"{name}={value}"):
+        setting = name.replace(".", "_")
+        if name in (*SSL_NAMES, "sasl.jaas.config", "bootstrap.servers") or re.fullmatch(JAVA_ONLY, f"{name}={value}"):
             continue
         if setting in known:
             settings[setting] = _as_type_of(known[setting], value, name)
-        elif name.startswith(("sasl.", "ssl.")):
-            raise PipelineError(f"kafka-python has no equivalent of the property {name}. Leave it out; it knows "
-                                f"{', '.join(('sasl.mechanism', 'sasl.jaas.config', *PYTHON_NAMES, *SSL_NAMES))}.")
+    if "security.protocol" in properties:
+        settings["security_protocol"] = security_protocol(properties)
     if properties.get("sasl.mechanism") in USER_AND_PASSWORD:
         settings |= _user_and_password(properties.get("sasl.jaas.config", ""))
-    if properties.get("security.protocol", "").endswith("SSL"):
+    if security_protocol(properties).endswith("SSL"):
         settings["ssl_context"] = _ssl_context(properties)
     return settings
+
+
+def security_protocol(properties: dict[str, str]) -> str:
+    """One of `PROTOCOLS`; Kafka's own clients take them in lower case, too."""
+    return properties.get("security.protocol", "PLAINTEXT").upper()
+
+
+def check_security(properties: dict[str, str]) -> None:
+    """Raises PipelineError if one of the two clients would leave out something that is to make the connection safe.
+
+    Both ignore a misspelt name without a word. `sasl.…` and `ssl.…` without the protocol that uses them do nothing, either.
+    """
+    for name in properties.keys() - set(SECURITY_NAMES):
+        similar = difflib.get_close_matches(re.sub("[_-]", ".", name.lower()), SECURITY_NAMES, 1, cutoff=0.75)
+        if similar or re.search("sasl|ssl|jaas|secur|(key|trust)store", name, re.IGNORECASE):
+            raise PipelineError(f"The Kafka property {name} is not one that both clients, Java's and kafka-python, can follow. "
+                                + (f"Do you mean {similar[0]}? " if similar else "") + f"They know {', '.join(SECURITY_NAMES)}.")
+    protocol = security_protocol(properties)
+    if protocol not in PROTOCOLS:
+        raise PipelineError(f"The Kafka property security.protocol is {protocol}; it can be {', '.join(PROTOCOLS)}.")
+    for names, user in ((SASL_NAMES, "SASL"), (SSL_NAMES, "SSL")):
+        if user not in protocol and (unused := sorted(properties.keys() & set(names))):
+            raise PipelineError(f"The Kafka property {unused[0]} does nothing while security.protocol is {protocol}. Set "
+                                f"security.protocol to {' or '.join(each for each in PROTOCOLS if user in each)}, or leave it out.")
+    mechanisms = (*USER_AND_PASSWORD, "GSSAPI")
+    if "SASL" in protocol and properties.get("sasl.mechanism") not in mechanisms:
+        raise PipelineError(f"The Kafka property sasl.mechanism has to be one of {', '.join(mechanisms)}.")
+    if (algorithm := properties.get("ssl.endpoint.identification.algorithm", "")).lower() not in ("", "https"):
+        raise PipelineError(f"The Kafka property ssl.endpoint.identification.algorithm is {algorithm}; it can be https, or empty to "
+                            f"accept a certificate for any host.")
 
 
 def _as_type_of(default: object, value: str, name: str) -> Any:

@@ -61,8 +61,9 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     in_order, any_order = _plain_parts(contract)
     return (
         records
-        .withColumn("_parts", in_order)
-        .withColumn("_parts", F.when(F.expr(is_plain), F.col("_parts")).otherwise(any_order))
+        .withColumn("_parts", F.when(F.expr(IS_SMALL), in_order))
+        .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
+        .withColumn("_parts", F.coalesce("_parts", F.when(F.expr(IS_SMALL), any_order)))
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
         .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL OR {_has_rest(contract)} THEN {_slow_reading(contract)} END"))
         .select(*(f"`{column}`" for column in records.columns), "_parts", "_strict", *values.values())

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pyspark import SparkConf, SparkContext
@@ -52,6 +54,17 @@ SETTINGS = {
     "spark.sql.shuffle.partitions": "4",
     # As quick as snappy, Spark's default, and half the size.
     "spark.sql.parquet.compression.codec": "zstd",
+    # By default Parquet keeps a hundred rows in memory before it looks how large they are, and the least and the greatest value of each
+    # column until the file is done: the largest records, which are in these, would take more than there is.
+    "spark.sql.parquet.enableVectorizedReader": "false",  # it takes 4,096 rows at a time
+    "spark.hadoop.parquet.page.size.row.check.min": "1",
+    "spark.hadoop.parquet.block.size.row.check.min": "1",
+    "spark.hadoop.parquet.block.size": str(32 * 1024 * 1024),
+    "spark.hadoop.parquet.column.statistics.enabled#raw": "false",
+    "spark.hadoop.parquet.column.statistics.enabled#raw_json": "false",
+    "spark.hadoop.parquet.column.statistics.enabled#_rescued_data": "false",
+    # Java's serialization, through which a second reading's records go to the disk, holds the last hundred of them.
+    "spark.serializer.objectStreamReset": "1",
     # Auto compaction merges files of less than the one size into files of the other. A batch waits for it, so it is a little
     # at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
     "spark.databricks.delta.autoCompact.minFileSize": str(3 * 512 * 1024),
@@ -68,16 +81,20 @@ SETTINGS = {
 # Settings of the driver's JVM. Under spark-submit it runs already, and they are options of spark-submit instead.
 # A stream is after throughput, not short pauses: the parallel collector takes a fifth less time than the default, G1.
 # Java's best compiler (C2) takes what has run twenty times as often as by default: at a start it was half of the CPU.
-STREAM_JVM = {"spark.driver.memory": "1g", "spark.driver.extraJavaOptions": (
+STREAM_JVM = {"spark.driver.extraJavaOptions": (
     f"{STACK} -XX:+UseParallelGC -XX:Tier4InvocationThreshold=100000 -XX:Tier4MinInvocationThreshold=12000 "
     "-XX:Tier4CompileThreshold=300000 -XX:Tier4BackEdgeThreshold=800000")}
 # A reader lives for seconds, most of them start-up, which the quick compiler alone (C1) shortens.
-READER_JVM = {"spark.driver.memory": "1g", "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1"}
+READER_JVM = {"spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1"}
+
+
+TASK_MEMORY = 512 * 1024 * 1024  # bytes of heap for each task: for any record within the limits, two were seen to fit into 1 GB
+MAX_DEFAULT_TASKS = 8  # more take a larger heap, which the user has to ask for
 
 
 def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool = False,
                 make_archive: str | None = None) -> SparkSession:
-    """A SparkSession with Delta and the Kafka source, in UTC, on `local[*]` or on the master that spark-submit was given.
+    """A SparkSession with Delta and the Kafka source, in UTC, on this machine's cores or on the master that spark-submit was given.
 
     `jvm`: settings of the driver's JVM, `STREAM_JVM` or `READER_JVM`. `verbose`: lets Spark's own log through.
     What spark-submit was told by `--conf` wins over `SETTINGS`. Raises PipelineError if Spark can't start.
@@ -90,6 +107,10 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
             user = gateway.jvm.org.apache.hadoop.security.UserGroupInformation
             user.setLoginUser(user.createRemoteUser(str(os.getuid())))  # Hadoop would ask for the name, too
         conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
+        if conf.get("spark.master") == "local[*]":
+            java = gateway.jvm.Runtime.getRuntime()
+            tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java leaves a part of its young generation out
+            conf.setMaster(f"local[{max(1, min(java.availableProcessors(), tasks))}]")
         for key, value in SETTINGS.items():
             conf.setIfMissing(key, value)
         context = SparkContext(conf=conf, gateway=gateway)
@@ -123,8 +144,22 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
     return SparkConf(loadDefaults=False).setAll([*(jvm | {
+        "spark.driver.memory": f"{heap_size(os.cpu_count() or 1, _memory()) // 2**20}m",
         "spark.driver.extraClassPath": os.pathsep.join(jars),
         "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items()])
+
+
+def heap_size(cores: int, memory: int) -> int:
+    """The bytes of a JVM's heap on a machine with so many cores and bytes of memory: never less than 1 GB, else half the memory at most."""
+    return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(cores, MAX_DEFAULT_TASKS), memory // 2))
+
+
+def _memory() -> int:
+    """The bytes of memory that this machine or container has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no limit is "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
 
 
 def has_name() -> bool:

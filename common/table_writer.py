@@ -168,8 +168,9 @@ class TableWriter:
             return False, from_java_rows(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
         # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or in none.
         again, seen = self._observed(judged)
-        rejected = again.where(~_is_valid()).select(*columns).persist(StorageLevel.DISK_ONLY)
-        rejected.count()
+        with _code_generation(judged.sparkSession):
+            # A cache would hold a batch of rows in memory.
+            rejected = again.where(~_is_valid()).select(*columns).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
         figures = observed(judged.sparkSession, seen, SEEN_WITHIN) or {}
         if (figures.get("accepted"), figures.get("fingerprint")) == of_table:
             return False, rejected

@@ -130,7 +130,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The largest records come first, while the memory of Spark's JVM is still free."""
-    items.sort(key=lambda item: item.path.name != "test_hostile_records.py")
+    items.sort(key=lambda item: (item.path.name != "test_hostile_records.py", "large_record" not in item.name))
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """dashboard.py's page in a browser, headless Chromium, on tables that are written, broken, empty or not there."""
 
+import http.client
 import json
 import shutil
 import socket
 import time
 
+import duckdb
 import pytest
 from conftest import REPOSITORY, bronze_writer, run_script
 from playwright.sync_api import expect, sync_playwright
@@ -53,6 +55,15 @@ def visit_page(browser, port: int):
     return page, hosts
 
 
+def handshake(port: int, host: str) -> int:
+    """The status that a web page gets which reaches the port under the name `host`, and asks for the data."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/_stcore/stream", headers={
+        "Host": f"{host}:{port}", "Origin": f"http://{host}:{port}", "Upgrade": "websocket", "Connection": "Upgrade",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"})
+    return connection.getresponse().status
+
+
 def answers(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
@@ -94,6 +105,8 @@ def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_
     expect_in_table(page, rejected, "<script>", "\ufffd")
     expect_in_table(page, overview, "größe 'q\" é/readings_quarantine", "1000", "WRITE")
     assert page.title() == "Sensor pipeline" and len(hosts) == 1
+    port = int(page.url.rstrip("/").rpartition(":")[2])
+    assert [handshake(port, host) for host in ("localhost", "127.0.0.1", "rebound.example", "localhost.example")] == [101, 101, 403, 403]
 
 
 def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):
@@ -140,6 +153,16 @@ def test_a_broken_table_is_named_and_the_others_are_shown(spark, tmp_path, visit
     page.get_by_role("combobox").first.click()
     page.get_by_role("option", name="a_good", exact=True).click()
     expect(shown(page, "Accepted")).to_have_text("1")
+
+
+def test_a_query_reaches_no_file_whatever_a_column_is_called(spark, tmp_path):
+    name = "a\"FROM'x'--"
+    spark.range(3).select(F.col("id").alias(name), F.current_timestamp().alias("ingest_time")).write.format("delta").save(
+        str(tmp_path / "other"))
+    lake = Lake(Choice(str(tmp_path / "other"), None, name, name, None, "ingest_time"))
+    assert sorted(lake.newest_of_each()[name]) == [0, 1, 2]
+    with pytest.raises(duckdb.PermissionException):
+        lake.ask(f"FROM read_text('{REPOSITORY}/README.md')")
 
 
 def test_a_page_that_takes_long_to_draw_is_drawn_less_often():

@@ -23,7 +23,10 @@ from kafka.admin import (
     UserScramCredentialUpsertion,
 )
 
+from common.console import PipelineError
 from common.java import SCALA, find_java, resolve_jars
+from common.kafka_config import SECURITY_NAMES
+from common.topics import Topic
 from local_kafka import LOGGING, Server, free_ports, is_free, kafka_properties, kafka_version, zookeeper_properties
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
@@ -70,7 +73,7 @@ def secure_broker(tmp_path_factory):
                 admin.alter_user_scram_credentials([UserScramCredentialUpsertion(
                     "sensors", ScramMechanism.SCRAM_SHA_512, PASSWORD.encode())])
             yield f"localhost:{port}", f"localhost:{plain_port}", {
-                "security.protocol": "SASL_SSL", "sasl.mechanism": "SCRAM-SHA-512",
+                "security.protocol": "sasl_ssl", "sasl.mechanism": "SCRAM-SHA-512",
                 "sasl.jaas.config": jaas("sensors", PASSWORD),
                 "ssl.truststore.type": "PEM", "ssl.truststore.location": str(certificate)}
 
@@ -190,12 +193,44 @@ def test_a_certificate_that_is_not_trusted_is_said(secure, tmp_path, run_here):
 
 
 CONFIGS = [
-    ("sasl.mechanism=PLAIN\nsasl.jaas.config=none", "sasl.jaas.config has to name"),
+    ("security.protocol=SASL_SSL\nsasl.mechanism=PLAIN\nsasl.jaas.config=none", "sasl.jaas.config has to name"),
     ("security.protocol=SSL\nssl.truststore.location=/etc/hosts", "ssl.truststore.type has to be PEM"),
     ("security.protocol=SSL\nssl.truststore.type=PEM\nssl.truststore.location=/nowhere", "can't be loaded"),
-    ("sasl.login.callback.handler.class=x", "no equivalent of the property sasl.login.callback.handler.class"),
+    ("security.protocol=TLS", "security.protocol is TLS"),
+    ("sasl.mechanism=PLAIN", "sasl.mechanism does nothing while security.protocol is PLAINTEXT"),
+    ("security.protocol=SSL\nsasl.mechanism=PLAIN", "sasl.mechanism does nothing while security.protocol is SSL"),
+    ("security.protocol=SASL_PLAINTEXT\nssl.truststore.type=PEM", "ssl.truststore.type does nothing"),
+    ("security.protocol=SASL_SSL", "sasl.mechanism has to be one of"),
+    ("security.protocol=SASL_SSL\nsasl.mechanism=SCRAM_SHA_512", "sasl.mechanism has to be one of"),
+    ("security.protocol=SSL\nssl.endpoint.identification.algorithm=htps", "ssl.endpoint.identification.algorithm is htps"),
+    ("bootstrap.servers=SSL://localhost:9093", "does not agree with security.protocol, which is PLAINTEXT"),
+    ("ssl.crlfile=/etc/revoked.pem", "ssl.crlfile is not one that both clients"),
+    ("sasl.login.callback.handler.class=x", "sasl.login.callback.handler.class is not one that both clients"),
     ("request.timeout.ms=soon", "request.timeout.ms needs a whole number"),
 ]
+
+
+def misspelt(name: str) -> set[str]:
+    """The name with a letter less, twice or swapped with the next, in other letters, or as other tools write it."""
+    letters = range(len(name))
+    return ({name[:i] + name[i + 1:] for i in letters} | {name[:i] + name[i] + name[i:] for i in letters if name[i].isalpha()}
+            | {name[:i] + name[i + 1:i + 2] + name[i] + name[i + 2:] for i in letters} | {name.upper(), name.title()}
+            | {name.replace(".", "_"), name.replace(".", "-"), f"kafka.{name}", f"consumer.{name}", f" {name}s"}) - {name}
+
+
+@pytest.mark.parametrize("name", SECURITY_NAMES)
+def test_a_misspelt_property_never_leaves_a_connection_less_safe(name):
+    for wrong in misspelt(name):
+        with pytest.raises(PipelineError, match="is not one that both clients"):
+            Topic(None, properties={wrong: "SSL"})
+
+
+@pytest.mark.parametrize("script", [CONSUMER, PRODUCER, "dashboard.py"])
+def test_every_script_refuses_it(script, tmp_path):
+    file = tmp_path / "kafka.properties"
+    file.write_text("securtiy.protocol=SSL\n")
+    run = run_script(script, "--kafka-config", file)
+    assert (run.returncode, run.stdout) == (1, "") and "Do you mean security.protocol?" in run.stderr, run.stderr
 
 
 @pytest.mark.parametrize("config, complaint", CONFIGS, ids=[complaint for _, complaint in CONFIGS])

@@ -264,6 +264,15 @@ def _kafka_rdd(rows: DataFrame) -> Any:
         parts[0].pollTimeoutMs(), parts[0].failOnDataLoss())
 
 
+def forget_fetched_records(spark: SparkSession) -> None:
+    """Makes a batch read all of its records from Kafka, even those that Spark has fetched along with an earlier batch: since then, Kafka
+    may have lost the end of its log, and have other records there."""
+    pool = getattr(_java(spark).org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
+    pool = pool.getDeclaredField("fetchedDataPool")
+    pool.setAccessible(True)
+    pool.get(None).reset()
+
+
 class KafkaReader:
     """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
 

@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 from common.batches import done_in
 from common.console import PipelineError, first_line, java_class, root_cause, say, warn
 from common.contract import INCONSISTENT
-from common.internals import KafkaReader, begun_at, kafka_records, query_of
+from common.internals import KafkaReader, begun_at, forget_fetched_records, kafka_records, query_of
 from common.kafka_config import spark_options
 from common.process import StopFlag, Stopped
 from common.source import Left, Source, SourceAwayError
@@ -105,6 +105,7 @@ class KafkaSource(Source):
             end = self._offsets(done[-1], "endOffset")
             if all(end.get(partition, -1) >= offset for partition, offset in self.beginning.items()):
                 raise Stopped
+        forget_fetched_records(batch.sparkSession)
         return batch
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:

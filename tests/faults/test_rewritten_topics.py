@@ -112,6 +112,22 @@ def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_bat
     assert arrived(world) == [*range(100), *range(200, 260), *range(1000, 1050), *range(2000, 2010)]
 
 
+def test_records_that_were_fetched_with_the_batch_before_are_read_again_from_a_log_that_is_another_by_now(world, rewrite):
+    world = world()
+    world.make(1)
+    send(world, range(100))
+    world.options.max_offsets_per_trigger = 60
+
+    class Replaced(TableWriter):
+        def write(self, batch, batch_id, stream):
+            if batch_id == 1:
+                rewrite(world, [*range(60), *range(200, 240)])
+            return super().write(batch, batch_id, stream)
+
+    world.consume(Replaced)
+    assert arrived(world) == [*range(60), *range(200, 240)]
+
+
 @pytest.mark.parametrize("aborted", [5, 15])
 @pytest.mark.parametrize("kept", [110, 123])
 def test_a_lost_tail_is_noticed_behind_an_aborted_transaction(world, rewrite, aborted, kept):

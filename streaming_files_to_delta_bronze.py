@@ -92,6 +92,8 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
     if options.archive:
         check_archive(options.archive, options.input)
+        if linked := next(links_in(options.input), None):
+            raise PipelineError(f"{linked} is a link to a folder, whose files --archive would move away unread. Remove it.")
     has_patterns = is_pattern(options.input)
     for path in paths_in(options.input):
         if re.search("[\ud800-\udfff]", path):
@@ -156,6 +158,12 @@ def paths_in(folder: str) -> Iterator[str]:
         yield from (path for name in names if not is_draft(name) and not os.path.islink(path := os.path.join(place, name)))
 
 
+def links_in(folder: str) -> Iterator[str]:
+    """The links to folders in a folder of this machine and in those inside it; of a URI none."""
+    for place, folders, _ in os.walk(local_path(folder) or ""):
+        yield from (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+
+
 def is_behind_link(path: str, folder: str) -> bool:
     """Whether the way from `folder`, which may itself be a link, to a folder in it has a link."""
     return os.path.realpath(path) != os.path.normpath(os.path.join(os.path.realpath(folder), os.path.relpath(path, folder)))
@@ -208,11 +216,7 @@ class FileSource(Source):
         # Spark passes over a file that it does not find, and over an empty one.
         planned = self.taken.after(self.entry)
         gone = [path for path in planned if path not in found and not is_there(batch.sparkSession, path)]
-        if gone and gone == planned and not FileSystem(batch.sparkSession, self.folder).names_in(self.folder):
-            raise SourceAwayError(f"The folder {plain(self.folder)} is empty, so the files of this batch are gone, {gone[0]} among them. "
-                                  f"If the folder's disk is not mounted, mount it and start again. If somebody has removed the files, put "
-                                  f"any other file there: the stream goes on without them.")
-        self.taken.name_gone(gone)
+        self._name_gone(gone)
         self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
         for path, modified in found.items():
             self.taken.note(path, modified)
@@ -229,9 +233,18 @@ class FileSource(Source):
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         files = self._files_in(batch)
         there = {file.path for file in files}
-        self.taken.name_gone(plain(file.path) for file in self.files
-                             if file.path not in there and not is_there(batch.sparkSession, plain(file.path)))
+        self._name_gone([path for file in self.files
+                         if file.path not in there and not is_there(batch.sparkSession, path := plain(file.path))])
         return self.read(batch.sparkSession, files, self.faults, careful=True)
+
+    def _name_gone(self, paths: list[str]) -> None:
+        """Names files that are gone. Raises SourceAwayError if a folder of theirs on this machine is empty: its disk may be away."""
+        for folder, path in {os.path.dirname(path): path for path in reversed(paths) if path.startswith("/")}.items():
+            if not os.path.isdir(folder) or not os.listdir(folder):
+                raise SourceAwayError(f"The folder {folder} is empty or gone, and with it files of this batch, {path} among them. If its "
+                                      f"disk is not mounted, mount it and start again. If somebody has removed the files, put any other "
+                                      f"file there: the stream goes on without them.")
+        self.taken.name_gone(paths)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
         """The files of a batch, without drafts that Spark doesn't recognize (`_site=A/1.json`) and files reached through a link."""
@@ -239,7 +252,7 @@ class FileSource(Source):
         folders = {os.path.dirname(plain(file.path)) for file in files}
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
         not_read = {file.path for file in files if os.path.dirname(plain(file.path)) in linked or os.path.islink(plain(file.path))}
-        self.taken.name_linked(map(plain, not_read))
+        self.taken.name_linked(map(plain, not_read), is_archived=bool(self.options.archive))
         return [file for file in files if file.path not in not_read]
 
     def explain(self, error: Exception) -> str | None:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -182,7 +183,8 @@ def _broken_off(error: BaseException | None) -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence.
+    """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence, 141 if nobody
+    reads its output any more.
 
     `--verbose` on the command line adds the traceback.
     """
@@ -195,6 +197,7 @@ def run(main: Callable[[], None]) -> None:
         pass
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)  # a stream has to be started again
     except Exception as error:
         if "--verbose" in sys.argv:
             traceback.print_exc()

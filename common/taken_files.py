@@ -123,9 +123,11 @@ class TakenFiles:
         self._name(paths, "was there, and is gone before it was read. If nobody has renamed it, and it is no row's source_file, put it "
                           "back under another name.", at_most=len(paths))
 
-    def name_linked(self, paths: Iterable[str]) -> None:
-        """Says on stderr, once for each file, that it is not read because of a link."""
-        self._name(paths, "is not read: links in the input folder are not followed. Move the file there instead, under another name.")
+    def name_linked(self, paths: Iterable[str], is_archived: bool) -> None:
+        """Says on stderr, once for each file, that it is not read because of a link, or is even archived unread."""
+        what_next = ("--archive moves the file away all the same. Remove the link, and put the file back" if is_archived else
+                     "Move the file there instead, under another name")
+        self._name(paths, f"is not read: links in the input folder are not followed. {what_next}.")
 
     def name_archived_drafts(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each draft, that Spark is going to archive it unread."""

@@ -400,6 +400,21 @@ def test_what_a_link_leads_to_is_named_and_not_read(ingest, tmp_path, capsys):
         (folder / "round").unlink()
 
 
+def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys):
+    folder, run = ingest
+    (tmp_path / "elsewhere").mkdir()
+    for number in range(4):
+        put(folder, f"{number}.json", VALID)
+    assert run(archive=str(tmp_path / "archive")) == (4, 0)
+    put(tmp_path / "elsewhere", "a.json", VALID)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PipelineError, match=f"{folder}/linked is a link to a folder, whose files --archive would move away unread"):
+        run()
+    assert (tmp_path / "elsewhere" / "a.json").exists() and capsys.readouterr().err == ""
+    assert run(archive=None) == (0, 0)
+    assert f"{folder}/linked/a.json is not read" in capsys.readouterr().err
+
+
 def test_drafts_are_archived_only_if_spark_cannot_be_told_to_leave_them(ingest, tmp_path, capsys):
     folder, run = ingest
     drafts = ["_date=2026-11-20.json", "_metadata_x.json", "_common_metadata=1.json", ".hidden=1.json"]
@@ -504,18 +519,39 @@ def test_a_file_that_goes_while_its_batch_is_read_is_named(ingest, monkeypatch, 
     assert f"{folder}/goes.json was there, and is gone before it was read" in capsys.readouterr().err
 
 
-def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mount", ["", "site"])
+@pytest.mark.parametrize("moment", ["read_batch", "read_again"])
+def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkeypatch, mount, moment):
     folder, run = ingest
-    put(folder, "a.json", VALID)
+    disk = folder / mount
+    if mount:
+        disk.mkdir()
+        put(folder, "other.json", VALID)
+        assert run() == (1, 0)
+    put(disk, "a.json", VALID)
+    if moment == "read_again":
+        read_batch = FileSource.read_batch
 
+        def read_and_unmount(self, batch):
+            records = read_batch(self, batch)
+            (disk / "a.json").rename(tmp_path / "a.json")
+            return records
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FileSource, "read_batch", read_and_unmount)
+            with pytest.raises(PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"):
+                run()
+        (tmp_path / "a.json").rename(disk / "a.json")
+        assert run() == (1, 0)
+        return
     with monkeypatch.context() as patch:
         crash_in(patch, "read_batch")
         with pytest.raises((RuntimeError, StreamingQueryException)):
             run()
-    (folder / "a.json").rename(tmp_path / "a.json")
-    with pytest.raises(PipelineError, match=f"{folder} is empty, so the files of this batch are gone, {folder}/a.json among"):
+    (disk / "a.json").rename(tmp_path / "a.json")
+    with pytest.raises(PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"):
         run()
-    (tmp_path / "a.json").rename(folder / "a.json")
+    (tmp_path / "a.json").rename(disk / "a.json")
     assert run() == (1, 0)
 
 

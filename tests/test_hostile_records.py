@@ -249,3 +249,21 @@ def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, 
         assert seconds < 2 * 8 + 4, raw[:300]
     raws = shapes.records(record, 200_000)
     assert seconds_for(spark, CONTRACTS[record], tmp_path, raws) < sum(map(len, raws)) / 1_000_000 + 10
+
+
+@pytest.mark.parametrize("record", ["valid", "array"])
+def test_many_large_records_of_a_batch_fit_into_the_memory(spark, tmp_path, pytestconfig, account, start, record):
+    """By a process of its own, with its default heap. 25 of them did not fit, valid or not."""
+    (tmp_path / "input").mkdir()
+    count, large = (100 if pytestconfig.option.long else 25), random.Random(1).randbytes(3_900_000).hex()
+    text = json.dumps(json.loads(reading()) | {"blob": large}) if record == "valid" else json.dumps([json.loads(reading())] * 50_000)
+    for number in range(count):
+        (tmp_path / "input" / f"{number}.json").write_text(text)
+    options = ["--input", tmp_path / "input", "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint", "--once"]
+    stream = start("streaming_files_to_delta_bronze.py", *options)
+    assert stream.wait() == 0 and f"batch 0: {count} rows in" in stream.output, stream.output
+    places = [spark.read.format("delta").load(str(tmp_path / table)).select("source_file").collect()
+              for table in ("bronze", "bronze_quarantine")]
+    assert len(places[0 if record == "valid" else 1]) == count
+    account(f"{count} {record} records of 8 MB", os.listdir(tmp_path / "input"),
+            *([os.path.basename(row.source_file) for row in rows] for rows in places))

@@ -172,6 +172,20 @@ def test_a_signal_that_comes_while_a_loop_looks_at_its_flag_stops_it():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=PATIENCE).returncode == 0
 
 
+def test_a_script_whose_output_nobody_reads_any_more_does_not_end_as_if_all_were_well(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {str(REPOSITORY)!r})
+        from common.console import run, say
+        run(lambda: [say("line") for _ in iter(int, 1)])
+    """)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(PATIENCE)) == (b"", 141)
+
+
 @pytest.mark.parametrize("setup, call", [
     ("spark = build_spark('test', READER_JVM)", "spark.range(10).agg({'id': 'max'}).collect()"),
     ("Half = type('', (), {'__init__': sleep, '__del__': sleep})", "Half()"),

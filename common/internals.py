@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
+from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
+from pyspark.java_gateway import ensure_callback_server_started
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
@@ -186,6 +188,20 @@ def commits_of(spark: SparkSession, table: str, first: int, last: int) -> Iterat
                                    False, java.scala.Option.empty())
         yield Commit(change._1(), operation, has_removed or operation == "RESTORE", [file.path() for file in added],
                      DataFrame(rows, spark))
+
+
+def protect_callbacks(spark: SparkSession) -> None:
+    """Makes the port on which Spark's JVM calls `foreachBatch` ask for the session's secret; PySpark lets any user of the machine call it.
+
+    Py4J has the check on Python's side, but its Java side forgets the secret as it is told the port (0.10.9.9).
+    """
+    gateway = cast(Any, spark.sparkContext)._gateway
+    secret = gateway.gateway_parameters.auth_token
+    gateway.callback_server_parameters.auth_token = secret
+    ensure_callback_server_started(gateway)
+    field = _java(spark).py4j.CallbackClient._java_lang_class.getDeclaredField("authToken")
+    field.setAccessible(True)
+    field.set(JavaObject("GATEWAY_SERVER", gateway._gateway_client).getCallbackClient(), secret)
 
 
 def stream_of(batch: DataFrame) -> str:

@@ -107,6 +107,8 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
             user = gateway.jvm.org.apache.hadoop.security.UserGroupInformation
             user.setLoginUser(user.createRemoteUser(str(os.getuid())))  # Hadoop would ask for the name, too
         conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
+        if re.fullmatch(r"local(\[.*\])?", conf.get("spark.master") or ""):
+            conf.setIfMissing("spark.authenticate", "true")  # its ports would take orders from any user of this machine
         if conf.get("spark.master") == "local[*]":
             java = gateway.jvm.Runtime.getRuntime()
             tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java leaves a part of its young generation out

@@ -18,6 +18,7 @@ from common.batches import Batches
 from common.checkpoints import Start, check_places, check_start, damaged, exclusive, taken
 from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
 from common.contract import Contract, add_readings_option, in_file
+from common.internals import protect_callbacks
 from common.process import StopFlag, Stopped, on_stop_signal
 from common.source import Source, SourceAwayError
 from common.table_lock import CONFLICTS
@@ -77,6 +78,7 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
             return check_start(spark, source, tables, contract, options.checkpoint)
 
     with spark:
+        protect_callbacks(spark)
         with in_file(options.readings):
             contract.check_rules(spark)
         with exclusive(options.checkpoint), suppress(Stopped):

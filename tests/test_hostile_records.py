@@ -23,6 +23,7 @@ from test_rules import ARRIVAL, CASES, VALID, judge, reading
 from common.contract import load_contract
 from common.internals import jvm_of
 from common.parsing import parse
+from common.table_writer import _code_generation
 from common.tables import quarantine_of
 from readings import CONTRACT
 
@@ -225,7 +226,8 @@ def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
         return sum(float(part) * 60 ** power for power, part in enumerate(reversed(clock.split(":")))) + 86400 * int(days or 0)
 
     before = used()
-    parse(records, contract).write.format("noop").mode("overwrite").save()
+    with _code_generation(spark):  # as TableWriter reads them
+        parse(records, contract).write.format("noop").mode("overwrite").save()
     return used() - before
 
 

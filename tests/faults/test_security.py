@@ -2,10 +2,13 @@
 
 import os
 import re
+import socket
+import struct
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import javaproperties
 import psutil
@@ -266,7 +269,35 @@ def test_nothing_listens_beyond_this_machine(broker, silver, start, run_here):
     consumer.wait_for("batch")
     ours = [process for process in psutil.process_iter(["cmdline"])
             if re.search(r"local_kafka|kafka\.Kafka|QuorumPeerMain|spark", " ".join(process.info["cmdline"] or ()))]
-    listening = [socket.laddr.ip for process in ours for socket in process.net_connections("inet")
-                 if socket.status == psutil.CONN_LISTEN]
+    listening = [socket.laddr.ip for process in ours for socket in listeners(process)]
     assert len(listening) > 5 and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert consumer.stop() == 0
+
+
+def listeners(process: psutil.Process) -> list:
+    return [socket for socket in process.net_connections("inet") if socket.status == psutil.CONN_LISTEN]
+
+
+def answer(port: int, message: bytes) -> bytes:
+    """What the port answers within a second to somebody without a password."""
+    with socket.create_connection(("127.0.0.1", port)) as client, suppress(TimeoutError, ConnectionResetError):
+        client.settimeout(1)
+        client.sendall(message)
+        return client.recv(10_000)
+    return b""
+
+
+def test_no_port_of_a_stream_takes_orders_from_another_user_of_the_machine(broker, silver, start, run_here):
+    topic, options = silver
+    run_here(PRODUCER, *topic, "--create-topic", "--count", 5, "--rate", 0)
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
+    consumer.wait_for("batch")
+    process = psutil.Process(consumer.process.pid)
+    ports = [socket.laddr.port for each in (process, *process.children(recursive=True)) for socket in listeners(each)]
+    assert len(ports) >= 5  # py4j's two, that of the accumulators, and the driver's two
+    py4j = [b"c\nz:java.lang.Runtime\ngetRuntime\ne\n", b"g\np0\ne\n", b"c\np0\ncall\ne\n"]
+    spark_rpc = struct.pack(">qbqi", 29, 3, 7, 8) + b"any call"  # a frame of Spark's: its length, an RpcRequest, its number and length
+    answers = [answer(port, message) for port in ports for message in (*py4j, spark_rpc)]
+    assert all(re.search(b"Expected SaslMessage|Authentication error|Unknown command", each) for each in answers if each), [each[:200] for each in answers if each]
+    assert len([each for each in answers if b"Sasl" in each]) == 2
     assert consumer.stop() == 0

@@ -58,7 +58,7 @@ class Lake:
             rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
         except TableNotFoundError:
             rejected = NOTHING_REJECTED
-        self.duckdb = duckdb.connect(config={"enable_external_access": "false"})  # a query reaches nothing but what is registered
+        self.duckdb = duckdb.connect(config={"enable_external_access": "false"})  # queries see the registered tables only
         self.duckdb.execute("SET TimeZone = 'UTC'")
         self.duckdb.register("all_accepted", rows)
         self.duckdb.register("all_rejected", rejected)

@@ -80,8 +80,8 @@ class TableWriter:
             report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream, contents)
         # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask) is no other one.
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
-            raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names what is "
-                                f"lost, and takes back the records of the new one.")
+            raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names "
+                                f"the lost records, and takes back those of the new one.")
         self.source.check_read(spark)
         if rejected is not None:
             has_changed, rows = rejected

@@ -279,7 +279,7 @@ def listeners(process: psutil.Process) -> list:
 
 
 def answer(port: int, message: bytes) -> bytes:
-    """What the port answers within a second to somebody without a password."""
+    """The reply that a client without the secret gets from the port within a second."""
     with socket.create_connection(("127.0.0.1", port)) as client, suppress(TimeoutError, ConnectionResetError):
         client.settimeout(1)
         client.sendall(message)

@@ -6,7 +6,7 @@ ready, and restarts a server that has died. Ctrl+C stops Kafka, then ZooKeeper. 
 --data-dir for the next start.
 
     python3 local_kafka.py
-    python3 local_kafka.py --port 9093 --data-dir /tmp/kafka
+    python3 local_kafka.py --port 9093 --data-dir ~/kafka-9093
 """
 
 import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
@@ -26,7 +26,7 @@ from kafka.errors import KafkaError
 
 from common.brokers import Admin
 from common.console import PipelineError, argument_parser, location, port_number, run, say
-from common.java import SCALA, find_java, resolve_jars
+from common.java import SCALA, find_java, require_own, resolve_jars
 from common.process import REPOSITORY, StopFlag, on_stop_signal
 
 COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
@@ -49,6 +49,8 @@ def main() -> None:
     if "," in options.data_dir:
         raise PipelineError(f"Kafka can't use a folder with a comma in its path: choose another --data-dir than "
                             f"{options.data_dir}.")
+    os.makedirs(options.data_dir, exist_ok=True)
+    require_own(options.data_dir, "--data-dir")
     jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
     java = [find_java().path, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(jars)]
     zookeeper_port, docker_port = free_ports(2)

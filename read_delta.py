@@ -69,7 +69,8 @@ def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("table", type=table_location, nargs="?", metavar="TABLE", help="path of a Delta table")
     parser.add_argument("--sql", metavar="QUERY",
-                        help='a query over all tables of the lake, as FOLDER.TABLE, with "_" for "-" and the like')
+                        help='a query over all tables of the lake, as FOLDER.TABLE, with "_" for "-" and the like; it can read any file '
+                             "that you can, and call Java, so run none of a stranger")
     parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
     parser.add_argument("--history", action="store_true", help="the table's commits, newest first")
     parser.add_argument("--optimize", action="store_true", help="merge the table's small files now")
@@ -101,7 +102,7 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
             with in_the_lake(path):
                 spark.catalog.createTable(f"`{database}`.`{table}`", path, source="delta")
     try:
-        rows = spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")  # which can only read
+        rows = spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")
     except PySparkException as error:
         problem = re.sub(r"^\[\w+\.?\w*\] |\.? SQLSTATE.*", "", first_line(str(error).strip()))
         raise PipelineError(f"--sql takes one query, and Spark can't run this one: {problem}.") from error

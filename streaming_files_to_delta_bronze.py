@@ -79,6 +79,8 @@ def parse_options() -> argparse.Namespace:
     add_stream_options(parser, BRONZE, str(REPOSITORY / "checkpoints" / "bronze_sensor"), trigger="5 seconds")
     parser.add_argument("--max-files-per-trigger", type=at_least(1), metavar="N", default=1000,
                         help="the most files that one batch takes")
+    parser.add_argument("--max-unpacked", type=at_least(1), metavar="MB", default=1000,
+                        help="size of a .gz file, unpacked, beyond which it goes to the quarantine as unreadable_file")
     return parser.parse_args()
 
 
@@ -184,6 +186,7 @@ class FileSource(Source):
         self.options, self.waiting = options, 0  # files, if that is known
         self.is_multiline = options.multiline
         self.read = read_values if self.is_multiline else read_lines
+        self.max_unpacked = options.max_unpacked * 1_000_000
         self.mode = "with --multiline" if self.is_multiline else "without --multiline"
         self.begun: list[str] = []  # the files of a batch that an earlier run has begun
         self.entry = -1  # of the log of taken files: the last one that is done
@@ -223,7 +226,7 @@ class FileSource(Source):
         self.taken.name_packed(planned)
         if self.options.archive:
             self.taken.name_archived_drafts(plain(path) for path in planned_files(batch) if is_draft(path, self.folder))
-        return self.read(batch.sparkSession, self.files, self.faults, careful=False)
+        return self.read(batch.sparkSession, self.files, self.faults, self.max_unpacked, careful=False)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         warn("Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
@@ -235,7 +238,7 @@ class FileSource(Source):
         there = {file.path for file in files}
         self._name_gone([path for file in self.files
                          if file.path not in there and not is_there(batch.sparkSession, path := plain(file.path))])
-        return self.read(batch.sparkSession, files, self.faults, careful=True)
+        return self.read(batch.sparkSession, files, self.faults, self.max_unpacked, careful=True)
 
     def _name_gone(self, paths: list[str]) -> None:
         """Names files that are gone. Raises SourceAwayError if a folder of theirs on this machine is empty: its disk may be away."""

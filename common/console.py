@@ -186,9 +186,10 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence, 141 if nobody
     reads its output any more.
 
-    `--verbose` on the command line adds the traceback.
+    `--verbose` on the command line adds the traceback. Users who are neither the script's own nor of its group can't read its files.
     """
     on_stop_signal(Interrupt())
+    os.umask(os.umask(0o007) | 0o007)
     if "--verbose" not in sys.argv:
         logging.basicConfig(handlers=[logging.NullHandler()])  # py4j logs tracebacks of what reaches us as an exception
     try:

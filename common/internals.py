@@ -86,8 +86,8 @@ class FileSystem:
         with self._open(path) as content:
             return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
 
-    def unpacked_size(self, path: str) -> int:
-        """The bytes in a .gz file, read as Spark reads it.
+    def unpacked_size(self, path: str, limit: int) -> int:
+        """The bytes in a .gz file, read as Spark reads it; `limit` + 1 if there are more than `limit`.
 
         Raises BrokenFileError if it can't be unpacked, and Py4JJavaError if it can't be read.
         """
@@ -97,7 +97,7 @@ class FileSystem:
             # It knows its own errors: those of the disk, the store, the network. An error of another is the unpacking's.
             packed = io.input.TaggedInputStream(content)
             try:
-                return io.IOUtils.copyLarge(codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE)
+                return io.IOUtils.copyLarge(codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE, 0, limit + 1)
             except Py4JJavaError as error:
                 is_io = self._java.java.io.IOException._java_lang_class.isInstance  # Hadoop makes an Error of an error of the disk
                 if any(packed.isCauseOf(cause) or not is_io(cause) for cause in java_causes(error)):

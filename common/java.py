@@ -1,5 +1,6 @@
 """The Java side of the pipeline: which Java runs it, and where its jars come from."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from filelock import FileLock
 from common.console import PipelineError, first_line, in_progress
 
 SPARK_JARS = Path(pyspark.__file__).parent / "jars"
+SUMS = Path(__file__).with_name("jars.sha256")
 SCALA = "2.13"  # the Scala that the pyspark package is built with
 
 DELTA = f"io.delta:delta-spark_{pyspark.__version__[:3]}_{SCALA}:{version('delta-spark')}"
@@ -59,6 +61,19 @@ def find_java() -> Java:
     return Java(java, int(version[1]))
 
 
+def require_own(folder: Path | str, option: str) -> None:
+    """Raises PipelineError if others could change what is in a folder, or where a link leads. `option` names another folder."""
+    link, status = os.lstat(folder), os.stat(folder)
+    if strangers := {link.st_uid, status.st_uid} - {os.getuid(), 0}:
+        problem = f"belongs to another user ({min(strangers)})"
+    elif status.st_mode & 0o002:
+        problem = "can be changed by every user of this machine"
+    else:
+        return
+    raise PipelineError(f"The folder {folder} {problem}, who could have this script run or overwrite other files. Name another folder "
+                        f"with {option}, or give it to this user alone (chown, chmod).")
+
+
 def cache_folder() -> Path:
     """Where jars and Java's class archive are kept: `$PIPELINE_CACHE`, by default Ivy's own place, `~/.ivy2`.
 
@@ -72,6 +87,7 @@ def cache_folder() -> Path:
         raise PipelineError(f"This user has no home folder to keep Spark's jars in. {elsewhere}") from None
     except OSError as error:
         raise PipelineError(f"The folder {folder} for Spark's jars can't be made: {error.strerror}. {elsewhere}") from None
+    require_own(folder, "PIPELINE_CACHE")
     if os.pathsep in str(folder):
         raise PipelineError(f'The folder {folder} has a "{os.pathsep}" in its path, at which Java splits its class path. '
                             f"{elsewhere}")
@@ -87,12 +103,12 @@ def spark_jars(*coordinates: str) -> list[str]:
 def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> list[str]:
     """Paths of the jars of Maven `coordinates` and of all they depend on, less the artifacts named `without`.
 
-    The first call downloads them with the Ivy that comes with pyspark into `cache_folder()`, and says so; from then on a
-    list beside them answers. Raises PipelineError if a jar can't be downloaded.
+    The first call downloads them with the Ivy that comes with pyspark into `cache_folder()`, says so, and compares them with `SUMS`;
+    from then on a list beside them answers. Raises PipelineError if a jar can't be downloaded, or is not the one that it should be.
     """
     coordinates = sorted(coordinates)
     cache = cache_folder()
-    known = cache / ("_".join(coordinates).replace(":", "-") + ".classpath")
+    known = cache / ("_".join(coordinates).replace(":", "-") + ".checked")
     if jars := _listed_in(known):
         return jars
     if not os.access(cache, os.W_OK):
@@ -104,6 +120,16 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
             if not _listed_in(known):
                 _download(coordinates, without, known)
             return _listed_in(known)
+
+
+def require_known(jars: Iterable[Path]) -> None:
+    """Raises PipelineError if one of the jars does not have the SHA-256 sum that `SUMS` says."""
+    sums = {name: sum_ for sum_, name in map(str.split, SUMS.read_text(encoding="utf-8").splitlines())}
+    for jar in jars:
+        if hashlib.sha256(jar.read_bytes()).hexdigest() != sums.get(jar.name):
+            raise PipelineError(f"{jar} is not the file that this project was tested with: {SUMS} has "
+                                f"{'another SHA-256 sum' if jar.name in sums else 'no SHA-256 sum'} for it. Remove it and start again; if "
+                                f"you have changed a version yourself, add the sums of its jars there (sha256sum).")
 
 
 def _listed_in(known: Path) -> list[str]:
@@ -132,6 +158,7 @@ def _download(coordinates: list[str], without: Iterable[str], known: Path) -> No
             raise PipelineError(
                 f"Could not download {', '.join(coordinates)} from Maven Central ({'; '.join(problems[:2])}). Check the "
                 f"connection or the proxy (JAVA_TOOL_OPTIONS=-Dhttps.proxyHost=…) and start again.")
+        require_known(map(Path, classpath.read_text(encoding="utf-8").strip().split(os.pathsep)))
         draft = known.with_suffix(".draft")
         shutil.copy(classpath, draft)
         os.replace(draft, known)  # whole or not at all

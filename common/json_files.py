@@ -48,18 +48,18 @@ def files_in(batch: DataFrame) -> list[Row]:
     return list({file.path: file for file in files}.values())  # Spark lists files with wildcards in their names several times
 
 
-def read_lines(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool) -> DataFrame:
+def read_lines(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool) -> DataFrame:
     """One record per line of `files`, but for blank lines; see `read_files`."""
-    return read_files(spark, files, faults, careful, lineSep="\n")
+    return read_files(spark, files, faults, max_unpacked, careful, lineSep="\n")
 
 
-def read_values(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool) -> DataFrame:
+def read_values(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool) -> DataFrame:
     """One record per object of `files`, each of which holds an object or an array of them; see `read_files`.
 
     A file whose array is broken, holds null or strings, is nested more than 200 levels deep or has more than 400,000 elements is one
     record as a whole.
     """
-    whole = with_elements(read_files(spark, files, faults, careful, wholetext=True))
+    whole = with_elements(read_files(spark, files, faults, max_unpacked, careful, wholetext=True))
     return whole.select(F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"),
                         "source_file", "ingest_time", "reject_reason")
 
@@ -96,7 +96,7 @@ def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> li
                                     F.bool_or(begins_object).alias("begins"), F.bool_or(~begins_object).alias("goes_on"))
         .where("is_array OR begins AND goes_on"))
     suspected = {row.source_file for row in suspects.collect()}
-    paths = [file.path for file in files if file.path in suspected and unpacked_size(spark, file) <= LONGEST_RECORD]
+    paths = [file.path for file in files if file.path in suspected and unpacked_size(spark, file, LONGEST_RECORD) <= LONGEST_RECORD]
     if not paths:
         return []
     whole = read_text(spark, paths, wholetext=True).select(F.col("value").cast("binary").alias("raw"), source_file().alias("path"))
@@ -104,14 +104,15 @@ def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> li
     return [row.path for row in with_elements(whole).where(is_multiline).select("path").collect()]
 
 
-def read_files(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool, **text_options: Any) -> DataFrame:
-    """Reads the `files` of a batch (`files_in`); see `find_unreadable` for `faults` and `careful`.
+def read_files(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool,
+               **text_options: Any) -> DataFrame:
+    """Reads the `files` of a batch (`files_in`); see `find_unreadable` for the other parameters.
 
     Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`: null,
     or "unreadable_file" with a null `raw` for each of `faults`.
     """
     paths = [file.path for file in files]
-    find_unreadable(spark, files, faults, careful, text_options)
+    find_unreadable(spark, files, faults, max_unpacked, careful, text_options)
     ingest_time = F.timestamp_micros(F.lit(files[0].arrival if files else None))
     names = F.array(*map(F.lit, faults)).cast("ARRAY<STRING>")
     records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
@@ -142,9 +143,10 @@ def source_file() -> Column:
     return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
 
 
-def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str], careful: bool, text_options: dict[str, Any]) -> None:
-    """Adds to `faults` those of `files` that are themselves at fault, by their path, and names them on stderr: a broken .gz, or more
-    in one piece than the memory could hold.
+def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool,
+                    text_options: dict[str, Any]) -> None:
+    """Adds to `faults` those of `files` that are themselves at fault, by their path, and names them on stderr: a broken .gz, one of
+    more than `max_unpacked` bytes inside, or more in one piece than the memory could hold.
 
     `careful`: looks into small .gz files too, after Spark has failed to read the files. Raises SourceAwayError if one of them can't be
     read for another reason.
@@ -153,11 +155,13 @@ def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str
     for file in files:
         if file.path not in faults:
             try:
-                sizes[file.path] = unpacked_size(spark, file, careful)
+                sizes[file.path] = unpacked_size(spark, file, max_unpacked, careful)
+                if sizes[file.path] > max(max_unpacked, file.length):
+                    found[file.path] = f"unpacked, it has more than {max_unpacked // 10**6:,} MB (see --max-unpacked)"
             except BrokenFileError as error:
                 found[file.path] = str(error)
     is_multiline = "wholetext" in text_options
-    oversized = {path: size for path, size in sizes.items() if size > LONGEST_RECORD}
+    oversized = {path: size for path, size in sizes.items() if size > LONGEST_RECORD and path not in found}
     if oversized and not is_multiline:  # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
         lines = read_text(spark, list(oversized), **text_options)
         read = lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
@@ -171,8 +175,8 @@ def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str
     faults |= found
 
 
-def unpacked_size(spark: SparkSession, file: Row, exactly: bool = False) -> int:
-    """The bytes in `file`, unpacked; unless `exactly`, those of a .gz that can't have too many as it has them packed.
+def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = False) -> int:
+    """The bytes in `file`, unpacked, `limit` + 1 for more; unless `exactly`, a .gz that is small in any case counts as it is, packed.
 
     Raises BrokenFileError for a broken .gz, and SourceAwayError for one that can't be read.
     """
@@ -180,7 +184,7 @@ def unpacked_size(spark: SparkSession, file: Row, exactly: bool = False) -> int:
     if not file.path.lower().endswith(".gz") or not file.length or file.length * 1032 <= LONGEST_RECORD and not exactly:
         return file.length
     try:
-        return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path)
+        return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path, limit)
     except Py4JJavaError as error:
         raise SourceAwayError(away(file.path, error)) from error
 

@@ -6,13 +6,14 @@ those of https://kafka.apache.org/39/documentation.html#consumerconfigs and the 
 """
 
 import difflib
+import os
 import re
 import ssl
 from typing import Any
 
 import javaproperties
 
-from common.console import PipelineError
+from common.console import PipelineError, warn
 
 PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -20,6 +21,7 @@ SASL_NAMES = ("sasl.mechanism", "sasl.jaas.config", "sasl.kerberos.service.name"
 SSL_NAMES = ("ssl.truststore.location", "ssl.truststore.certificates", "ssl.truststore.type", "ssl.keystore.location",
              "ssl.keystore.type", "ssl.key.password", "ssl.endpoint.identification.algorithm")
 SECURITY_NAMES = ("security.protocol", *SASL_NAMES, *SSL_NAMES)  # those that both clients follow
+SECRETS = {"sasl.jaas.config", "ssl.key.password"}
 # Properties whose value is a class of Java, or the name of a default that has none in kafka-python.
 JAVA_ONLY = r"((key|value)\.serializer|metric\.reporters)=.*|compression\.type=none"
 
@@ -28,7 +30,10 @@ def read_properties(path: str) -> dict[str, str]:
     """The properties in the file at `path`. PipelineError, which never quotes the file, where it can't be read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return {name: value.strip() for name, value in javaproperties.load(file).items()}
+            properties = {name: value.strip() for name, value in javaproperties.load(file).items()}
+            if os.fstat(file.fileno()).st_mode & 0o004 and properties.keys() & SECRETS:
+                warn(f"Every user of this machine can read the password in {path}: chmod o= {path}")
+            return properties
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no properties file in UTF-8"
         raise PipelineError(f"The Kafka properties {path} can't be read: {reason}. A line of it is name=value.") from None

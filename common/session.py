@@ -21,6 +21,7 @@ from common.class_archive import use_archive
 from common.console import PipelineError
 from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS, cache_folder, find_java, spark_jars
 from common.process import held_back
+from common.scratch import scratch_folder
 
 # A record of 999 levels, or a rule's pattern on a long text, takes more than Java's default stack of 1 MB, whose overflow ends the JVM.
 STACK = "-Xss16m"
@@ -113,7 +114,7 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
             java = gateway.jvm.Runtime.getRuntime()
             tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java leaves a part of its young generation out
             conf.setMaster(f"local[{max(1, min(java.availableProcessors(), tasks))}]")
-        for key, value in SETTINGS.items():
+        for key, value in (SETTINGS | {"spark.hadoop.fs.permissions.umask-mode": f"{umask():03o}"}).items():
             conf.setIfMissing(key, value)
         context = SparkContext(conf=conf, gateway=gateway)
         # After a power cut, Hadoop would refuse a whole data file whose checksum file is empty. The instance is the one that Spark uses.
@@ -134,7 +135,7 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
     """What Spark's JVM is started with on this machine, which is also said to it by the environment."""
     java = find_java()
     jars = spark_jars(DELTA, KAFKA_SOURCE)
-    java_options = [*jvm["spark.driver.extraJavaOptions"].split(), f"-Djava.io.tmpdir={tempfile.gettempdir()}", "-Xlog:disable",
+    java_options = [*jvm["spark.driver.extraJavaOptions"].split(), f"-Djava.io.tmpdir={scratch_folder()}", "-Xlog:disable",
                     make_archive or use_archive(java, jars)]
     if not has_name():
         java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
@@ -162,6 +163,12 @@ def _memory() -> int:
     with suppress(OSError, ValueError):  # no limit is "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
+
+
+def umask() -> int:
+    """The permissions that new files of this process don't get; Hadoop sets those of its files itself, whatever they are."""
+    os.umask(mask := os.umask(0o077))
+    return mask
 
 
 def has_name() -> bool:

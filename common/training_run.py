@@ -38,7 +38,7 @@ def main(make: str, archive: str) -> None:
         for name in ("1.json", "2.json"):
             (files / name).write_bytes(b"\n".join(record or b"" for _, record in itertools.islice(messages, 20)))
         options = argparse.Namespace(input=str(files), checkpoint=f"{folder}/checkpoint", once=True, max_files_per_trigger=1,
-                                     archive=None, multiline=False)
+                                     max_unpacked=1, archive=None, multiline=False)
         tables = bronze_tables(f"{folder}/table", CONTRACT.columns)
         writer = TableWriter(tables, CONTRACT, FileSource(spark, options), Start(Checkpoint(spark, options.checkpoint), {}, {}))
         run_query(list_new_files(spark, options), TO_ITS_END, writer, options.checkpoint, StopFlag(), Unwatched())

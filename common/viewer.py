@@ -3,6 +3,8 @@
 import argparse
 import csv
 import io
+import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -102,7 +104,16 @@ def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) 
 
 
 def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
-    """The rows as lines, in the `form` of --format."""
+    """The rows as lines, in the `form` of --format. What would steer a terminal is escaped there, as in JSON."""
+    for line in _lines(rows, form, whole):
+        yield re.sub(r"[^\n -~]", _escaped, line) if sys.stdout.isatty() else line
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return character[0] if character[0].isprintable() else json.dumps(character[0])[1:-1]
+
+
+def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
     if form == "json":
         options = {"ignoreNullFields": "false", "timestampFormat": ISO_8601}
         texts = [_text(name, kind) if kind == "binary" else F.col(f"`{name}`") for name, kind in rows.dtypes]

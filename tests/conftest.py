@@ -253,7 +253,7 @@ def ingest(spark, tmp_path):
     folder = tmp_path / "input"
     folder.mkdir()
     options = argparse.Namespace(input=str(folder), table=str(tmp_path / "bronze"), checkpoint=str(tmp_path / "checkpoint"),
-                                 once=True, max_files_per_trigger=1000, archive=None, multiline=False)
+                                 once=True, max_files_per_trigger=1000, max_unpacked=1000, archive=None, multiline=False)
 
     def rows():
         return [spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0

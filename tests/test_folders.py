@@ -112,7 +112,7 @@ def test_packed_files_whose_place_does_not_answer_are_not_condemned(spark, size)
     [port] = free_ports(1)
     file = Row(path=f"webhdfs://127.0.0.1:{port}/1.json.gz", length=size)
     with pytest.raises(PipelineError, match="1.json.gz can't be read at the moment: .*[Cc]onnection.* Nothing is lost"):
-        find_unreadable(spark, [file], {}, careful=True, text_options={})
+        find_unreadable(spark, [file], {}, 10**9, careful=True, text_options={})
 
 
 def test_a_file_whose_name_is_not_in_utf8_is_named(ingest, capsys):

@@ -20,7 +20,7 @@ from test_rules import reading
 from common import class_archive
 from common.checkpoints import check_places, exclusive
 from common.console import PipelineError
-from common.java import cache_folder, find_java
+from common.java import DELTA, KAFKA_SOURCE, cache_folder, find_java, require_known, require_own, spark_jars
 from local_kafka import free_ports
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
@@ -104,6 +104,62 @@ def test_a_checkpoint_is_locked_however_it_is_named(tmp_path, name):
     with exclusive(str(tmp_path / "checkpoint")), pytest.raises(PipelineError, match="Another stream is using the checkpoint"):
         with exclusive(name.format(tmp_path)):
             pass
+
+
+def test_a_folder_that_others_could_change_is_trusted_with_nothing(tmp_path, monkeypatch):
+    open_folder, own, stranger = tmp_path / "open", tmp_path / "own", tmp_path / "stranger's"
+    for folder in (open_folder, own, stranger):
+        folder.mkdir(mode=0o755)
+    open_folder.chmod(0o777)
+    if os.getuid() == 0:
+        os.chown(stranger, 12_345, -1)
+        (tmp_path / "link").symlink_to(stranger)
+        for folder in (stranger, tmp_path / "link"):
+            with pytest.raises(PipelineError, match=r"belongs to another user \(12345\)"):
+                require_own(folder, "--data-dir")
+    require_own(own, "--data-dir")
+    monkeypatch.setenv("PIPELINE_CACHE", str(open_folder))
+    with pytest.raises(PipelineError, match="open can be changed by every user of this machine.* PIPELINE_CACHE"):
+        cache_folder()
+
+
+def test_a_jar_that_is_not_the_one_that_was_tested_is_never_run(tmp_path, monkeypatch):
+    for name, problem in (("kafka-clients-3.9.2.jar", "another SHA-256 sum"), ("kafka-clients-9.jar", "no SHA-256 sum")):
+        (tmp_path / name).write_bytes(b"class Hostile")
+        with pytest.raises(PipelineError, match=f"{name} is not the file .*has {problem} for it"):
+            require_known([tmp_path / name])
+    require_known(map(Path, spark_jars(DELTA, KAFKA_SOURCE)))
+
+
+def test_temporary_files_of_a_killed_script_go_at_the_next_start_and_those_of_a_running_one_stay(tmp_path):
+    def start() -> tuple[subprocess.Popen, Path]:
+        code = "import time; from common.scratch import scratch_folder; print(scratch_folder(), flush=True); time.sleep(600)"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
+                                   env=os.environ | {"TMPDIR": str(tmp_path)})
+        folder = Path(process.stdout.readline().strip())
+        (folder / "shuffle").write_text("records")
+        return process, folder
+
+    (killed, left), (running, used) = start(), start()
+    killed.kill()
+    killed.wait()
+    new, folder = start()
+    assert sorted(tmp_path.iterdir()) == sorted([used, folder]) and oct(folder.stat().st_mode)[-3:] == "700"
+    for process in (running, new):
+        process.terminate()
+        process.wait()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("mask, closed", [(0o022, 0o007), (0o077, 0o077)])
+def test_tables_and_checkpoints_are_closed_to_strangers(tmp_path, mask, closed):
+    (tmp_path / "input").mkdir()
+    put(tmp_path / "input", "1.json", VALID, BROKEN)
+    run = run_script(BRONZE, "--input", tmp_path / "input", "--table", tmp_path / "lake/bronze",
+                     "--checkpoint", tmp_path / "lake/checkpoint", "--once", umask=mask)
+    assert run.returncode == 0, run.stderr
+    files = [tmp_path / "lake", *(tmp_path / "lake").rglob("*")]
+    assert len(files) > 20 and [file for file in files if file.stat().st_mode & closed] == []
 
 
 def test_a_training_run_that_fails_leaves_no_archive_and_the_next_start_tries_again(tmp_path, capsys):

@@ -104,10 +104,14 @@ def test_docker_compose_fits_the_schema_of_the_compose_specification():
     assert check.returncode == 0, check.stdout
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "tests/requirements.txt", "benchmarks/requirements.txt"])
-def test_requirements_are_pinned(file):
-    lines = [line for line in (REPOSITORY / file).read_text().splitlines() if line and line[0] not in "#-"]
-    assert lines and all(re.fullmatch(r"[\w\[\]-]+==[\d.]+", line) for line in lines)
+@pytest.mark.parametrize("file", ["requirements", "requirements-dashboard", "tests/requirements", "benchmarks/requirements"])
+def test_requirements_are_pinned_and_locked(file):
+    wanted = [line for line in (REPOSITORY / f"{file}.in").read_text().splitlines() if line and line[0] not in "#-"]
+    assert wanted and all(re.fullmatch(r"[\w\[\]-]+==[\d.]+", line) for line in wanted)
+    locked = re.split(r"\n(?=\w)", (REPOSITORY / f"{file}.txt").read_text())
+    assert all("--hash=sha256:" in each for each in locked if not each.startswith("#"))
+    pins = {each.split()[0].replace("[server]", "") for each in locked}
+    assert {line.lower().replace("[server]", "") for line in wanted} <= pins
 
 
 @pytest.mark.parametrize("path, ignored", [

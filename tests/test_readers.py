@@ -1,5 +1,6 @@
 """The reader scripts on real tables."""
 
+import argparse
 import csv
 import fcntl
 import io
@@ -25,7 +26,7 @@ from test_rules import reading
 
 from common.table_writer import TableWriter
 from common.tables import WRITER, bronze_tables, create_table, silver_tables
-from common.viewer import csv_line
+from common.viewer import csv_line, lines
 from readings import CONTRACT
 
 
@@ -79,6 +80,19 @@ def test_raw_and_rejected_records_are_shown_when_asked_for(lake, run_here):
 def test_a_row_of_csv_is_one_row_whatever_is_in_it():
     rows = [["a\nb", "c\rd", None, ""], ["\r\n", 'say "x"', "1,5", "\u2028"]]
     assert list(csv.reader(io.StringIO("\n".join(map(csv_line, rows)), newline=""))) == [[text or "" for text in row] for row in rows]
+
+
+def test_no_text_steers_a_terminal_in_any_format(spark, monkeypatch):
+    hostile = "a\x1b[31m\x9b\u202e\x7f b\u00e9\U000e0041"
+    rows = spark.createDataFrame([(hostile,)], "name STRING")
+    [as_it_is] = lines(rows, "csv")
+    assert as_it_is == hostile  # in a pipe
+    monkeypatch.setattr(sys, "stdout", argparse.Namespace(isatty=lambda: True))
+    for form in ("json", "csv", "table"):
+        [line] = lines(rows, form)
+        assert line.isprintable() and "\u00e9" in line, line
+        if form == "json":
+            assert json.loads(line) == {"name": hostile}
 
 
 def test_programs_get_all_columns_as_json_or_csv(lake, run_here):

@@ -78,6 +78,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     with gzip.open(folder / "bomb.json.gz", "wb") as file:
         for _ in range(size // 1_000_000):
             file.write(b"a" * 1_000_000)
+    (folder / "many.json.gz").write_bytes(gzip.compress(b"{}\n" * 35_000_000, 1))
     put(folder, "broken.json.gz", *[reading(value=n) for n in range(40)])
     (folder / "broken.json.gz").write_bytes((folder / "broken.json.gz").read_bytes()[:200])
     os.symlink(folder / "nowhere", folder / "dangling.json")
@@ -86,16 +87,17 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     put(folder, "small.json", RECORD, RECORD[:20])
 
     run = run_script(BRONZE, "--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint",
-                     "--once", timeout=3600)
+                     "--once", "--max-unpacked", 100, timeout=3600)
 
     assert run.returncode == 0 and "Traceback" not in run.stderr and "\x1b" not in run.stderr, run.stderr
-    unreadable = ["bell \x1b[31m.json.gz", "bomb.json.gz", "broken.json.gz", "one_line.json"]
+    unreadable = ["bell \x1b[31m.json.gz", "bomb.json.gz", "broken.json.gz", "many.json.gz", "one_line.json"]
     for file in unreadable:
         assert f"{folder}/{file} can't be read: ".replace("\x1b", "\ufffd") in run.stderr
+    assert f"{folder}/many.json.gz can't be read: unpacked, it has more than 100 MB" in run.stderr
     accepted, rejected = tables(spark, tmp_path / "bronze")
     assert accepted == Counter({"large.json": lines // 1000 * 1000, "small.json": 1})
     assert rejected == [("malformed_json", "small.json"), *(("unreadable_file", file) for file in unreadable)]
-    account(f"a file of {size:,} bytes, a line of as many, and what can't be read", range(lines // 1000 * 1000 + 6),
+    account(f"a file of {size:,} bytes, a line of as many, and what can't be read", range(lines // 1000 * 1000 + 7),
             range(sum(accepted.values())), range(sum(accepted.values()), sum(accepted.values()) + len(rejected)))
     shown = run_here("read_bronze.py", "--table", tmp_path / "bronze", "--rejected")
     assert shown.returncode == 0 and "\x1b" not in shown.stdout and "\ufffd[31m" in shown.stdout

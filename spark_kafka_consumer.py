@@ -27,8 +27,9 @@ from pyspark.sql import functions as F
 
 from common.console import argument_parser, at_least, run
 from common.contract import load_contract
-from common.kafka_source import KafkaSource, kafka_options, records_of
+from common.kafka_source import KafkaSource, records_of
 from common.process import REPOSITORY
+from common.record_lookup import kafka_options
 from common.session import build_spark
 from common.streams import TO_ITS_END, add_stream_options, run_until_stopped, trigger_of
 from common.tables import SILVER, silver_tables

@@ -44,6 +44,9 @@ def _java(spark: SparkSession) -> Any:
     return spark._jvm
 
 
+OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
+
+
 class BrokenFileError(Exception):
     """A file has been read, but its content can't be unpacked."""
 
@@ -232,19 +235,22 @@ def begun_at(batch: DataFrame) -> int:
 
 
 # Methods of Kafka's ConsumerRecord, and the SQL types of their results.
-KAFKA_RECORD = {"key": "BINARY", "value": "BINARY", "partition": "INT", "offset": "BIGINT", "timestamp": "BIGINT"}
+KAFKA_RECORD = {"key": "BINARY", "value": "BINARY", "partition": "INT", "offset": "BIGINT", "timestamp": "BIGINT",
+                "serializedKeySize": "INT", "serializedValueSize": "INT"}
 
 
-def kafka_records(rows: DataFrame) -> DataFrame:
-    """The records that `rows`, a micro-batch or a `spark.read` of Kafka, would read, with their timestamps as Kafka has them.
+def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
+    """The records that `rows`, a `spark.read` of Kafka, would read, with their timestamps as Kafka has them, and null for keys and
+    values of more than `max_bytes`.
 
-    Spark's own reader fails on a time that is no TIMESTAMP. This one takes the same ranges of offsets, properties and consumers.
-    Out: the columns of `KAFKA_RECORD` (`timestamp`: milliseconds), and `timestampType`, as Spark has it.
+    Spark's own reader fails on a time that is no TIMESTAMP, and copies the largest value that a consumer can still hold.
+    Out: the columns of `KAFKA_RECORD` (`timestamp`: milliseconds; sizes: bytes, -1 for null), and `timestampType`, as Spark has it.
     """
     spark = rows.sparkSession
     java = _java(spark)
     sql, expressions = java.org.apache.spark.sql, java.org.apache.spark.sql.catalyst.expressions
     none = _scala_seq(spark, [])
+    parse = spark._jsparkSession.sessionState().sqlParser().parseExpression
 
     def method(target: Any, name: str, kind: Any) -> Any:
         return expressions.objects.Invoke(target, name, kind, none, none, True, True, True)
@@ -257,27 +263,32 @@ def kafka_records(rows: DataFrame) -> DataFrame:
     rows_of_one = expressions.AttributeReference("record", kind_of_record, False, sql.types.Metadata.empty(),
                                                  expressions.NamedExpression.newExprId(), none)
     record = expressions.BoundReference(0, kind_of_record, False)
-    columns = [column(method(record, name, sql.types.DataType.fromDDL(kind)), name) for name, kind in KAFKA_RECORD.items()]
+    columns = []
+    for name, kind in KAFKA_RECORD.items():
+        value = method(record, name, sql.types.DataType.fromDDL(kind))
+        if kind == "BINARY":
+            is_small = expressions.LessThanOrEqual(expressions.Length(value), parse(f"{max_bytes}"))
+            value = expressions.If(is_small, value, parse("CAST(NULL AS BINARY)"))
+        columns.append(column(value, name))
     timestamp_type = method(record, "timestampType", sql.types.ObjectType(an_object.timestampType().getClass()))
     columns.append(column(method(timestamp_type, "ordinal", sql.types.DataType.fromDDL("INT")), "timestampType"))
+    rdd = rows._jdf.queryExecution().toRdd()
+    while rdd.getClass().getSimpleName() != "KafkaSourceRDD":
+        rdd = rdd.dependencies().head().rdd()
     plan = java.org.apache.spark.sql.catalyst.plans.logical.SerializeFromObject(
-        _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, _kafka_rdd(rows), spark._jsparkSession))
+        _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, rdd, spark._jsparkSession))
     read = DataFrame(sql.classic.Dataset.ofRows(spark._jsparkSession, plan), spark)
     return read.withColumn("timestampType", read.timestampType - 1)  # -1 for none is the first
 
 
-def _kafka_rdd(rows: DataFrame) -> Any:
-    """Kafka's records as an RDD of Java: of a stream from its plan, of a `spark.read` the one beneath its rows."""
-    spark, rdd = rows.sparkSession, rows._jdf.queryExecution().toRdd()
-    parts = rdd.partitions()
-    if not parts or parts[0].getClass().getSimpleName() == "KafkaSourceRDDPartition":
-        while rdd.getClass().getSimpleName() != "KafkaSourceRDD":
-            rdd = rdd.dependencies().head().rdd()
-        return rdd
-    parts = [part.inputPartition().get() for part in parts]
-    return _java(spark).org.apache.spark.sql.kafka010.KafkaSourceRDD(
-        spark.sparkContext._jsc.sc(), parts[0].executorKafkaParams(), _scala_seq(spark, [part.offsetRange() for part in parts]),
-        parts[0].pollTimeoutMs(), parts[0].failOnDataLoss())
+def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
+    """The offsets that a micro-batch of Kafka reads of each partition: the first, and the one after the last."""
+    offsets: dict[int, tuple[int, int]] = {}
+    for part in batch._jdf.queryExecution().toRdd().partitions():
+        part = part.inputPartition().get().offsetRange()
+        begin, end = offsets.get(partition := part.topicPartition().partition(), (part.fromOffset(), part.untilOffset()))
+        offsets[partition] = min(begin, part.fromOffset()), max(end, part.untilOffset())
+    return offsets
 
 
 def forget_fetched_records(spark: SparkSession) -> None:
@@ -292,16 +303,17 @@ def forget_fetched_records(spark: SparkSession) -> None:
 class KafkaReader:
     """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
 
-    `options`: those of Spark's Kafka source.
+    `options`: those of Spark's Kafka source. `at_once`: the most records that it unpacks together.
     """
 
-    def __init__(self, spark: SparkSession, options: dict[str, Any]):
+    def __init__(self, spark: SparkSession, options: dict[str, Any], at_once: int = 500):
         java = self._java = _java(spark)
         settings = java.java.util.HashMap()
         for name, value in options.items():
             settings.put(name.removeprefix("kafka."), value)
         # Never commit offsets, and never jump elsewhere if an offset is gone.
-        for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none", "max.partition.fetch.bytes": "65536"}.items():
+        for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none", "max.partition.fetch.bytes": "65536",
+                            "max.poll.records": str(at_once)}.items():
             settings.put(name, value)
         deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
         self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
@@ -309,12 +321,15 @@ class KafkaReader:
     def close(self) -> None:
         self._consumer.close()
 
-    def records_at(self, topic: str, offsets: dict[int, int], seconds: float) -> dict[int, tuple[int, bytes | None]]:
-        """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition.
+    def _place(self, topic: str, partition: int) -> Any:
+        return self._java.org.apache.kafka.common.TopicPartition(topic, partition)
 
-        Leaves out the records that Kafka doesn't have, or doesn't deliver within `seconds`.
+    def records_at(self, topic: str, offsets: dict[int, int], seconds: float, max_bytes: int) -> dict[int, tuple[int, bytes | None]]:
+        """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition; None for a larger value.
+
+        Leaves out the records that Kafka doesn't have, or doesn't deliver within `seconds`, or that don't fit into the memory.
         """
-        places = {partition: self._java.org.apache.kafka.common.TopicPartition(topic, partition) for partition in offsets}
+        places = {partition: self._place(topic, partition) for partition in offsets}
         found: dict[int, tuple[int, bytes | None]] = {}
         self._consumer.assign(list(places.values()))
         self._consumer.resume(list(places.values()))
@@ -326,6 +341,8 @@ class KafkaReader:
                 records = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
                 looked_at = [place.partition() for place in records.partitions()]
             except Py4JJavaError as error:
+                if java_class(error) == OUT_OF_MEMORY:
+                    break
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise
                 records, looked_at = None, [place.partition() for place in error.java_exception.partitions()]
@@ -333,8 +350,23 @@ class KafkaReader:
                 place = places.pop(partition)
                 self._consumer.pause([place])
                 if records and (record := records.records(place)[0]).offset() == offsets[partition]:
-                    found[partition] = record.timestamp(), record.value()
+                    found[partition] = record.timestamp(), record.value() if record.serializedValueSize() <= max_bytes else None
         return found
+
+    def next_offset(self, topic: str, partition: int, offset: int, seconds: float) -> int | None:
+        """The offset after the records that are read from `offset` on, `offset` itself if Kafka delivers none within `seconds`; None if
+        one of them doesn't fit into the memory."""
+        place = self._place(topic, partition)
+        self._consumer.assign([place])
+        self._consumer.seek(place, offset)
+        try:
+            self._consumer.poll(self._java.java.time.Duration.ofMillis(int(seconds * 1000)))
+        except Py4JJavaError as error:
+            if java_class(error) != OUT_OF_MEMORY:
+                raise
+            self._consumer.unsubscribe()  # and forget what was fetched, half of which is used up
+            return None
+        return self._consumer.position(place)
 
 
 def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:

@@ -12,12 +12,10 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from common.console import first_line, java_causes, root_cause, warn
-from common.contract import UNREADABLE
+from common.contract import LONGEST_RECORD, UNREADABLE
 from common.internals import BrokenFileError, FileSystem
 from common.source import SourceAwayError
 
-# Bytes of a line, or with --multiline of a file: it has to fit into the memory several times over for each core.
-LONGEST_RECORD = 8_000_000
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets, of either kind.
 # All quantifiers are possessive. Java's stack is deep enough for 500 levels.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,10 @@ from pyspark.sql import functions as F
 
 from common.batches import done_in
 from common.console import PipelineError, first_line, java_class, root_cause, say, warn
-from common.contract import INCONSISTENT
-from common.internals import KafkaReader, begun_at, forget_fetched_records, kafka_records, query_of
-from common.kafka_config import spark_options
+from common.contract import INCONSISTENT, LONGEST_RECORD, OVERSIZED
+from common.internals import OUT_OF_MEMORY, KafkaReader, begun_at, forget_fetched_records, kafka_offsets, query_of
 from common.process import StopFlag, Stopped
+from common.record_lookup import MAX_LOOKUP_SECONDS, Offsets, RecordLookup, Result, kafka_options
 from common.source import Left, Source, SourceAwayError
 from common.tables import TablePair
 from common.topics import Topic
@@ -30,7 +30,6 @@ GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's rea
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
-MAX_LOOKUP_SECONDS = 2  # for the last records
 REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
 SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
 SETTLES_WITHIN = 3  # seconds after an election, the end of a partition is that of all its replicas again
@@ -47,22 +46,29 @@ def _values(tables: TablePair) -> dict[str, str]:
     return {tables.table: "raw_json", tables.quarantine: "raw"}
 
 
+def _is_oversized(kafka: DataFrame) -> Column:
+    """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
+    is_looked_up = "serializedKeySize" in kafka.columns
+    sizes = ["serializedKeySize", "serializedValueSize"] if is_looked_up else [F.octet_length("key"), F.octet_length("value")]
+    return F.coalesce(F.greatest(*sizes) > LONGEST_RECORD, F.lit(False))
+
+
+def _md5(value: str) -> str:
+    """SQL: a hash of a record that may be compared, null for one that is not always read (`KafkaSource.read_again`)."""
+    return f"CASE WHEN octet_length({value}) <= {LONGEST_RECORD} THEN md5({value}) END"
+
+
 def _is_same(value: str) -> str:
     """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `KafkaSource._in_kafka`."""
-    return (f"row.partition = record.partition AND row.offset = record.offset AND md5(row.{value}) <=> record.md5 "
+    return (f"row.partition = record.partition AND row.offset = record.offset AND {_md5(f'row.{value}')} <=> record.md5 "
             f"AND {_time('unix_millis(row.kafka_timestamp)')} <=> record.time")
-
-
-def kafka_options(topic: Topic) -> dict[str, Any]:
-    """The options of Spark's Kafka source that say which cluster it reads, and how."""
-    return ({"kafka.isolation.level": topic.isolation_level} | spark_options(topic.properties)
-            | {"kafka.bootstrap.servers": topic.servers})
 
 
 def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
     """Records as a stream takes them, from the columns of Spark's Kafka source: the value as `raw` and `raw_json`, where it came from,
-    `ingest_time`, and `arrival_time`, which is null where the broker does not say."""
+    `ingest_time`, `arrival_time`, which is null where the broker does not say, and a `reject_reason` for what is too large."""
     return kafka.select(
+        F.when(_is_oversized(kafka), OVERSIZED).alias("reject_reason"),
         F.col("value").alias("raw"),
         F.col("value").cast("string").alias("raw_json"),
         F.lit(topic).alias("topic"),
@@ -93,6 +99,7 @@ class KafkaSource(Source):
         self.begins: dict[str, int] = {}  # of the batch that is being written, by partition, as far as they are known
         self.ends: dict[str, int] = {}
         self.remembered: dict[str, list[dict[str, Any]]] = {}  # that were read of each partition
+        self.lookup = RecordLookup(topic)
         self.has_failed = False  # for lost records, and was started again
         self.has_warned = False  # that it can't note how far it is
 
@@ -122,7 +129,7 @@ class KafkaSource(Source):
         ends = F.array(*(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends)))))
         is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED
         time = F.expr(_time("unix_millis(kafka_timestamp)")).alias("time")
-        records = F.collect_list(F.when(is_last, F.struct("partition", "offset", time, F.md5("raw").alias("md5"))))
+        records = F.collect_list(F.when(is_last, F.struct("partition", "offset", time, F.expr(_md5("raw")).alias("md5"))))
         return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
@@ -135,9 +142,10 @@ class KafkaSource(Source):
         for partition in map(str, observed.get("partitions", ())):
             begin, end, size = self.begins.get(partition, 0), self.ends[partition], SEARCHED_FIRST
             while partition not in newest and end > begin:
-                records = self._in_kafka(spark, {int(partition): (max(begin, end - size), end)}).orderBy(F.desc("offset"))
                 with self._asking():
-                    last = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in records.limit(REMEMBERED).collect()]
+                    rows = self._in_kafka(spark, {int(partition): (max(begin, end - size), end)}, lambda records: records.orderBy(
+                        F.desc("offset")).limit(REMEMBERED).collect())
+                last = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in rows]
                 newest |= {partition: last} if last else {}
                 end, size = end - size, size * 10
         self.remembered |= newest
@@ -152,19 +160,31 @@ class KafkaSource(Source):
         return record.join(row, is_written, "left_anti").withColumn("reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT)))
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        """Reads records whose time, which a producer may set to any number, is more than Spark's reader takes."""
-        if java_class(error) != "java.lang.ArithmeticException":
+        """Reads records whose time, which a producer may set to any number, is more than Spark's reader takes, and passes over those that
+        don't fit into the memory."""
+        if java_class(error) not in ("java.lang.ArithmeticException", OUT_OF_MEMORY):
             raise error
-        records = kafka_records(batch)
+        spark, offsets = batch.sparkSession, kafka_offsets(batch)
         is_time = F.col("timestamp").between(GREGORIAN, MOST_MILLISECONDS)
-        strange = (records.where(~is_time).groupBy("partition").agg(F.count("*"), F.min(F.struct("offset", "timestamp")))
-                   .sort("partition").collect())
-        if not strange:
+        unusual = self.lookup.ask(spark, offsets, lambda records: records.withColumn("is_oversized", _is_oversized(records)).where(
+            ~is_time | F.col("is_oversized")).groupBy("partition", "is_oversized").agg(
+            F.count("*").alias("records"), F.min(F.struct("offset", "timestamp")).alias("first")).sort("partition").collect())
+        gaps = self.lookup.gaps(offsets)
+        if not unusual and not gaps:
             raise error
-        places = ", ".join(f"partition {partition} {count:,}, first at offset {offset} ({time})"
-                           for partition, count, (offset, time) in strange)
-        warn(f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {places}. The records are read as any "
-             f"others, and their kafka_timestamp is null.")
+        if strange := ", ".join(f"partition {row.partition} {row.records:,}, first at offset {row.first.offset} ({row.first.timestamp})"
+                                for row in unusual if not row.is_oversized):
+            warn(f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {strange}. The records are read as "
+                 f"any others, and their kafka_timestamp is null.")
+        if oversized := [*(f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}" for row in unusual
+                           if row.is_oversized), *(f"partition {gap.partition} offsets {gap.begin} to {gap.end - 1}" for gap in gaps)]:
+            warn(f"Some records of {self.topic} have more than {LONGEST_RECORD:,} bytes, unpacked, or are packed together with one that "
+                 f"has: {', '.join(oversized)}. They are in the quarantine as {OVERSIZED}, without their content.")
+        records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
+        for gap in gaps:
+            there = spark.range(gap.begin, gap.end).selectExpr(f"{gap.partition} AS partition", "id AS offset",
+                                                               f"{LONGEST_RECORD + 1} AS serializedKeySize")
+            records = records.unionByName(there, allowMissingColumns=True)
         time = F.when(is_time, F.timestamp_millis("timestamp"))
         return records_of(records.withColumn("timestamp", time), self.topic.name, F.timestamp_millis(F.lit(begun_at(batch))))
 
@@ -227,7 +247,7 @@ class KafkaSource(Source):
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
             there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
-                                           MAX_LOOKUP_SECONDS)
+                                           MAX_LOOKUP_SECONDS, LONGEST_RECORD)
         others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
                   if (newest[partition].get("time"), newest[partition].get("md5"))
                   != (time if GREGORIAN <= time <= MOST_MILLISECONDS else None, None if value is None else hashlib.md5(value).hexdigest())]
@@ -258,7 +278,7 @@ class KafkaSource(Source):
                               min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]))
                   for partition, offset in last.items()}
         with self._asking():
-            others = {row.partition for row in self._in_kafka(spark, ranges).collect() if row.offset > last[row.partition]
+            others = {row.partition for row in self._in_kafka(spark, ranges, DataFrame.collect) if row.offset > last[row.partition]
                       or known.get((row.partition, row.offset), (row.time, row.md5)) != (row.time, row.md5)}
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
@@ -273,13 +293,16 @@ class KafkaSource(Source):
 
     def _parting(self, spark: SparkSession, tables: TablePair, partition: int, first: int, end: int) -> int:
         """The offset from `first` to `end` from which on Kafka has other records than the tables."""
+        def newest_same(records: DataFrame) -> int | None:
+            same = [spark.read.format("delta").load(table).alias("row").join(records, F.expr(_is_same(value))).select("record.offset")
+                    for table, value in _values(tables).items()]
+            [[offset]] = same[0].union(same[1]).agg(F.max("offset")).collect()
+            return offset
+
         size = SEARCHED_FIRST
         while first < end:
             begin = max(first, end - size)
-            records = self._in_kafka(spark, {partition: (begin, end)})
-            same = [spark.read.format("delta").load(table).alias("row").join(records, F.expr(_is_same(value))).select("record.offset")
-                    for table, value in _values(tables).items()]
-            [[newest]] = same[0].union(same[1]).agg(F.max("offset")).collect()
+            newest = self._in_kafka(spark, {partition: (begin, end)}, newest_same)
             if newest is not None:
                 return newest + 1
             end, size = begin, size * 10
@@ -292,22 +315,18 @@ class KafkaSource(Source):
             first, last = self.topic.beginning(), self.topic.end()
         ranges = {int(partition): (max(begins.get(partition, 0), first[int(partition)]), min(offset, last[int(partition)]))
                   for partition, offset in ends.items() if int(partition) in last}
-        records = self._in_kafka(spark, ranges)
-        for table, value in _values(tables).items():
-            DeltaTable.forPath(spark, table).alias("row").merge(records, _is_same(value)).whenMatchedDelete().execute()
 
-    def _in_kafka(self, spark: SparkSession, ranges: dict[int, tuple[int, int]]) -> DataFrame:
-        """The records that Kafka has at the offsets from the first to before the second of each partition: `partition`, `offset`,
-        `time` (`_time`) and `md5` of the value; as "record"."""
-        ranges = {partition: offsets for partition, offsets in ranges.items() if offsets[0] < offsets[1]}
-        if not ranges:
-            return spark.createDataFrame([], "partition INT, offset BIGINT, time BIGINT, md5 STRING").alias("record")
-        begin, end = (json.dumps({self.topic.name: {partition: offsets[which] for partition, offsets in ranges.items()}})
-                      for which in (0, 1))
-        records = kafka_records(
-            spark.read.format("kafka").options(**kafka_options(self.topic)).option("assign", json.dumps({self.topic.name: list(ranges)}))
-            .option("startingOffsets", begin).option("endingOffsets", end).option("failOnDataLoss", False).load())
-        return records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias("record")
+        def delete(records: DataFrame) -> None:
+            for table, value in _values(tables).items():
+                DeltaTable.forPath(spark, table).alias("row").merge(records, _is_same(value)).whenMatchedDelete().execute()
+
+        self._in_kafka(spark, ranges, delete)
+
+    def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
+        """The answer of `question` to the records that Kafka has at these offsets. They come as "record": `partition`, `offset`, `time`
+        (`_time`) and `md5` (`_md5`) of the value."""
+        return self.lookup.ask(spark, offsets, lambda records: question(
+            records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias("record")))
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names the records that Kafka removes while the stream skips lost ones."""

@@ -76,6 +76,8 @@ SETTINGS = {
     # Spark keeps a consumer for each partition from batch to batch, by default for 64 partitions at most.
     "spark.kafka.consumer.cache.capacity": "1000",
     "spark.executor.extraJavaOptions": STACK,  # on a cluster
+    # A record too large for the memory fails its task, of which the source learns which one it is; by default it ends the JVM.
+    "spark.executor.killOnFatalError.depth": "0",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }

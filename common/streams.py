@@ -16,9 +16,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 from common.batches import Batches
 from common.checkpoints import Start, check_places, check_start, damaged, exclusive, taken
-from common.console import PipelineError, first_line, in_progress, location, port_number, root_cause, say, table_location
+from common.console import PipelineError, first_line, in_progress, java_class, location, port_number, root_cause, say, table_location
 from common.contract import Contract, add_readings_option, in_file
-from common.internals import protect_callbacks
+from common.internals import OUT_OF_MEMORY, protect_callbacks
 from common.process import StopFlag, Stopped, on_stop_signal
 from common.source import Source, SourceAwayError
 from common.table_lock import CONFLICTS
@@ -159,6 +159,9 @@ def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, c
 def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
+    if java_class(error) == OUT_OF_MEMORY:
+        return (f"The memory of Spark's JVM does not suffice for a batch ({message}). Give it more, as docs/operations.md says under "
+                f"Not enough memory, and start again. {NEXT_START}")
     if isinstance(error, CONFLICTS):
         return (f"Others changed {table} or its quarantine each time that a batch was to be written ({message}). Stop them while the "
                 f"stream runs, then start again. {NEXT_START}")

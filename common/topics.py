@@ -29,8 +29,9 @@ from common.process import StopFlag
 
 TOPIC = "sensor_data"
 PARTITIONS = 3
-# A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds: https://kafka.apache.org/39/documentation.html#topicconfigs
-CONFIGS = {"message.timestamp.after.max.ms": "86400000"}
+# A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds, and so is one that is too large unpacked:
+# https://kafka.apache.org/39/documentation.html#topicconfigs
+CONFIGS = {"message.timestamp.after.max.ms": "86400000", "compression.type": "uncompressed"}
 NOTE_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
 OUTAGE = 300  # seconds that a running stream waits for its broker to come back
 
@@ -177,6 +178,12 @@ class Topic(Broker):
         places = {TopicPartition(self.name, partition["partition_index"]): spec for partition in topic["partitions"]}
         return {place.partition: found.offset
                 for place, found in self._admin.list_partition_offsets(places, **options).items()}
+
+    def end_of_batch(self, partition: int, offset: int) -> int:
+        """The offset after the batch in which Kafka has packed the record at `offset` together with others."""
+        [topic] = self._admin.describe_topics([self.name])
+        [leader] = [each["leader_id"] for each in topic["partitions"] if each["partition_index"] == partition]
+        return self._admin.end_of_batch(leader, self.name, partition, offset)
 
     @cached_property
     def _notes(self) -> Admin:

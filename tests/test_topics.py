@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, REPOSITORY, GivenRecords, origins, tables, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.errors import InvalidTimestampError
+from kafka.errors import InvalidTimestampError, MessageSizeTooLargeError
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from test_rules import reading
 
 from common import streams
 from common.checkpoints import Checkpoint, Start
 from common.console import PipelineError
-from common.internals import KafkaReader, kafka_records
-from common.kafka_source import KafkaSource, kafka_options, records_of
+from common.contract import LONGEST_RECORD
+from common.internals import KafkaReader, kafka_offsets
+from common.kafka_source import KafkaSource, records_of
 from common.process import StopFlag
+from common.record_lookup import kafka_options
 from common.streams import run_query
 from common.table_writer import TableWriter, Unwatched
 from common.tables import bronze_tables, quarantine_of, silver_tables
@@ -162,7 +165,7 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
     reader = KafkaReader(world.spark, kafka_options(world.topic))
 
     def values(offsets: dict[int, int], seconds: float = 10) -> dict[int, bytes | None]:
-        return {partition: value for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds).items()}
+        return {partition: value for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds, 10**6).items()}
 
     assert values({0: 1999, 1: 1, 2: 1}) == {0: b"1999", 1: None, 2: b"y" * 900_000}
     assert values({0: 1000, 1: 0}) == {0: b"1000", 1: b"first"}
@@ -486,6 +489,69 @@ def test_data_loss_is_accepted_beside_such_times(world):
     assert world.consume(accept_data_loss=True) == (7, 0)
 
 
+def send_bombs(world, *records: bytes | None, key: bytes | None = None) -> None:
+    """Sends records that are small packed, all of them in one batch of Kafka's."""
+    with KafkaProducer(bootstrap_servers=world.broker, compression_type="gzip", max_request_size=2**31 - 1, batch_size=2**31 - 1,
+                       linger_ms=500, request_timeout_ms=100_000) as producer:
+        for record in records:
+            producer.send(world.topic.name, record, partition=0, key=key)
+
+
+BOMB = b"a" * 700_000_000
+
+
+def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(world, account, capsys):
+    """Kafka itself can't pass over a record that it can't unpack, so what is packed after one is lost with it."""
+    world = world()
+    world.make(2, compression_type="producer", **ANY_TIME)
+    world.send(VALID, BROKEN, b"")
+    send_bombs(world, VALID, BOMB, VALID, BROKEN)  # at 4 to 6
+    send_bombs(world, VALID)
+    send_bombs(world, BOMB)  # at 8
+    send_bombs(world, b"[" + b"7," * 100_000_000 + b"7]")  # at 9: fits, but not several times
+    send_bombs(world, VALID, key=b"k" * 9_000_000)
+    send_at(world, [NANOSECONDS], VALID)
+    world.send(*[VALID] * 3, partition=1)
+    assert world.consume() == (7, 8)
+    strange, oversized = capsys.readouterr().err.splitlines()
+    assert "partition 0 1, first at offset 11" in strange
+    assert "partition 0 offsets 4 to 6" in oversized and "partition 1" not in oversized
+    both = {table: {row.offset: row for row in world.spark.read.format("delta").load(table).where("partition = 0").collect()}
+            for table in (world.options.table, quarantine_of(world.options.table))}
+    assert sorted(both[world.options.table]) == [0, 3, 7, 11]
+    reasons = {offset: row.reject_reason for offset, row in both[quarantine_of(world.options.table)].items()}
+    assert reasons == {1: "malformed_json", 2: "empty_record"} | dict.fromkeys((4, 5, 6, 8, 9, 10), "oversized_record")
+    assert world.consume() == (0, 0)  # the start looks at the last records
+    send_bombs(world, BOMB)
+    assert world.consume() == (0, 1) and world.consume() == (0, 0)
+    account("records of 700 MB, packed into 700 KB", [(0, offset) for offset in range(13)] + [(1, offset) for offset in range(3)],
+            *world.rows())
+
+
+def test_a_record_of_more_than_8_mb_is_rejected_with_all_that_it_holds(world):
+    world = world()
+    world.make(1, compression_type="producer")
+    longest = VALID[:-1] + b', "note": "' + b"x" * (LONGEST_RECORD - len(VALID) - 13) + b'" }'
+    assert len(longest) == LONGEST_RECORD
+    send_bombs(world, longest, longest + b" ")
+    assert world.consume() == (1, 1)
+    [rejected] = world.spark.read.format("delta").load(quarantine_of(world.options.table)).collect()
+    assert (rejected.reject_reason, bytes(rejected.raw)) == ("oversized_record", longest + b" ")
+    assert world.consume() == (0, 0)
+
+
+def test_own_topics_refuse_what_is_large_only_unpacked(broker, silver, run_here):
+    topic, _ = silver
+    assert run_here(PRODUCER, *topic, "--create-topic", "--count", 1).returncode == 0
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        admin.create_topics({f"{topic[3]}_other": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+    with KafkaProducer(bootstrap_servers=broker, retries=0, compression_type="gzip", max_request_size=2**30) as producer:
+        for name in (topic[3], f"{topic[3]}_other"):
+            producer.send(name, b"a" * 1_000_000).get(60)
+            with pytest.raises(MessageSizeTooLargeError):
+                producer.send(name, b"a" * 2_000_000).get(60)
+
+
 def test_own_topics_refuse_times_that_are_none(broker, silver, run_here):
     topic, _ = silver
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 1).returncode == 0
@@ -514,7 +580,10 @@ def test_the_broker_says_when_a_record_has_arrived_where_the_topic_asks_it_to(sp
             return super()._write_accepted(records, *others)
 
     if way == "read_again":
-        monkeypatch.setattr(KafkaSource, "read_batch", lambda source, batch: records_of(
-            kafka_records(batch).withColumn("timestamp", F.timestamp_millis("timestamp")), "t", F.current_timestamp()))
+        def read_batch(source: KafkaSource, batch: DataFrame) -> DataFrame:
+            records = source.lookup.records(spark, kafka_offsets(batch))
+            return records_of(records.withColumn("timestamp", F.timestamp_millis("timestamp")), "t", F.current_timestamp())
+
+        monkeypatch.setattr(KafkaSource, "read_batch", read_batch)
     assert world.consume(Looking) == (3, 0)
     assert seen == [0]

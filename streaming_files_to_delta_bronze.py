@@ -37,7 +37,7 @@ from pyspark.sql import functions as F
 
 from common.console import PipelineError, argument_parser, at_least, local_path, location, run, warn
 from common.contract import load_contract
-from common.internals import FileSystem, planned_files
+from common.internals import BrokenFileError, FileSystem, planned_files
 from common.json_files import (
     MAX_PATTERNS,
     away,
@@ -224,6 +224,8 @@ class FileSource(Source):
         for path, modified in found.items():
             self.taken.note(path, modified)
         self.taken.name_packed(planned)
+        if not self.options.archive:
+            self.taken.name_renamed(planned)
         if self.options.archive:
             self.taken.name_archived_drafts(plain(path) for path in planned_files(batch) if is_draft(path, self.folder))
         return self.read(batch.sparkSession, self.files, self.faults, self.max_unpacked, careful=False)
@@ -278,7 +280,7 @@ class FileSource(Source):
         before = {file.path: file for file in self.files}
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
         if files and not self.is_multiline and "malformed_json" in reasons:
-            with suppress(PySparkException, Py4JJavaError):  # one of them is gone by now; this is only advice
+            with suppress(PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError):  # one is gone by now; this is only advice
                 for path in find_multiline(batch.sparkSession, files, quarantine):
                     warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
                          f"--multiline, and give the file a new name.")

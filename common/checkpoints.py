@@ -119,7 +119,7 @@ class Checkpoint:
     def drop_cut_entries(self, written: int) -> None:
         """Removes the newest entries where a power cut has left no whole one, so that Spark begins their batch again.
 
-        `written`: the last batch in the table. Its own plan was synced before the write, so only the entry that marks it as done, or the
+        `written`: the last batch in the tables. Its own plan was synced before the write, so only the entry that marks it as done, or the
         plan of a later batch, can be cut.
         """
         while self.last_done >= 0 and self._drop_cut(f"commits/{self.last_done}"):
@@ -185,11 +185,13 @@ class Checkpoint:
             raise PipelineError(damaged(self.path, f"{file} is not JSON")) from None
 
     def last_batch(self) -> dict[str, Any]:
-        """The note that `write_last_batch` has written; {} for none."""
+        """The note that `write_last_batch` has written; {} for none, and for one of an earlier batch, since which a version without such
+        notes has run."""
         try:
-            return json.loads(self.files.read(f"{self.path}/{LAST_BATCH}") or "{}")
+            note = json.loads(self.files.read(f"{self.path}/{LAST_BATCH}") or "{}")
         except ValueError:  # cut by a crash, where a store can't replace a file whole
             return {}
+        return note if note.get("batch", 0) in (self.last_done, self.last_done + 1) else {}
 
     def write_last_batch(self, note: dict[str, Any]) -> None:
         """Stores the facts about a batch, before Spark marks the batch as done; before the first one only the tables' `versions`."""
@@ -241,41 +243,51 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     checkpoint = Checkpoint(spark, checkpoint_path)
     checkpoint.drop_cut_id()
     relied_on = checkpoint.last_batch().get("versions", {})
-    set_cut_aside(spark, tables.table, relied_on.get("table"))
-    set_cut_aside(spark, tables.quarantine, relied_on.get("quarantine"))
+    not_done = range(checkpoint.last_done + 1, checkpoint.last_begun() + 1)
+    set_cut_aside(spark, tables.table, relied_on.get("table"), checkpoint.id(), not_done)
+    set_cut_aside(spark, tables.quarantine, relied_on.get("quarantine"), checkpoint.id(), not_done)
     properties = {table: properties_of(spark, table) for table in (tables.table, tables.quarantine)}
-    checkpoint.drop_cut_entries(-1 if properties[tables.table] is None else state_of(spark, tables.table, checkpoint.id())[1])
+    checkpoint.drop_cut_entries(_last_written(spark, checkpoint, properties))
     checkpoint = _finish_starting_over(spark, checkpoint, tables, properties)
     written_from = properties[tables.table] or {}
+    # A new checkpoint without a batch begins where an accepted loss has left off.
+    unread = checkpoint.unread() or json.loads(written_from.get(STARTS_AT) or "{}")
     identity = source.identity()
     start = Start(checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
     is_ours = written_from.get(WRITER, NO_WRITER) in (NO_WRITER, checkpoint.id())
-    if is_ours and source.is_made_anew(identity, written_from, checkpoint.unread()):
-        checkpoint = _start_over(spark, source, checkpoint, tables, properties, identity | {STARTS_AT: ""})
+    if is_ours and source.is_made_anew(identity, written_from, unread):
+        checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, identity | {STARTS_AT: ""})
+        unread = {}
     _check_tables(spark, checkpoint, properties, tables)
     last_records = checkpoint.last_batch().get("last_records")
     planned = checkpoint.end_of(checkpoint.last_begun())
-    place = source.check_unread(spark, tables, checkpoint.unread(), planned, checkpoint.path, last_records)
+    place = source.check_unread(spark, tables, unread, planned, checkpoint.path, last_records)
     if place is not None:
-        checkpoint = _start_over(spark, source, checkpoint, tables, properties, {STARTS_AT: place})
+        checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, {STARTS_AT: place})
     source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
     if written_from:
         _fit_table(spark, checkpoint, tables, written_from, start)
     return replace(start, checkpoint=checkpoint)
 
 
+def _last_written(spark: SparkSession, checkpoint: Checkpoint, properties: dict[str, dict[str, str] | None]) -> int:
+    """The last batch in one of the tables, by their `properties`. After a power cut, the quarantine may have one that the table lacks."""
+    return max((state_of(spark, table, checkpoint.id())[1] for table, found in properties.items() if found is not None), default=-1)
+
+
 def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tables: TablePair,
-                properties: dict[str, dict[str, str] | None], changed: dict[str, str]) -> Checkpoint:
-    """Sets the checkpoint aside and frees its tables for a new one, which is returned. `changed`: further properties of the table."""
+                properties: dict[str, dict[str, str] | None], begin: dict[str, Any], changed: dict[str, str]) -> Checkpoint:
+    """Sets the checkpoint aside and frees its tables for a new one, which is returned. `begin`: of the batch that is not done;
+    `changed`: further properties of the table."""
     if properties[tables.table] is None:  # nothing was written yet
         if properties[tables.quarantine] is not None:
             set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
             properties[tables.quarantine] = properties_of(spark, tables.quarantine)
         return _set_aside(spark, checkpoint)
-    begin, written = checkpoint.unread(), state_of(spark, tables.table, checkpoint.id())[1]
+    written = _last_written(spark, checkpoint, properties)
     if written > checkpoint.last_done:  # the new checkpoint will know nothing of this batch
         source.take_back(spark, tables, begin, checkpoint.end_of(written))
-    replaced = (properties[tables.table] or {})[WRITER]
+    replaced = (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER  # one that has written nothing may not own it yet
     # One commit. If a crash interrupts the steps after it, the next start finishes them.
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)
@@ -364,9 +376,7 @@ def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, p
     mode: some of its records would then be in both tables, or in none.
     """
     is_changed = any(properties.get(name, value) != value for name, value in start.read_by.items())
-    # After a power cut, the quarantine may have a batch that the table has lost.
-    written = max(state_of(spark, table, checkpoint.id())[1] for table in (tables.table, tables.quarantine))
-    if is_changed and written > checkpoint.last_done:
+    if is_changed and _last_written(spark, checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties)) > checkpoint.last_done:
         raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
                             f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now.")
     fit_table(spark, tables.table, tables.columns)

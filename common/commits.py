@@ -17,6 +17,7 @@ from common.durable import sync
 from common.internals import FileSystem
 
 NEWEST = 20  # commits that a start looks at
+AGAIN = " again"  # after a stream's id in Delta's transactions: the other verdicts of a batch that was read twice
 
 
 class Commits:
@@ -42,6 +43,16 @@ class Commits:
                     return note["contents"]
         return None
 
+    def has_changed_rows_since(self, stream: str, batch_id: int) -> bool:
+        """Whether somebody has changed or removed rows of the table after the stream wrote this batch, one of the last, to it."""
+        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+            actions = self.actions(version) or []
+            if any(action["txn"]["appId"] == stream and action["txn"]["version"] == batch_id for action in actions if "txn" in action):
+                return False
+            if any(action["remove"].get("dataChange", True) for action in actions if "remove" in action):
+                return True
+        return False
+
     def damage(self) -> tuple[int, str]:
         """The oldest damaged version among the newest commits, and the damage; (-1, "") if all are intact."""
         found, removed = (-1, ""), set()
@@ -64,11 +75,12 @@ class Commits:
         return unquote(name) if "://" in name or name.startswith("/") else f"{self.table}/{unquote(name)}"
 
 
-def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None) -> None:
+def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream: str | None, batches: range) -> None:
     """Renames the newest commits of a table of this machine if a power cut has come before the disk had all of them.
 
-    That leaves the table as it was before them. `relied_on`: the version that the checkpoint counts on; it and older ones stay. If that
-    is not known (None), only a cut commit that was to create the table is renamed.
+    That leaves the table as it was before them. `relied_on`: the version that the checkpoint counts on; it and older ones stay, and so do
+    all if one of them is not of these `batches` of the `stream`, which are written again. If `relied_on` is not known (None), only a cut
+    commit that was to create the table is renamed.
     """
     log = Path(local_path(table) or "", "_delta_log")
     while local_path(table) and log.is_dir():
@@ -76,7 +88,8 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None) -> Non
         commits = Commits(spark, str(log.parent), newest)
         damaged, problem = commits.damage()
         is_all = damaged == newest == 0 and commits.actions(0) == []
-        if not is_all and (relied_on is None or damaged <= relied_on):
+        if not is_all and (relied_on is None or damaged <= relied_on or not all(
+                _is_written_again(commits.actions(version), stream, batches) for version in range(damaged, newest + 1))):
             return
         what_follows = "created again" if is_all else f"put back to version {damaged - 1}"
         say(f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is {what_follows}; the batch is written again, so "
@@ -85,6 +98,14 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None) -> Non
         for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):
             with suppress(FileNotFoundError):
                 (log / f"{version:020}.{file}").rename(log / f".{version:020}.{file}.cut")
+
+
+def _is_written_again(actions: list[dict[str, Any]] | None, stream: str | None, batches: range) -> bool:
+    """Whether a commit is of one of these batches, or has changed no rows, or can't be read."""
+    transactions = [action["txn"] for action in actions or () if "txn" in action]
+    changes = [action[kind] for action in actions or () for kind in ("add", "remove") if kind in action]
+    return not any(change.get("dataChange", True) for change in changes) or any(
+        each["appId"].removesuffix(AGAIN) == stream and each["version"] in batches for each in transactions)
 
 
 def contents_note(stream: str, batch_id: int, contents: dict[str, Any]) -> str:

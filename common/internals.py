@@ -353,6 +353,37 @@ class KafkaReader:
                     found[partition] = record.timestamp(), record.value() if record.serializedValueSize() <= max_bytes else None
         return found
 
+    def records_between(self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float,
+                        max_bytes: int) -> list[tuple[int, int, int, bytes | None]] | None:
+        """The partition, offset, timestamp and value of each record at these offsets (partition: the first, and the one after the last);
+        None for a larger value. None in all if one of them doesn't fit into the memory. Raises TimeoutError after so many `seconds`."""
+        places = {partition: self._place(topic, partition) for partition, (begin, end) in offsets.items() if begin < end}
+        found: list[tuple[int, int, int, bytes | None]] = []
+        self._consumer.assign(list(places.values()))
+        self._consumer.resume(list(places.values()))
+        for partition, place in places.items():
+            self._consumer.seek(place, offsets[partition][0])
+        deadline = time.monotonic() + seconds
+        while places:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {seconds} s")
+            try:
+                for record in self._consumer.poll(self._java.java.time.Duration.ofMillis(200)).iterator():
+                    if record.partition() in places and record.offset() < offsets[record.partition()][1]:
+                        value = record.value() if record.serializedValueSize() <= max_bytes else None
+                        found.append((record.partition(), record.offset(), record.timestamp(), value))
+                done = [partition for partition, place in places.items() if self._consumer.position(place) >= offsets[partition][1]]
+            except Py4JJavaError as error:
+                if java_class(error) == OUT_OF_MEMORY:
+                    self._consumer.unsubscribe()
+                    return None
+                if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
+                    raise
+                done = [place.partition() for place in error.java_exception.partitions()]  # removed meanwhile
+            for partition in done:
+                self._consumer.pause([places.pop(partition)])
+        return found
+
     def next_offset(self, topic: str, partition: int, offset: int, seconds: float) -> int | None:
         """The offset after the records that are read from `offset` on, `offset` itself if Kafka delivers none within `seconds`; None if
         one of them doesn't fit into the memory."""

@@ -12,7 +12,7 @@ from delta.tables import DeltaTable
 from kafka.errors import KafkaError
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from common.batches import done_in
@@ -20,7 +20,7 @@ from common.console import PipelineError, first_line, java_class, root_cause, sa
 from common.contract import INCONSISTENT, LONGEST_RECORD, OVERSIZED
 from common.internals import OUT_OF_MEMORY, KafkaReader, begun_at, forget_fetched_records, kafka_offsets, query_of
 from common.process import StopFlag, Stopped
-from common.record_lookup import MAX_LOOKUP_SECONDS, Offsets, RecordLookup, Result, kafka_options
+from common.record_lookup import MAX_LOOKUP_SECONDS, Gap, Offsets, RecordLookup, Result, kafka_options
 from common.source import Left, Source, SourceAwayError
 from common.tables import TablePair
 from common.topics import Topic
@@ -30,6 +30,7 @@ GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's rea
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
+MAX_WAIT_SECONDS = 60  # at a start, for the records that were read last
 REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
 SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
 SETTLES_WITHIN = 3  # seconds after an election, the end of a partition is that of all its replicas again
@@ -41,6 +42,16 @@ def _time(milliseconds: str) -> str:
     return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN} AND {MOST_MILLISECONDS} THEN {milliseconds} END"
 
 
+def _known_time(milliseconds: int) -> int | None:
+    """As `_time`, of a single record."""
+    return milliseconds if GREGORIAN <= milliseconds <= MOST_MILLISECONDS else None
+
+
+def _hash(value: bytes | None) -> str | None:
+    """As `_md5`, of a single record."""
+    return None if value is None else hashlib.md5(value, usedforsecurity=False).hexdigest()
+
+
 def _values(tables: TablePair) -> dict[str, str]:
     """The columns that have the record, by the table."""
     return {tables.table: "raw_json", tables.quarantine: "raw"}
@@ -48,8 +59,8 @@ def _values(tables: TablePair) -> dict[str, str]:
 
 def _is_oversized(kafka: DataFrame) -> Column:
     """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
-    is_looked_up = "serializedKeySize" in kafka.columns
-    sizes = ["serializedKeySize", "serializedValueSize"] if is_looked_up else [F.octet_length("key"), F.octet_length("value")]
+    sizes = ([F.col("serializedKeySize"), F.col("serializedValueSize")] if "serializedValueSize" in kafka.columns else
+             [F.octet_length("key"), F.octet_length("value")])
     return F.coalesce(F.greatest(*sizes) > LONGEST_RECORD, F.lit(False))
 
 
@@ -166,27 +177,35 @@ class KafkaSource(Source):
             raise error
         spark, offsets = batch.sparkSession, kafka_offsets(batch)
         is_time = F.col("timestamp").between(GREGORIAN, MOST_MILLISECONDS)
-        unusual = self.lookup.ask(spark, offsets, lambda records: records.withColumn("is_oversized", _is_oversized(records)).where(
-            ~is_time | F.col("is_oversized")).groupBy("partition", "is_oversized").agg(
-            F.count("*").alias("records"), F.min(F.struct("offset", "timestamp")).alias("first")).sort("partition").collect())
-        gaps = self.lookup.gaps(offsets)
-        if not unusual and not gaps:
+
+        def unusual(records: DataFrame) -> list[Row]:
+            records = records.withColumn("is_oversized", _is_oversized(records)).where(~is_time | F.col("is_oversized"))
+            figures = F.count("*").alias("records"), F.min(F.struct("offset", "timestamp")).alias("first")
+            return records.groupBy("partition", "is_oversized").agg(*figures).sort("partition").collect()
+
+        found, gaps = self.lookup.ask(spark, offsets, unusual), self.lookup.gaps(offsets)
+        if not found and not gaps:
             raise error
-        if strange := ", ".join(f"partition {row.partition} {row.records:,}, first at offset {row.first.offset} ({row.first.timestamp})"
-                                for row in unusual if not row.is_oversized):
-            warn(f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {strange}. The records are read as "
-                 f"any others, and their kafka_timestamp is null.")
-        if oversized := [*(f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}" for row in unusual
-                           if row.is_oversized), *(f"partition {gap.partition} offsets {gap.begin} to {gap.end - 1}" for gap in gaps)]:
+        self._name_unusual(found, gaps)
+        records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
+        records = records.withColumn("timestamp", F.when(is_time, F.timestamp_millis("timestamp")))
+        for gap in gaps:
+            missing = spark.range(gap.begin, gap.end).selectExpr(f"{gap.partition} AS partition", "id AS offset",
+                                                                 f"{LONGEST_RECORD + 1} AS serializedValueSize")
+            records = records.unionByName(missing, allowMissingColumns=True)
+        return records_of(records, self.topic.name, F.timestamp_millis(F.lit(begun_at(batch))))
+
+    def _name_unusual(self, found: list[Row], gaps: list[Gap]) -> None:
+        strange = [f"partition {row.partition} {row.records:,}, first at offset {row.first.offset} ({row.first.timestamp})"
+                   for row in found if not row.is_oversized]
+        if strange:
+            warn(f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {', '.join(strange)}. The records "
+                 f"are read as any others, and their kafka_timestamp is null.")
+        oversized = [f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}" for row in found if row.is_oversized]
+        oversized += [f"partition {gap.partition} offsets {gap.begin} to {gap.end - 1}" for gap in gaps]
+        if oversized:
             warn(f"Some records of {self.topic} have more than {LONGEST_RECORD:,} bytes, unpacked, or are packed together with one that "
                  f"has: {', '.join(oversized)}. They are in the quarantine as {OVERSIZED}, without their content.")
-        records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
-        for gap in gaps:
-            there = spark.range(gap.begin, gap.end).selectExpr(f"{gap.partition} AS partition", "id AS offset",
-                                                               f"{LONGEST_RECORD + 1} AS serializedKeySize")
-            records = records.unionByName(there, allowMissingColumns=True)
-        time = F.when(is_time, F.timestamp_millis("timestamp"))
-        return records_of(records.withColumn("timestamp", time), self.topic.name, F.timestamp_millis(F.lit(begun_at(batch))))
 
     def identity(self) -> dict[str, str]:
         with self._asking():
@@ -199,7 +218,7 @@ class KafkaSource(Source):
             return False
         start = unread.get(self.topic.name) or "its beginning"
         self._lose(f"{self.topic} was deleted and recreated since the table was written: what the old one had from {start} on "
-                   f"(partition: offset) is gone.", "the new topic is read from its beginning")
+                   f"(partition: offset) is gone.", "the new topic is read from its beginning", is_accepted=not self.has_started)
         return True
 
     def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
@@ -227,7 +246,8 @@ class KafkaSource(Source):
                                 f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
         places = self._replaced(spark, tables, next_offsets) if unread else {}
         if shorter:
-            self._lose(f"Kafka lost records of {self.topic} that were about to be read: {shorter}.", GOES_ON)
+            self._lose(f"Kafka lost records of {self.topic} that were about to be read: {shorter}.", GOES_ON,
+                       is_accepted=not self.has_started)
             places = places or next_offsets
         return json.dumps({self.topic.name: places}) if places or shorter else None
 
@@ -249,14 +269,13 @@ class KafkaSource(Source):
             there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
                                            MAX_LOOKUP_SECONDS, LONGEST_RECORD)
         others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
-                  if (newest[partition].get("time"), newest[partition].get("md5"))
-                  != (time if GREGORIAN <= time <= MOST_MILLISECONDS else None, None if value is None else hashlib.md5(value).hexdigest())]
+                  if (newest[partition].get("time"), newest[partition].get("md5")) != (_known_time(time), _hash(value))]
         if others:
             raise PipelineError(f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
                                 f"others in their place: {', '.join(others)}. Start again to see which records are lost.")
 
     def begin_at(self, place: str) -> None:
-        self.has_started = True
+        self.has_started, self.starting_offsets = True, "earliest"
         if place:
             with self._asking():
                 added = dict.fromkeys(map(str, self.topic.beginning()), EARLIEST)
@@ -277,9 +296,8 @@ class KafkaSource(Source):
         ranges = {partition: (max(offset - REMEMBERED, first[partition]),
                               min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]))
                   for partition, offset in last.items()}
-        with self._asking():
-            others = {row.partition for row in self._in_kafka(spark, ranges, DataFrame.collect) if row.offset > last[row.partition]
-                      or known.get((row.partition, row.offset), (row.time, row.md5)) != (row.time, row.md5)}
+        others = {partition for partition, offset, time, md5 in self._few_in_kafka(spark, ranges) if offset > last[partition]
+                  or known.get((partition, offset), (time, md5)) != (time, md5)}
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
             return {}
@@ -321,6 +339,15 @@ class KafkaSource(Source):
                 DeltaTable.forPath(spark, table).alias("row").merge(records, _is_same(value)).whenMatchedDelete().execute()
 
         self._in_kafka(spark, ranges, delete)
+
+    def _few_in_kafka(self, spark: SparkSession, offsets: Offsets) -> list[tuple[int, int, int | None, str | None]]:
+        """As `_in_kafka`, of so few records that a job of Spark's would take longer."""
+        self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
+        with self._asking():
+            found = self.reader.records_between(self.topic.name, offsets, MAX_WAIT_SECONDS, LONGEST_RECORD)
+            if found is None:
+                return [tuple(row) for row in self._in_kafka(spark, offsets, DataFrame.collect)]
+        return [(partition, offset, _known_time(time), _hash(value)) for partition, offset, time, value in found]
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
         """The answer of `question` to the records that Kafka has at these offsets. They come as "record": `partition`, `offset`, `time`
@@ -386,7 +413,7 @@ class KafkaSource(Source):
     def _asking(self) -> Iterator[None]:
         try:
             yield
-        except KafkaError as error:
+        except (KafkaError, TimeoutError) as error:
             raise SourceAwayError(f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
                                   f"then this script: it goes on from the last committed offsets.") from error
         except (PySparkException, Py4JJavaError) as error:  # of a reading by Spark

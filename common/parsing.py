@@ -75,7 +75,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
 def _computable(condition: str, contract: Contract) -> str:
     """SQL: the condition of a rule, or null if its regular expression would be matched against too long a text (see `MAX_PATTERN_TEXT`)."""
     texts = [field.column for field in contract.fields if field.type == "STRING" and field.column.lower() in condition.lower()]
-    if not texts or not re.search(r"(?i)\b(rlike|regexp\w*|split|similar)\b", condition):
+    if not texts or not re.search(r"(?i)\b(r?like|ilike|regexp\w*|split|similar)\b", condition):
         return condition
     too_long = " OR ".join(f"length(`{column}`) > {MAX_PATTERN_TEXT}" for column in texts)
     return f"(CASE WHEN {too_long} THEN NULL ELSE {condition} END)"

@@ -25,6 +25,7 @@ from common.scratch import scratch_folder
 
 # A record of 999 levels, or a rule's pattern on a long text, takes more than Java's default stack of 1 MB, whose overflow ends the JVM.
 STACK = "-Xss16m"
+UTC = "-Duser.timezone=UTC"  # Spark's Kafka source shifts times before 1900 by what the machine's zone had then
 SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -73,9 +74,11 @@ SETTINGS = {
     # Delta writes its log through this, without Hadoop's checksum files: it lists the log at every commit. `build_spark` turns them
     # off for all other files; hadoop-aws needs the class that fs.file.impl names by default.
     "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
+    # The input folder is listed, though another job of Spark's has left a list of its own there, with paths that may be of elsewhere.
+    "spark.sql.streaming.fileStreamSink.ignoreMetadata": "true",
     # Spark keeps a consumer for each partition from batch to batch, by default for 64 partitions at most.
     "spark.kafka.consumer.cache.capacity": "1000",
-    "spark.executor.extraJavaOptions": STACK,  # on a cluster
+    "spark.executor.extraJavaOptions": f"{STACK} {UTC}",  # on a cluster
     # A record too large for the memory fails its task, of which the source learns which one it is; by default it ends the JVM.
     "spark.executor.killOnFatalError.depth": "0",
     "spark.ui.enabled": "false",
@@ -137,7 +140,7 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
     """What Spark's JVM is started with on this machine, which is also said to it by the environment."""
     java = find_java()
     jars = spark_jars(DELTA, KAFKA_SOURCE)
-    java_options = [*jvm["spark.driver.extraJavaOptions"].split(), f"-Djava.io.tmpdir={scratch_folder()}", "-Xlog:disable",
+    java_options = [*jvm["spark.driver.extraJavaOptions"].split(), UTC, f"-Djava.io.tmpdir={scratch_folder()}", "-Xlog:disable",
                     make_archive or use_archive(java, jars)]
     if not has_name():
         java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name

@@ -13,7 +13,7 @@ from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from common.checkpoints import Start, require_same_contents
-from common.commits import NEWEST, Commits, contents_note, sync_commits
+from common.commits import AGAIN, NEWEST, Commits, contents_note, sync_commits
 from common.console import PipelineError, first_line, root_cause, warn
 from common.contract import Contract
 from common.internals import from_java_rows, number_of_tasks, observed, state_of
@@ -85,7 +85,7 @@ class TableWriter:
         self.source.check_read(spark)
         if rejected is not None:
             has_changed, rows = rejected
-            writer = f"{stream} again" if has_changed else stream  # the quarantine may have the batch already, by an earlier reading
+            writer = f"{stream}{AGAIN}" if has_changed else stream  # the quarantine may have the batch already, by an earlier reading
             self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
             rows.unpersist()
         self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
@@ -140,12 +140,15 @@ class TableWriter:
             everything, seen = self._observed(judged)
             everything.write.format("noop").mode("overwrite").save()
             found = observed(spark, seen, SEEN_WITHIN) or {}
-        of_table = self._accepted(spark, found, is_repeated)
+        version, _ = state_of(spark, self.tables.table, stream)
+        # Rows that somebody has deleted since, on purpose, are none that a second reading has rejected.
+        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(stream, batch_id)
+        of_table = self._accepted(spark, found, is_compared)
         return self._report(found, judged), self._rejected(judged, found, of_table)
 
-    def _accepted(self, spark: SparkSession, found: dict[str, Any], is_repeated: bool) -> tuple[int, int]:
-        """How many of the batch's records are in the table, and their fingerprint."""
-        if not is_repeated:
+    def _accepted(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
+        """How many of the batch's records are in the table, and their fingerprint; unless that `is_compared`, by this reading."""
+        if not is_compared:
             return found["accepted"], found["fingerprint"]
         [[count, fingerprint]] = self._written(spark, self.tables.table, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
         return count, fingerprint

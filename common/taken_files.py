@@ -75,10 +75,15 @@ class TakenFiles:
                 self.last_entry = number
 
     def check_folder(self) -> None:
-        """Raises PipelineError if none of the taken files is in the folder. Under a different path, all of them would be read again."""
+        """Raises PipelineError if none of the taken files is in the folder, but some are there under a different path, by which they would
+        be read again; for a URI, whatever is there."""
         begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
         folder = self.folder.rstrip("/") + "/"
-        if self.files and not folder.startswith(f"{begin}/") and not any(path.startswith(folder) for path in self.files):
+        if not self.files or folder.startswith(f"{begin}/") or any(path.startswith(folder) for path in self.files):
+            return
+        taken = {(os.path.basename(path), file.modified) for path, file in self.files.items()}
+        there = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+        if local_path(folder) is None or any((os.path.basename(path), self._modified(path)) in taken for path in there):
             raise PipelineError(f"The checkpoint {self.checkpoint} belongs to another input folder: the stream has read files such as "
                                 f"{next(iter(self.files))}, and none in {self.folder}. Under a different path, every file would be read "
                                 f"again. Use the same --input as before, or give {self.folder} its own --table and --checkpoint.")
@@ -142,6 +147,16 @@ class TakenFiles:
                     and other.modified // 1000 == self.files[path].modified // 1000),
                    "looks like a file that was read before and then compressed or decompressed in place: it has the same time and, apart "
                    "from .gz, the same name. If so, its records are now in the tables twice. Compress files elsewhere, or use --archive.")
+
+    def name_renamed(self, paths: Iterable[str]) -> None:
+        """Warns, once per file, of files that look like an earlier one that was renamed or moved within the folder."""
+        # A rename keeps the time to the nanosecond; many files may share one to the second.
+        times = {self.files[path].modified: path for path in paths if self.files[path].modified % 1000}
+        gone = {times[file.modified] for path, file in self.files.items()
+                if file.modified in times and path != times[file.modified] and path.startswith("/") and not os.path.lexists(path)}
+        self._name(sorted(gone), "looks like a file that was read before and then renamed or moved: it has the same time, and the other "
+                                 "one is gone. If so, its records are now in the tables twice. Move files that were read out of the "
+                                 "folder, or use --archive.")
 
     def _name(self, paths: Iterable[str], what: str, at_most: int = MOST_NAMED) -> None:
         new = [path for path in paths if path not in self.named]

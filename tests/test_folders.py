@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -19,7 +20,9 @@ from test_rules import reading
 
 import streaming_files_to_delta_bronze
 from common.console import PipelineError, location, without_controls
+from common.internals import BrokenFileError
 from common.json_files import LONGEST_RECORD, find_unreadable, with_elements
+from common.source import SourceAwayError
 from common.taken_files import Taken, TakenFiles
 from local_kafka import free_ports
 from streaming_files_to_delta_bronze import FileSource, check_archive, count_waiting
@@ -374,8 +377,12 @@ def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
         assert run(input=str(folder)) == (1, 0)
         for same in (f"file:{folder}", f"file://{folder}/", str(folder / "sub"), str(tmp_path)):
             assert run(input=same) == (0, 0)
+        assert run(input=str(tmp_path / other)) == (0, 0)  # the new one begins empty
+        shutil.copy2(folder / "a.json", tmp_path / other / "a.json")
         with pytest.raises(PipelineError, match="belongs to another input folder"):
             run(input=str(tmp_path / other))
+        put(tmp_path / other, "a.json", VALID)
+        assert run(input=str(tmp_path / other)) == (1, 0)
 
 
 def test_what_a_link_leads_to_is_named_and_not_read(ingest, tmp_path, capsys):
@@ -598,3 +605,46 @@ def test_what_is_at_the_table_and_not_of_this_pipeline_is_left_alone(spark, inge
         with pytest.raises(PipelineError, match="There is something at .*bronze that this pipeline has not created"):
             run()
     assert sorted(table.rglob("*")) == before
+
+
+def test_a_list_of_files_by_another_job_hides_none(ingest):
+    folder, run = ingest
+    sink = folder / "_spark_metadata"
+    sink.mkdir()
+    put(folder, "a.json", VALID)
+    assert run() == (1, 0)
+    (sink / "0").write_text('v1\n{"path":"file:///old/b.json","size":9,"isDir":false,"modificationTime":1,"blockReplication":1,'
+                            '"blockSize":1,"action":"add"}')
+    put(folder, "b.json", VALID)
+    assert run() == (1, 0)
+
+
+def test_a_file_that_is_renamed_after_it_was_read_is_named(ingest, capsys):
+    folder, run = ingest
+    for name in ("a.json", "b.json", "c.json"):
+        put(folder, name, VALID)
+        os.utime(folder / name, ns=(1_795_000_000_123_000_000 + ord(name[0]) * 1_000_000,) * 2)
+    assert run() == (3, 0)
+    (folder / "done").mkdir()
+    (folder / "a.json").rename(folder / "done" / "a.json")
+    shutil.copy2(folder / "b.json", folder / "copied.json")  # the other one is still there
+    (folder / "c.json").unlink()
+    put(folder, "new.json", VALID)
+    assert run() == (3, 0)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder}/done/a.json looks like a file that was read before and then renamed")
+
+
+def test_advice_that_cannot_be_given_stops_no_stream(ingest, monkeypatch):
+    folder, run = ingest
+    put(folder, "1.json", b"{", b'"device_id": 1', b"}")
+    for error in (SourceAwayError("the store is away"), BrokenFileError("it is cut")):
+        monkeypatch.setattr(streaming_files_to_delta_bronze, "find_multiline", _raising(error))
+        assert run()[0] == 0
+        put(folder, f"{len(str(error))}.json", b"{", b"}")
+
+
+def _raising(error: Exception):
+    def fail(*_):
+        raise error
+    return fail

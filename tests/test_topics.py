@@ -492,7 +492,7 @@ def test_data_loss_is_accepted_beside_such_times(world):
 def send_bombs(world, *records: bytes | None, key: bytes | None = None) -> None:
     """Sends records that are small packed, all of them in one batch of Kafka's."""
     with KafkaProducer(bootstrap_servers=world.broker, compression_type="gzip", max_request_size=2**31 - 1, batch_size=2**31 - 1,
-                       linger_ms=500, request_timeout_ms=100_000) as producer:
+                       linger_ms=60_000, request_timeout_ms=100_000, delivery_timeout_ms=200_000) as producer:
         for record in records:
             producer.send(world.topic.name, record, partition=0, key=key)
 

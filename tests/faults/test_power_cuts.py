@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GivenRecords
+from delta.tables import DeltaTable
 from kafka import KafkaAdminClient, TopicPartition
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import StreamingQueryException
@@ -96,6 +97,50 @@ def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tm
     assert run.rows() == [3, 3]
     assert "perhaps by a power cut" in capsys.readouterr().out
     assert run() == (0, 0)
+
+
+def test_no_commit_is_set_aside_that_would_not_be_written_again(two_batches, tmp_path, spark):
+    """The checkpoint is an older copy, or that of another table, or somebody has changed rows since."""
+    folder, run = two_batches
+    run(table=str(tmp_path / "second"), checkpoint=str(tmp_path / "checkpoint_of_second"))
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint_copied")
+    run_on = {"table": str(tmp_path / "bronze"), "checkpoint": str(tmp_path / "checkpoint")}
+    for number in (3, 4):
+        put(folder, f"{number}.json", reading(), b"{")
+        run(**run_on)
+    shutil.copytree(tmp_path / "bronze", tmp_path / "bronze_before")
+    damaged = sorted((tmp_path / "bronze").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)[-2]
+    os.truncate(damaged, 0)
+    for checkpoint, problem in (("copied", "is an older copy"), ("of_second", "was not written with"), ("", "is damaged")):
+        with pytest.raises(PipelineError, match=problem):
+            run(**run_on | {"checkpoint": f"{tmp_path}/checkpoint_{checkpoint}".rstrip("_")})
+
+    shutil.rmtree(tmp_path / "bronze")
+    shutil.copytree(tmp_path / "bronze_before", tmp_path / "bronze")
+    put(folder, "5.json", reading(), b"{")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "write_last_batch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(**run_on)
+    written = newest(tmp_path / "bronze", "*.parquet")
+    DeltaTable.forPath(spark, run_on["table"]).delete("source_file LIKE '%1.json'")
+    os.truncate(written, 0)
+    with pytest.raises(PipelineError, match="is damaged"):
+        run(**run_on)
+    assert not list(tmp_path.rglob("*.cut"))
+
+
+def test_rows_that_were_deleted_after_a_crash_do_not_come_back(two_batches, tmp_path, spark, capsys):
+    folder, run = two_batches
+    put(folder, "3.json", *[reading(device_id=name) for name in ("kept", "erased")], b"{")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "write_last_batch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    DeltaTable.forPath(spark, str(tmp_path / "bronze")).delete("device_id = 'erased'")
+    run.stream()
+    assert run.rows() == [3, 3]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import Script, until
@@ -11,6 +12,7 @@ from test_power_cuts import plan
 from test_rules import reading
 
 from common import checkpoints
+from common.checkpoints import LAST_BATCH, Checkpoint
 from common.console import PipelineError
 from common.kafka_source import KafkaSource
 from common.table_writer import TableWriter
@@ -238,6 +240,65 @@ def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewri
     # Of the half-done batch, the valid ones that only the old log had stay, and its broken ones are lost with it.
     of_old = [number for number in range(100, 120) if number % 4]
     assert arrived(world) == [*range(100), *of_old, *range(200, 250), *range(1000, 1060)]
+
+
+def test_an_accepted_loss_is_remembered_until_the_first_batch_after_it_is_done(read_hundred, rewrite):
+    world = read_hundred
+    rewrite(world, [*range(80), *range(200, 240)], range(1000, 1050))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TableWriter, "_write_accepted", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            world.consume(accept_data_loss=True)
+    rewrite(world, [*range(80), *range(200, 205)], range(1000, 1050))
+    with pytest.raises(PipelineError, match="partition 0 offsets 85 to 119. Nothing was skipped"):
+        world.consume()
+    world.consume(accept_data_loss=True)
+    assert arrived(world) == [*range(100), *range(200, 205), *range(1000, 1050)]
+
+
+def test_rejected_records_are_taken_back_though_a_power_cut_left_the_table_without_their_batch(read_hundred, rewrite):
+    world = read_hundred
+    send(world, range(100, 120))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "write_last_batch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            world.consume()
+    newest = max(Path(world.options.table, "_delta_log").glob("*.json"))
+    newest.unlink()
+    newest.with_suffix(".crc").unlink()
+    rewrite(world, range(110), range(1000, 1050))
+    world.consume(accept_data_loss=True)
+    assert arrived(world) == sorted([*range(110), *(number for number in range(110, 120) if number % 4 == 0), *range(1000, 1050)])
+
+
+def test_a_note_of_an_earlier_batch_is_not_believed(read_hundred):
+    """A version of the project that writes none has run since."""
+    note = Path(read_hundred.options.checkpoint, LAST_BATCH)
+    earlier = note.read_text()
+    for numbers in (range(100, 110), range(110, 120)):
+        send(read_hundred, numbers)
+        read_hundred.consume()
+        note.write_text(earlier)
+    assert arrived(read_hundred) == [*range(120), *range(1000, 1050)]
+
+
+def test_a_topic_that_is_made_again_twice_is_read_from_its_beginning(world, broker):
+    """The first new checkpoint has planned where to begin, and written nothing."""
+    world = world()
+    world.make(1)
+    send(world, range(10))
+    world.consume()
+    with KafkaAdminClient(bootstrap_servers=broker) as admin:
+        for numbers in (range(100, 120), range(200, 230)):
+            admin.delete_topics([world.topic.name])
+            until(lambda: world.topic.name not in admin.list_topics())
+            make_topic(admin, world.topic.name, 1)
+            send(world, numbers)
+            if numbers[0] == 100:
+                admin.delete_records({TopicPartition(world.topic.name, 0): 5})
+                plan(world.consume, accept_data_loss=True)
+    world.consume(accept_data_loss=True)
+    assert arrived(world) == [*range(10), *range(200, 230)]
 
 
 def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_as_it_committed_records_of_it(world, broker):

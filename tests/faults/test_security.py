@@ -28,7 +28,7 @@ from kafka.admin import (
 
 from common.console import PipelineError
 from common.java import SCALA, find_java, resolve_jars
-from common.kafka_config import SECURITY_NAMES
+from common.kafka_config import SECURITY_NAMES, read_properties
 from common.topics import Topic
 from local_kafka import LOGGING, Server, free_ports, is_free, kafka_properties, kafka_version, zookeeper_properties
 
@@ -84,6 +84,14 @@ def secure_broker(tmp_path_factory):
 def jaas(user: str, password: str) -> str:
     escaped = re.sub(r'(["\\])', r"\\\1", password)
     return f'org.apache.kafka.common.security.scram.ScramLoginModule required username="{user}" password="{escaped}";'
+
+
+@pytest.fixture(autouse=True)
+def closed_files():
+    """Nobody else can read the files of the tests; the scripts would warn."""
+    mask = os.umask(0o077)
+    yield
+    os.umask(mask)
 
 
 @pytest.fixture
@@ -302,3 +310,14 @@ def test_no_port_of_a_stream_takes_orders_from_another_user_of_the_machine(broke
     assert all(re.search(refused, each) for each in answers if each), [each[:200] for each in answers]
     assert len([each for each in answers if b"Sasl" in each]) == 2
     assert consumer.stop() == 0
+
+
+def test_a_password_that_every_user_can_read_is_named_and_not_shown(tmp_path, capsys):
+    file = tmp_path / "kafka.properties"
+    for properties, mode, is_named in (("sasl.jaas.config=x secret;", 0o644, True), ("sasl.jaas.config=x secret;", 0o640, False),
+                                       ("ssl.key.password=secret", 0o604, True), ("client.id=secret", 0o644, False)):
+        file.write_text(properties)
+        file.chmod(mode)
+        read_properties(str(file))
+        said = capsys.readouterr().err
+        assert (f"Every user of this machine can read the password in {file}" in said) == is_named and "secret" not in said

@@ -83,7 +83,7 @@ class Cluster:
         self.start("s3", "moto_server", "-H", "127.0.0.1", "-p", self.s3_port)
         self.start("kafka", "python3", "local_kafka.py", "--port", self.kafka_port, "--data-dir", self.folder / "kafka")
         self.start("master", "spark-class", "org.apache.spark.deploy.master.Master", "--host", "127.0.0.1",
-                   "--port", self.master_port, "--webui-port", 0)
+                   "--port", self.master_port, "--webui-port", 0, "--properties-file", self.settings)
         for name, port in (("s3", self.s3_port), ("kafka", self.kafka_port), ("master", self.master_port)):
             while is_free(port):
                 if self.processes[name].poll() is not None:
@@ -97,7 +97,7 @@ class Cluster:
         name = f"worker {number}"
         self.start(name, "taskset", "-c", number - 1, "spark-class", "org.apache.spark.deploy.worker.Worker",
                    "--host", "127.0.0.1", "--webui-port", 0, "--cores", 1, "--memory", "2g",
-                   "--work-dir", self.folder / f"{name} files", self.master)
+                   "--work-dir", self.folder / f"{name} files", "--properties-file", self.settings, self.master)
 
     def start(self, name: str, *command, **options) -> subprocess.Popen:
         with self.log(name).open("w") as log:

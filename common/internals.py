@@ -342,6 +342,7 @@ class KafkaReader:
                 looked_at = [place.partition() for place in records.partitions()]
             except Py4JJavaError as error:
                 if java_class(error) == OUT_OF_MEMORY:
+                    self._consumer.unsubscribe()  # and forget what was fetched, half of which is used up
                     break
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise

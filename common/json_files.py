@@ -154,7 +154,7 @@ def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str
         if file.path not in faults:
             try:
                 sizes[file.path] = unpacked_size(spark, file, max_unpacked, careful)
-                if sizes[file.path] > max(max_unpacked, file.length):
+                if file.path.lower().endswith(".gz") and sizes[file.path] > max_unpacked:
                     found[file.path] = f"unpacked, it has more than {max_unpacked // 10**6:,} MB (see --max-unpacked)"
             except BrokenFileError as error:
                 found[file.path] = str(error)

@@ -607,6 +607,18 @@ def test_what_is_at_the_table_and_not_of_this_pipeline_is_left_alone(spark, inge
     assert sorted(table.rglob("*")) == before
 
 
+@pytest.mark.parametrize("multiline", [False, True])
+def test_a_packed_file_that_is_too_large_even_packed_is_condemned_as_a_whole(ingest, capsys, multiline):
+    """Its unpacked size is not counted to the end, so nothing else would notice a line that Hadoop leaves out."""
+    folder, run = ingest
+    lines = [VALID, b'"' + b"a" * 9_000_000 + b'"', *(os.urandom(500).hex().encode() for _ in range(4000))]
+    (folder / "large.json.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    assert (folder / "large.json.gz").stat().st_size > 2_000_000
+    put(folder, "small.json", VALID)
+    assert run(multiline, max_unpacked=2) == (1, 1)
+    assert "large.json.gz can't be read: unpacked, it has more than 2 MB" in capsys.readouterr().err
+
+
 def test_a_list_of_files_by_another_job_hides_none(ingest):
     folder, run = ingest
     sink = folder / "_spark_metadata"

@@ -10,8 +10,6 @@ from typing import Any
 from kafka import KafkaAdminClient
 from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError, for_code
 from kafka.protocol.consumer.fetch import FetchRequest
-from kafka.record import MemoryRecords
-from kafka.record.default_records import DefaultRecordBatch
 
 from common.console import PipelineError, location
 from common.kafka_config import python_settings, security_protocol
@@ -67,18 +65,18 @@ class Admin(KafkaAdminClient):  # type: ignore[misc]  # which has no types
                 self.close()
             raise
 
-    def end_of_batch(self, leader: int, topic: str, partition: int, offset: int) -> int:
-        """The offset after the batch in which Kafka has the record at `offset`. No client shows it, and each unpacks the batch (3.0.12)."""
+    def messages(self, leader: int, topic: str, partition: int, offset: int) -> bytes:
+        """Kafka's messages from the one with the record at `offset` on, packed: some 1 MB, or one that is larger, and part of another. No
+        client gives them, and each unpacks them (3.0.12)."""
         part = FetchRequest.FetchTopic.FetchPartition(partition=partition, current_leader_epoch=-1, fetch_offset=offset,
-                                                      last_fetched_epoch=-1, partition_max_bytes=1)  # Kafka gives one batch at least
-        request = FetchRequest(replica_id=-1, max_wait_ms=1000, min_bytes=1, max_bytes=1, isolation_level=0, session_id=0, session_epoch=-1,
-                               topics=[FetchRequest.FetchTopic(topic=topic, partitions=[part])], forgotten_topics_data=[], rack_id="",
-                               min_version=4, max_version=12)
+                                                      last_fetched_epoch=-1, partition_max_bytes=2**20)
+        request = FetchRequest(replica_id=-1, max_wait_ms=1000, min_bytes=1, max_bytes=2**20, isolation_level=0, session_id=0,
+                               session_epoch=-1, topics=[FetchRequest.FetchTopic(topic=topic, partitions=[part])],
+                               forgotten_topics_data=[], rack_id="", min_version=4, max_version=12)
         response = self._manager.run(self._manager.send, request, leader).responses[0].partitions[0]
         if response.error_code:
             raise for_code(response.error_code)()
-        batch = MemoryRecords(response.records).next_batch()
-        return batch.last_offset + 1 if isinstance(batch, DefaultRecordBatch) else offset + 1  # Kafka's format before 0.11 has no end
+        return bytes(response.records or b"")
 
 
 class Broker:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, cast
 
 from py4j.java_gateway import JavaObject
@@ -291,29 +291,33 @@ def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
     return offsets
 
 
-def forget_fetched_records(spark: SparkSession) -> None:
+def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> None:
     """Makes a batch read all of its records from Kafka, even those that Spark has fetched along with an earlier batch: since then, Kafka
-    may have lost the end of its log, and have other records there."""
-    pool = getattr(_java(spark).org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
-    pool = pool.getDeclaredField("fetchedDataPool")
-    pool.setAccessible(True)
-    pool.get(None).reset()
+    may have lost the end of its log, and have other records there.
+
+    `and_consumers`: those that had a record too large for the memory would fail there again, and others hold the last one they read.
+    """
+    consumers = getattr(_java(spark).org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
+    for name in ["fetchedDataPool"] + ["consumerPool"] * and_consumers:
+        pool = consumers.getDeclaredField(name)
+        pool.setAccessible(True)
+        pool.get(None).reset()
 
 
 class KafkaReader:
     """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
 
-    `options`: those of Spark's Kafka source. `at_once`: the most records that it unpacks together.
+    `options`: those of Spark's Kafka source.
     """
 
-    def __init__(self, spark: SparkSession, options: dict[str, Any], at_once: int = 500):
+    def __init__(self, spark: SparkSession, options: dict[str, Any]):
         java = self._java = _java(spark)
         settings = java.java.util.HashMap()
         for name, value in options.items():
             settings.put(name.removeprefix("kafka."), value)
         # Never commit offsets, and never jump elsewhere if an offset is gone.
-        for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none", "max.partition.fetch.bytes": "65536",
-                            "max.poll.records": str(at_once)}.items():
+        for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none",
+                            "max.partition.fetch.bytes": "65536"}.items():
             settings.put(name, value)
         deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
         self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
@@ -385,20 +389,34 @@ class KafkaReader:
                 self._consumer.pause([places.pop(partition)])
         return found
 
-    def next_offset(self, topic: str, partition: int, offset: int, seconds: float) -> int | None:
-        """The offset after the records that are read from `offset` on, `offset` itself if Kafka delivers none within `seconds`; None if
-        one of them doesn't fit into the memory."""
-        place = self._place(topic, partition)
-        self._consumer.assign([place])
-        self._consumer.seek(place, offset)
-        try:
-            self._consumer.poll(self._java.java.time.Duration.ofMillis(int(seconds * 1000)))
-        except Py4JJavaError as error:
-            if java_class(error) != OUT_OF_MEMORY:
-                raise
-            self._consumer.unsubscribe()  # and forget what was fetched, half of which is used up
-            return None
-        return self._consumer.position(place)
+
+def large_records(spark: SparkSession, messages: bytes, max_bytes: int) -> tuple[int, list[tuple[int, int]]]:
+    """The offset after these messages, as Kafka has them; and for each compressed one that holds a record of more than `max_bytes`, where
+    that begins and where the message ends. A record is measured with its headers, and skipped rather than held.
+
+    Raises TimeoutError if there is no whole message.
+    """
+    java = _java(spark)
+    collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common
+    iterators, comparison = collections.IteratorUtils, collections.functors.ComparatorPredicate
+    is_large = collections.PredicateUtils.transformedPredicate(
+        collections.TransformerUtils.invokerTransformer("sizeInBytes"), comparison.comparatorPredicate(
+            max_bytes, collections.ComparatorUtils.naturalComparator(), comparison.Criterion.LESS))
+    end, large = None, []
+    for message in kafka.record.MemoryRecords.readableRecords(java.java.nio.ByteBuffer.wrap(messages)).batches().iterator():
+        end = message.lastOffset() + 1
+        if not message.isCompressed() or message.magic() < 2:  # Kafka's format before 0.11
+            continue
+        with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
+            before = iterators.indexOf(records, is_large)
+        if before == 0:
+            large.append((message.baseOffset(), end))
+        elif before > 0:  # a consumer must not be asked for an offset in between that holds no record
+            with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
+                large.append((iterators.get(records, before - 1).offset() + 1, end))
+    if end is None:
+        raise TimeoutError("Kafka gives no whole message")
+    return end, large
 
 
 def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:

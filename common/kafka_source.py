@@ -18,9 +18,9 @@ from pyspark.sql import functions as F
 from common.batches import done_in
 from common.console import PipelineError, first_line, java_class, root_cause, say, warn
 from common.contract import INCONSISTENT, LONGEST_RECORD, OVERSIZED
-from common.internals import OUT_OF_MEMORY, KafkaReader, begun_at, forget_fetched_records, kafka_offsets, query_of
+from common.internals import KafkaReader, begun_at, forget_fetched_records, kafka_offsets, query_of
 from common.process import StopFlag, Stopped
-from common.record_lookup import MAX_LOOKUP_SECONDS, Gap, Offsets, RecordLookup, Result, kafka_options
+from common.record_lookup import MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS, Gap, Offsets, RecordLookup, Result, is_too_large, kafka_options
 from common.source import Left, Source, SourceAwayError
 from common.tables import TablePair
 from common.topics import Topic
@@ -30,7 +30,6 @@ GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's rea
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
-MAX_WAIT_SECONDS = 60  # at a start, for the records that were read last
 REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
 SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
 SETTLES_WITHIN = 3  # seconds after an election, the end of a partition is that of all its replicas again
@@ -50,6 +49,12 @@ def _known_time(milliseconds: int) -> int | None:
 def _hash(value: bytes | None) -> str | None:
     """As `_md5`, of a single record."""
     return None if value is None else hashlib.md5(value, usedforsecurity=False).hexdigest()
+
+
+def _differs(known: tuple[int | None, str | None], found: tuple[int | None, str | None]) -> bool:
+    """Whether two readings of an offset, each the time and the hash, are of different records as far as both are known."""
+    (known_time, known_md5), (time, md5) = known, found
+    return known_time is not None and known_time != time or None not in (known_md5, md5) and known_md5 != md5
 
 
 def _values(tables: TablePair) -> dict[str, str]:
@@ -173,7 +178,7 @@ class KafkaSource(Source):
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         """Reads records whose time, which a producer may set to any number, is more than Spark's reader takes, and passes over those that
         don't fit into the memory."""
-        if java_class(error) not in ("java.lang.ArithmeticException", OUT_OF_MEMORY):
+        if not (has_large := is_too_large(error)) and java_class(error) != "java.lang.ArithmeticException":
             raise error
         spark, offsets = batch.sparkSession, kafka_offsets(batch)
         is_time = F.col("timestamp").between(GREGORIAN, MOST_MILLISECONDS)
@@ -183,9 +188,10 @@ class KafkaSource(Source):
             figures = F.count("*").alias("records"), F.min(F.struct("offset", "timestamp")).alias("first")
             return records.groupBy("partition", "is_oversized").agg(*figures).sort("partition").collect()
 
-        found, gaps = self.lookup.ask(spark, offsets, unusual), self.lookup.gaps(offsets)
-        if not found and not gaps:
-            raise error
+        with self._asking():
+            if has_large:
+                self.lookup.find_gaps(spark, offsets)
+            found, gaps = self.lookup.ask(spark, offsets, unusual), self.lookup.gaps(offsets)
         self._name_unusual(found, gaps)
         records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
         records = records.withColumn("timestamp", F.when(is_time, F.timestamp_millis("timestamp")))
@@ -269,7 +275,7 @@ class KafkaSource(Source):
             there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
                                            MAX_LOOKUP_SECONDS, LONGEST_RECORD)
         others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
-                  if (newest[partition].get("time"), newest[partition].get("md5")) != (_known_time(time), _hash(value))]
+                  if _differs((newest[partition].get("time"), newest[partition].get("md5")), (_known_time(time), _hash(value)))]
         if others:
             raise PipelineError(f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
                                 f"others in their place: {', '.join(others)}. Start again to see which records are lost.")
@@ -297,7 +303,7 @@ class KafkaSource(Source):
                               min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]))
                   for partition, offset in last.items()}
         others = {partition for partition, offset, time, md5 in self._few_in_kafka(spark, ranges) if offset > last[partition]
-                  or known.get((partition, offset), (time, md5)) != (time, md5)}
+                  or _differs(known.get((partition, offset), (time, md5)), (time, md5))}
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
             return {}

@@ -12,20 +12,25 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from common.console import java_class
+from common.console import java_class, root_cause
 from common.contract import LONGEST_RECORD
-from common.internals import KAFKA_RECORD, OUT_OF_MEMORY, KafkaReader, kafka_records
+from common.internals import KAFKA_RECORD, OUT_OF_MEMORY, forget_fetched_records, kafka_records, large_records
 from common.kafka_config import spark_options
 from common.topics import Topic
 
 MAX_LOOKUP_SECONDS = 2  # for a single record
+MAX_WAIT_SECONDS = 60  # for some records, at a start
+TOO_LARGE = 2 * LONGEST_RECORD  # for a record with its headers, where it would have to be unpacked to be measured any closer
+# Options of a consumer that unpacks a record only when it is asked for, and none of the message after it.
+ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 
 Result = TypeVar("Result")
 Offsets = dict[int, tuple[int, int]]  # partition: the first offset, and the one after the last
 
 
 class Gap(NamedTuple):
-    """Offsets whose records don't fit into the memory: from `begin` to before `end`."""
+    """Offsets that are not read, from `begin` to before `end`: a record that is too large, and what is packed in a message after it, to
+    which a consumer comes only by unpacking it."""
     partition: int
     begin: int
     end: int
@@ -37,22 +42,28 @@ def kafka_options(topic: Topic) -> dict[str, Any]:
             | {"kafka.bootstrap.servers": topic.servers})
 
 
+def is_too_large(error: BaseException) -> bool:
+    """Whether a reading has failed for a record that does not fit into the memory. A consumer says so once, then this."""
+    return java_class(error) == OUT_OF_MEMORY or "Received exception when fetching the next record" in root_cause(error)
+
+
 class RecordLookup:
     """Reads the records of `topic` at given offsets."""
 
     def __init__(self, topic: Topic):
         self.topic = topic
         self._gaps: set[Gap] = set()  # that were found
+        self._is_careful = False  # since some records did not fit
 
     def ask(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
-        """The answer of `question` to the records at these offsets (`records`). If some don't fit into the memory, finds out which, and
-        asks it about the others."""
+        """The answer of `question` to the records at these offsets (`records`). If they don't fit into the memory, the question is asked
+        again without those that are too large."""
         try:
             return question(self.records(spark, offsets))
         except (PySparkException, Py4JJavaError) as error:
-            if java_class(error) != OUT_OF_MEMORY:
+            if not is_too_large(error):
                 raise
-        self._find_gaps(spark, offsets)
+        self.find_gaps(spark, offsets)
         return question(self.records(spark, offsets))
 
     def gaps(self, offsets: Offsets) -> list[Gap]:
@@ -71,34 +82,25 @@ class RecordLookup:
                 begin = gap.end
         kinds = KAFKA_RECORD | {"timestampType": "INT"}
         parts = [self._read(spark, piece, fail_on_data_loss) for piece in filter(None, pieces)]
-        return functools.reduce(DataFrame.union, parts) if parts else spark.createDataFrame([], ", ".join(map(" ".join, kinds.items())))
+        if not parts:
+            return spark.createDataFrame([], ", ".join(map(" ".join, kinds.items())))
+        return functools.reduce(DataFrame.union, parts)
 
     def _read(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool) -> DataFrame:
         begin, end = (json.dumps({self.topic.name: {partition: each[which] for partition, each in offsets.items()}}) for which in (0, 1))
-        # A consumer unpacks several records together, and must not come to one in the gap.
-        at_once = {"kafka.max.poll.records": 1} if self._gaps else {}
         return kafka_records(
-            spark.read.format("kafka").options(**kafka_options(self.topic) | at_once)
+            spark.read.format("kafka").options(**kafka_options(self.topic) | (ONE_BY_ONE if self._is_careful else {}))
             .option("assign", json.dumps({self.topic.name: list(offsets)})).option("startingOffsets", begin).option("endingOffsets", end)
             .option("failOnDataLoss", fail_on_data_loss).option("maxRecordsPerPartition", 20_000).load(), LONGEST_RECORD)
 
-    def _find_gaps(self, spark: SparkSession, offsets: Offsets) -> None:
-        several, single = (KafkaReader(spark, kafka_options(self.topic), at_once) for at_once in (5000, 1))
-        try:
-            for partition, (offset, end) in offsets.items():
-                while offset < end:
-                    following = self._after(several, partition, offset)
-                    if following is None:
-                        following = self._after(single, partition, offset)
-                    if following is None:  # a consumer gets to none that is packed after it in the same batch
-                        following = self.topic.end_of_batch(partition, offset)
-                        self._gaps.add(Gap(partition, offset, following))
-                    if following == offset:
-                        break  # Kafka has no more of them
-                    offset = following
-        finally:
-            several.close()
-            single.close()
-
-    def _after(self, reader: KafkaReader, partition: int, offset: int) -> int | None:
-        return reader.next_offset(self.topic.name, partition, offset, MAX_LOOKUP_SECONDS)
+    def find_gaps(self, spark: SparkSession, offsets: Offsets) -> None:
+        """Finds out which of the records at these offsets are too large, after reading them has failed for one. From then on, records are
+        read one by one."""
+        self._is_careful = True
+        forget_fetched_records(spark, and_consumers=True)
+        beginning = self.topic.beginning()
+        for partition, (offset, end) in offsets.items():
+            offset = max(offset, beginning.get(partition, 0))
+            while offset < end:
+                offset, large = large_records(spark, self.topic.messages(partition, offset), TOO_LARGE)
+                self._gaps |= {Gap(partition, *each) for each in large}

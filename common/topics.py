@@ -179,11 +179,11 @@ class Topic(Broker):
         return {place.partition: found.offset
                 for place, found in self._admin.list_partition_offsets(places, **options).items()}
 
-    def end_of_batch(self, partition: int, offset: int) -> int:
-        """The offset after the batch in which Kafka has packed the record at `offset` together with others."""
+    def messages(self, partition: int, offset: int) -> bytes:
+        """Kafka's messages from the one with the record at `offset` on, as `Admin.messages` gives them."""
         [topic] = self._admin.describe_topics([self.name])
         [leader] = [each["leader_id"] for each in topic["partitions"] if each["partition_index"] == partition]
-        return self._admin.end_of_batch(leader, self.name, partition, offset)
+        return self._admin.messages(leader, self.name, partition, offset)
 
     @cached_property
     def _notes(self) -> Admin:

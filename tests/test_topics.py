@@ -489,15 +489,15 @@ def test_data_loss_is_accepted_beside_such_times(world):
     assert world.consume(accept_data_loss=True) == (7, 0)
 
 
-def send_bombs(world, *records: bytes | None, key: bytes | None = None) -> None:
+def send_bombs(world, *records: bytes | None, partition: int = 0, key: bytes | None = None) -> None:
     """Sends records that are small packed, all of them in one batch of Kafka's."""
     with KafkaProducer(bootstrap_servers=world.broker, compression_type="gzip", max_request_size=2**31 - 1, batch_size=2**31 - 1,
                        linger_ms=60_000, request_timeout_ms=100_000, delivery_timeout_ms=200_000) as producer:
         for record in records:
-            producer.send(world.topic.name, record, partition=0, key=key)
+            producer.send(world.topic.name, record, partition=partition, key=key)
 
 
-BOMB = b"a" * 700_000_000
+BOMB = b"a" * 450_000_000  # as much as a heap of 1 GB does not hold twice
 
 
 def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(world, account, capsys):
@@ -524,8 +524,25 @@ def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(wor
     assert world.consume() == (0, 0)  # the start looks at the last records
     send_bombs(world, BOMB)
     assert world.consume() == (0, 1) and world.consume() == (0, 0)
-    account("records of 700 MB, packed into 700 KB", [(0, offset) for offset in range(13)] + [(1, offset) for offset in range(3)],
+    account("records of 450 MB, packed into small messages", [(0, offset) for offset in range(13)] + [(1, offset) for offset in range(3)],
             *world.rows())
+
+
+def test_records_beside_those_that_fit_into_no_memory_are_read(world, account):
+    """Kafka's consumer unpacks what comes after a record along with it, and a batch ends where Spark has planned it."""
+    world = world()
+    world.make(2, compression_type="producer")
+    send_bombs(world, b"[" + b"7," * 60_000_000 + b"7]")
+    world.send(*[VALID] * 97, partition=1)
+    for _ in range(2):
+        with world.transaction() as producer:  # takes one more offset as it ends
+            producer.send(world.topic.name, VALID, partition=1)
+            producer.commit_transaction()
+        send_bombs(world, BOMB, partition=1)  # at 99, right after the first batch, and at 102
+    world.send(*[VALID] * 20, partition=1)
+    assert world.consume() == (119, 3)
+    assert world.consume() == (0, 0)  # can read the first one, and has read nothing that it could compare
+    world.check(account, "records of 120 MB and of 450 MB in small messages, and records beside them")
 
 
 def test_a_record_of_more_than_8_mb_is_rejected_with_all_that_it_holds(world):

@@ -143,7 +143,8 @@ class Checkpoint:
     def _has_too_many_patterns(self, file: str) -> bool:
         """Whether an entry of the file log has more files with wildcards in their names than Spark can list; see `MAX_PATTERNS`."""
         entries = [json.loads(line) for line in (self.files.read(f"{self.path}/{file}") or "").split("\n")[1:]]
-        paths = [unquote(entry["path"]) for entry in entries if entry.get("batchId", -1) == entries[-1].get("batchId")]
+        files = [entry for entry in entries if {"path", "batchId"} <= entry.keys()]  # and none of Kafka, whose entry is by topic
+        paths = [unquote(file["path"]) for file in files if file["batchId"] == files[-1]["batchId"]]
         return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS ** 2
 
     def _is_whole(self, file: str) -> bool:

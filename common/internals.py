@@ -361,7 +361,7 @@ class KafkaReader:
     def records_between(self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float,
                         max_bytes: int) -> list[tuple[int, int, int, bytes | None]] | None:
         """The partition, offset, timestamp and value of each record at these offsets (partition: the first, and the one after the last);
-        None for a larger value. None in all if one of them doesn't fit into the memory. Raises TimeoutError after so many `seconds`."""
+        None for a larger value. None in all if one of them doesn't fit into the memory, or if they take more than so many `seconds`."""
         places = {partition: self._place(topic, partition) for partition, (begin, end) in offsets.items() if begin < end}
         found: list[tuple[int, int, int, bytes | None]] = []
         self._consumer.assign(list(places.values()))
@@ -371,7 +371,7 @@ class KafkaReader:
         deadline = time.monotonic() + seconds
         while places:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no answer within {seconds} s")
+                return None
             try:
                 for record in self._consumer.poll(self._java.java.time.Duration.ofMillis(200)).iterator():
                     if record.partition() in places and record.offset() < offsets[record.partition()][1]:
@@ -390,11 +390,16 @@ class KafkaReader:
         return found
 
 
-def large_records(spark: SparkSession, messages: bytes, max_bytes: int) -> tuple[int, list[tuple[int, int]]]:
-    """The offset after these messages, as Kafka has them; and for each compressed one that holds a record of more than `max_bytes`, where
-    that begins and where the message ends. A record is measured with its headers, and skipped rather than held.
+class LargeRecord(NamedTuple):
+    """A record that is too large, by its offset, and what a consumer can't read because of it."""
+    after: int  # the offset after the last record before it: a consumer that is asked for a later one comes to it, even if that holds none
+    offset: int
+    end: int  # the offset after the message in which it is packed
 
-    Raises TimeoutError if there is no whole message.
+
+def large_records(spark: SparkSession, messages: bytes, begin: int, max_bytes: int) -> tuple[int | None, list[LargeRecord]]:
+    """The offset after these messages, as Kafka has them from the offset `begin` on, and the first record of more than `max_bytes` in
+    each that is compressed. A record is measured with its headers, and skipped rather than held. None if there is no whole message.
     """
     java = _java(spark)
     collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common
@@ -404,18 +409,15 @@ def large_records(spark: SparkSession, messages: bytes, max_bytes: int) -> tuple
             max_bytes, collections.ComparatorUtils.naturalComparator(), comparison.Criterion.LESS))
     end, large = None, []
     for message in kafka.record.MemoryRecords.readableRecords(java.java.nio.ByteBuffer.wrap(messages)).batches().iterator():
-        end = message.lastOffset() + 1
+        after, end = end or begin, message.lastOffset() + 1
         if not message.isCompressed() or message.magic() < 2:  # Kafka's format before 0.11
             continue
         with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
             before = iterators.indexOf(records, is_large)
-        if before == 0:
-            large.append((message.baseOffset(), end))
-        elif before > 0:  # a consumer must not be asked for an offset in between that holds no record
+        if before >= 0:
             with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
-                large.append((iterators.get(records, before - 1).offset() + 1, end))
-    if end is None:
-        raise TimeoutError("Kafka gives no whole message")
+                after = iterators.get(records, before - 1).offset() + 1 if before else after
+                large.append(LargeRecord(after, records.next().offset(), end))
     return end, large
 
 

@@ -171,8 +171,9 @@ class KafkaSource(Source):
         warn(f"A batch of {self.topic} was read twice, with different results: a rule is not the same for the same record, or Kafka has "
              f"other records than before. Those that the tables lack are in the quarantine, as {INCONSISTENT} where they are valid.")
         row, record = written.alias("row"), judged.alias("record")
-        is_written = F.expr("row.partition = record.partition AND row.offset = record.offset AND "
-                            "row.kafka_timestamp <=> record.kafka_timestamp")
+        # Of a record that is not read (`Gap`), Kafka's time is unknown.
+        is_written = F.expr("row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> "
+                            f"record.kafka_timestamp OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}')")
         return record.join(row, is_written, "left_anti").withColumn("reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT)))
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
@@ -189,9 +190,7 @@ class KafkaSource(Source):
             return records.groupBy("partition", "is_oversized").agg(*figures).sort("partition").collect()
 
         with self._asking():
-            if has_large:
-                self.lookup.find_gaps(spark, offsets)
-            found, gaps = self.lookup.ask(spark, offsets, unusual), self.lookup.gaps(offsets)
+            found, gaps = self.lookup.ask(spark, offsets, unusual, has_failed=has_large), self.lookup.gaps(offsets)
         self._name_unusual(found, gaps)
         records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
         records = records.withColumn("timestamp", F.when(is_time, F.timestamp_millis("timestamp")))
@@ -270,6 +269,7 @@ class KafkaSource(Source):
         """Compares the last record read of each partition before this batch with the one that Kafka has now."""
         newest = {int(partition): max(records, key=lambda record: record["offset"])
                   for partition, records in self.remembered.items() if records}
+        newest = {partition: record for partition, record in newest.items() if record.get("time") is not None or record.get("md5")}
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
             there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},

@@ -5,9 +5,11 @@ A few kilobytes of a compressed message can hold a gigabyte, which Kafka unpacks
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+from kafka.errors import KafkaTimeoutError
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
@@ -19,19 +21,22 @@ from common.kafka_config import spark_options
 from common.topics import Topic
 
 MAX_LOOKUP_SECONDS = 2  # for a single record
-MAX_WAIT_SECONDS = 60  # for some records, at a start
+MAX_WAIT_SECONDS = 10  # for some records, at a start
 TOO_LARGE = 2 * LONGEST_RECORD  # for a record with its headers, where it would have to be unpacked to be measured any closer
 # Options of a consumer that unpacks a record only when it is asked for, and none of the message after it.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
+SEVERAL = {"kafka.max.poll.records": 500}
+NEAR = 2 * SEVERAL["kafka.max.poll.records"]  # offsets, of which some may hold no record
 
 Result = TypeVar("Result")
 Offsets = dict[int, tuple[int, int]]  # partition: the first offset, and the one after the last
 
 
 class Gap(NamedTuple):
-    """Offsets that are not read, from `begin` to before `end`: a record that is too large, and what is packed in a message after it, to
-    which a consumer comes only by unpacking it."""
+    """Offsets that are not read: a record that is too large at `begin`, and what is packed in a message after it, to before `end`, to
+    which a consumer comes only by unpacking it. No record is between `after` and `begin`."""
     partition: int
+    after: int
     begin: int
     end: int
 
@@ -52,55 +57,62 @@ class RecordLookup:
 
     def __init__(self, topic: Topic):
         self.topic = topic
-        self._gaps: set[Gap] = set()  # that were found
-        self._is_careful = False  # since some records did not fit
+        self._gaps: list[Gap] = []  # that were found
+        self._one_by_one = 0  # how many offsets before each of them, and before the end, are read one record at a time
 
-    def ask(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
+    def ask(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False) -> Result:
         """The answer of `question` to the records at these offsets (`records`). If they don't fit into the memory, the question is asked
-        again without those that are too large."""
-        try:
-            return question(self.records(spark, offsets))
-        except (PySparkException, Py4JJavaError) as error:
-            if not is_too_large(error):
-                raise
-        self.find_gaps(spark, offsets)
-        return question(self.records(spark, offsets))
+        again without those that are too large. `has_failed`: another reading has shown already that they don't."""
+        for one_by_one in (0, NEAR, sys.maxsize)[has_failed:]:
+            if one_by_one:
+                self._find_gaps(spark, offsets, one_by_one)
+            try:
+                return question(self.records(spark, offsets))
+            except (PySparkException, Py4JJavaError) as error:
+                if one_by_one == sys.maxsize or not is_too_large(error):
+                    raise
+        raise AssertionError("the last reading returns or raises")
 
     def gaps(self, offsets: Offsets) -> list[Gap]:
         """The gaps that were found within these offsets."""
-        within = [gap._replace(begin=max(gap.begin, offsets[gap.partition][0]), end=min(gap.end, offsets[gap.partition][1]))
-                  for gap in sorted(self._gaps) if gap.partition in offsets]
-        return [gap for gap in within if gap.begin < gap.end]
+        return [Gap(gap.partition, *(min(max(offset, begin), end) for offset in gap[1:])) for gap in sorted(self._gaps)
+                for begin, end in [offsets.get(gap.partition, (0, 0))] if gap.after < end and gap.end > begin]
 
     def records(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool = False) -> DataFrame:
         """The records at these offsets, but for the gaps that were found, as `kafka_records` gives them."""
-        pieces: list[Offsets] = []  # Spark reads no more than one of each partition at a time
+        pieces: dict[tuple[int, bool], Offsets] = {}  # Spark reads no more than one of each partition at a time
         for partition, (begin, end) in offsets.items():
-            for number, gap in enumerate([*self.gaps({partition: (begin, end)}), Gap(partition, end, end)]):
-                pieces += [{}] * (number == len(pieces))
-                pieces[number] = pieces[number] | ({partition: (begin, gap.begin)} if begin < gap.begin else {})
+            for number, gap in enumerate([*self.gaps({partition: (begin, end)}), Gap(partition, end, end, end)]):
+                near = max(begin, gap.after - self._one_by_one)
+                for is_near, (first, last) in enumerate([(begin, near), (near, gap.after)]):
+                    if first < last:
+                        pieces.setdefault((number, bool(is_near)), {})[partition] = first, last
                 begin = gap.end
         kinds = KAFKA_RECORD | {"timestampType": "INT"}
-        parts = [self._read(spark, piece, fail_on_data_loss) for piece in filter(None, pieces)]
+        parts = [self._read(spark, piece, is_near, fail_on_data_loss) for (_, is_near), piece in pieces.items()]
         if not parts:
             return spark.createDataFrame([], ", ".join(map(" ".join, kinds.items())))
         return functools.reduce(DataFrame.union, parts)
 
-    def _read(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool) -> DataFrame:
+    def _read(self, spark: SparkSession, offsets: Offsets, is_near: bool, fail_on_data_loss: bool) -> DataFrame:
         begin, end = (json.dumps({self.topic.name: {partition: each[which] for partition, each in offsets.items()}}) for which in (0, 1))
         return kafka_records(
-            spark.read.format("kafka").options(**kafka_options(self.topic) | (ONE_BY_ONE if self._is_careful else {}))
+            spark.read.format("kafka").options(**kafka_options(self.topic) | (ONE_BY_ONE if is_near else SEVERAL))
             .option("assign", json.dumps({self.topic.name: list(offsets)})).option("startingOffsets", begin).option("endingOffsets", end)
             .option("failOnDataLoss", fail_on_data_loss).option("maxRecordsPerPartition", 20_000).load(), LONGEST_RECORD)
 
-    def find_gaps(self, spark: SparkSession, offsets: Offsets) -> None:
-        """Finds out which of the records at these offsets are too large, after reading them has failed for one. From then on, records are
-        read one by one."""
-        self._is_careful = True
+    def _find_gaps(self, spark: SparkSession, offsets: Offsets, one_by_one: int) -> None:
+        """Finds out which of the records at these offsets are too large. `one_by_one`: how many offsets before each of them, and before
+        the end, are read one record at a time from then on."""
+        self._one_by_one = one_by_one
+        self._gaps = []
         forget_fetched_records(spark, and_consumers=True)
         beginning = self.topic.beginning()
         for partition, (offset, end) in offsets.items():
             offset = max(offset, beginning.get(partition, 0))
             while offset < end:
-                offset, large = large_records(spark, self.topic.messages(partition, offset), TOO_LARGE)
-                self._gaps |= {Gap(partition, *each) for each in large}
+                following, large = large_records(spark, self.topic.messages(partition, offset), offset, TOO_LARGE)
+                if following is None:
+                    raise KafkaTimeoutError(f"no message at offset {offset} of partition {partition}")
+                self._gaps += [Gap(partition, *record) for record in large]
+                offset = following

@@ -1,6 +1,7 @@
 """Topics of every shape, in one session of Spark through the stream's own functions, and starts in every order."""
 
 import argparse
+import itertools
 import signal
 import socket
 import subprocess
@@ -543,6 +544,32 @@ def test_records_beside_those_that_fit_into_no_memory_are_read(world, account):
     assert world.consume() == (119, 3)
     assert world.consume() == (0, 0)  # can read the first one, and has read nothing that it could compare
     world.check(account, "records of 120 MB and of 450 MB in small messages, and records beside them")
+
+
+def test_a_record_is_in_one_table_where_only_the_second_reading_of_its_batch_finds_a_large_one(world, monkeypatch):
+    world = world()
+    world.make(1, compression_type="producer")
+    send_bombs(world, VALID, b"[" + b"7," * 10_000_000 + b"7]", VALID)
+    readings = itertools.count()
+
+    class OutOfMemory(TableWriter):
+        def _rejected(self, judged, *others):
+            if not next(readings):
+                judged.sparkSession._jvm.java.nio.ByteBuffer.allocate(2**31 - 1)
+            return super()._rejected(judged, *others)
+
+    assert world.consume(OutOfMemory) == (2, 1)
+    assert sorted(offset for rows in world.rows() for _, offset in rows) == [0, 1, 2]
+
+
+def test_a_start_takes_as_long_as_it_needs_to_compare_the_last_records(world, monkeypatch):
+    world = world()
+    world.make(2)
+    monkeypatch.setattr("common.kafka_source.MAX_WAIT_SECONDS", 0)
+    world.send(*[VALID] * 3)
+    assert world.consume() == (3, 0)
+    world.send(VALID, partition=1)
+    assert world.consume() == (1, 0)
 
 
 def test_a_record_of_more_than_8_mb_is_rejected_with_all_that_it_holds(world):

@@ -12,19 +12,20 @@ It needs more than the other scripts:
     python3 dashboard.py --lake /data/lake --port 8600
 """
 
-import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
-
 import argparse
 import os
 import sys
-from importlib.util import find_spec
 
-from common.brokers import add_broker_options
-from common.console import PipelineError, argument_parser, local_folder, port_number, run, say
-from common.process import REPOSITORY, on_stop_signal
-from common.tables import LAKE
-from common.topics import Topic
-from local_kafka import is_free
+from pipeline.dashboard import is_installed
+from pipeline.kafka.brokers import add_broker_options
+from pipeline.kafka.topics import Topic
+from pipeline.paths import LAKE, REPOSITORY
+from pipeline.terminal.arguments import argument_parser, local_folder, port_number
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import say
+from pipeline.terminal.ports import is_free
+from pipeline.terminal.script import run
+from pipeline.terminal.signals import on_stop_signal
 
 STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/config.toml
     "server.address": "127.0.0.1",
@@ -53,11 +54,6 @@ def main() -> None:
     streamlit(["run", str(REPOSITORY / "dashboard.py"), *settings, "--", *sys.argv[1:]], standalone_mode=False)
 
 
-def is_installed() -> bool:
-    """Whether the page has the libraries that it needs."""
-    return all(map(find_spec, ("streamlit", "deltalake", "duckdb", "altair")))
-
-
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--lake", type=local_folder, default=str(LAKE), help="folder of the tables")
@@ -68,7 +64,7 @@ def parse_options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     if "streamlit.runtime.scriptrunner" in sys.modules:  # somebody opens the page
-        from common.page import show_page
+        from pipeline.dashboard.page import show_page
         show_page(parse_options())
     else:
         run(main)

@@ -14,8 +14,6 @@ With --to-folder the readings come as files instead, as from a gateway: one of J
     python3 kafka_producer.py --to-folder input/sensor_data
 """
 
-import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
-
 import argparse
 import itertools
 import time
@@ -24,14 +22,17 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
+from pipeline.contract.contract import add_readings_option
+from pipeline.kafka.topics import Topic, add_topic_options
+from pipeline.simulator import Simulator
+from pipeline.terminal.arguments import argument_parser, at_least, fraction, local_folder
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import say
+from pipeline.terminal.script import run
+from pipeline.terminal.signals import StopFlag, on_stop_signal
+
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
-
-from common.console import PipelineError, argument_parser, at_least, fraction, local_folder, run, say
-from common.contract import add_readings_option
-from common.process import StopFlag, on_stop_signal
-from common.simulator import Simulator
-from common.topics import Topic, add_topic_options
 
 SHOW_SECONDS = 5  # from one line about what was sent to the next
 FILE_SECONDS, FILE_RECORDS = 5, 10_000  # of --to-folder: whichever comes first

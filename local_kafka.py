@@ -9,25 +9,26 @@ ready, and restarts a server that has died. Ctrl+C stops Kafka, then ZooKeeper. 
     python3 local_kafka.py --port 9093 --data-dir ~/kafka-9093
 """
 
-import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
-
 import argparse
 import os
 import re
 import shlex
-import socket
 import subprocess
 import time
 from pathlib import Path
 
+from pipeline.kafka.brokers import answers
+from pipeline.paths import REPOSITORY
+from pipeline.spark.java import SCALA, find_java, require_own, resolve_jars
+from pipeline.terminal.arguments import argument_parser, location, port_number
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import say
+from pipeline.terminal.ports import free_ports, is_free
+from pipeline.terminal.script import run
+from pipeline.terminal.signals import StopFlag, on_stop_signal
+
 import javaproperties
 import yaml
-from kafka.errors import KafkaError
-
-from common.brokers import Admin
-from common.console import PipelineError, argument_parser, location, port_number, run, say
-from common.java import SCALA, find_java, require_own, resolve_jars
-from common.process import REPOSITORY, StopFlag, on_stop_signal
 
 COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
 # Which Kafka is inside Confluent's images: https://docs.confluent.io/platform/current/installation/versions-interoperability.html
@@ -162,27 +163,6 @@ class Server:
             say(f"{self.name} did not stop within {STOP_SECONDS} s and was killed.")
             self.process.kill()
             self.process.wait()
-
-
-def answers(port: int) -> bool:
-    try:
-        Admin(bootstrap_servers=f"localhost:{port}", bootstrap_timeout_ms=1000).close()
-        return True
-    except (KafkaError, OSError):
-        return False
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 if __name__ == "__main__":

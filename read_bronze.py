@@ -7,11 +7,9 @@ Below them are the row counts of the table and of its quarantine, which has the 
     python3 read_bronze.py --rejected
 """
 
-import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
-
-from common.console import run
-from common.reader import show_latest
-from common.tables import BRONZE
+from pipeline.paths import BRONZE
+from pipeline.readers.latest import show_latest
+from pipeline.terminal.script import run
 
 if __name__ == "__main__":
     run(lambda: show_latest(__doc__, BRONZE, written_by="python3 streaming_files_to_delta_bronze.py"))

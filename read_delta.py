@@ -11,8 +11,6 @@ It changes nothing, but for --optimize and --vacuum.
     python3 read_delta.py lake/silver/sensor_data --optimize --vacuum
 """
 
-import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
-
 import argparse
 import os
 import re
@@ -21,31 +19,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 
+from pipeline.delta.commits import sync_commits
+from pipeline.delta.locks import retried, write_lock
+from pipeline.delta.private import newest_state
+from pipeline.delta.tables import clean_up, time_travel
+from pipeline.paths import LAKE, local_path
+from pipeline.readers.printing import add_reader_options, read_table, show
+from pipeline.spark.file_system import FileSystem
+from pipeline.spark.session import READER_JVM, build_spark
+from pipeline.terminal.arguments import argument_parser, at_least, location, table_location
+from pipeline.terminal.errors import PipelineError, first_line, root_cause
+from pipeline.terminal.messages import say, warn
+from pipeline.terminal.script import run
+
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-
-from common.commits import sync_commits
-from common.console import (
-    PipelineError,
-    argument_parser,
-    at_least,
-    first_line,
-    local_path,
-    location,
-    root_cause,
-    run,
-    say,
-    table_location,
-    warn,
-)
-from common.internals import FileSystem, newest_state
-from common.session import READER_JVM, build_spark
-from common.table_lock import retried, write_lock
-from common.tables import LAKE, clean_up, time_travel
-from common.viewer import add_reader_options, read_table, show
 
 STREAMS = "python3 spark_kafka_consumer.py or python3 streaming_files_to_delta_bronze.py"
 

@@ -7,11 +7,9 @@ Below them are the row counts of the table and of its quarantine, which has the 
     python3 read_silver.py --rejected
 """
 
-import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
-
-from common.console import run
-from common.reader import show_latest
-from common.tables import SILVER
+from pipeline.paths import SILVER
+from pipeline.readers.latest import show_latest
+from pipeline.terminal.script import run
 
 if __name__ == "__main__":
     run(lambda: show_latest(__doc__, SILVER, written_by="python3 spark_kafka_consumer.py"))

@@ -12,7 +12,7 @@ arrived). The first that holds is the reason.
 
 from typing import NamedTuple
 
-from common.contract import Contract, Integer, Number, Text, Timestamp
+from pipeline.contract import Contract, Integer, Number, Text, Timestamp
 
 
 class SensorType(NamedTuple):

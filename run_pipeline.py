@@ -13,8 +13,6 @@ tables. If a part dies (not the page), it says which, stops the others and ends 
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1
 """
 
-import common.process  # isort: skip  # noqa: F401 # first, so that Ctrl+C during the other imports is clean too
-
 import argparse
 import os
 import re
@@ -28,20 +26,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from typing import IO
 
+from pipeline.dashboard import is_installed
+from pipeline.kafka.brokers import answers
+from pipeline.kafka.topics import Topic
+from pipeline.paths import BRONZE, REPOSITORY, SILVER
+from pipeline.spark.class_archive import use_archive
+from pipeline.spark.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
+from pipeline.terminal.arguments import argument_parser, at_least, fraction, port_number
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import is_screen, say, without_controls
+from pipeline.terminal.ports import is_free
+from pipeline.terminal.script import run
+from pipeline.terminal.signals import Interrupt, StopFlag, on_stop_signal
+
 from rich import box
 from rich.console import Group
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
-
-from common.class_archive import use_archive
-from common.console import PipelineError, argument_parser, at_least, fraction, is_screen, port_number, run, say, without_controls
-from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
-from common.process import REPOSITORY, Interrupt, StopFlag, on_stop_signal
-from common.tables import BRONZE, SILVER
-from common.topics import Topic
-from dashboard import is_installed
-from local_kafka import answers, is_free
 
 QUIET_SECONDS = 30  # after which the last rate is stale
 STOP_SECONDS = 120  # what a stream may need to finish its batch

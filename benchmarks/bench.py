@@ -15,14 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.paths import REPOSITORY
+from pipeline.simulator import Simulator
+from pipeline.terminal.errors import PipelineError
+
 import psutil
 import pyarrow.parquet as parquet
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from common.console import PipelineError
-from common.process import REPOSITORY
-from common.simulator import Simulator
 from local_kafka import free_ports
 
 # Rejected by the rules, but read by any reader of JSON: the others can't stand the rest.

@@ -23,13 +23,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.paths import REPOSITORY, quarantine_of
+from pipeline.terminal.arguments import argument_parser, at_least
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import say
+from pipeline.terminal.script import run
+
 import boto3
 from deltalake import DeltaTable
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 
-from common.console import PipelineError, argument_parser, at_least, run, say
-from common.process import REPOSITORY
-from common.tables import quarantine_of
 from local_kafka import free_ports, is_free
 
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")

@@ -6,13 +6,14 @@
 import sys
 import time
 
+from pipeline.delta.tables import silver_tables
+from pipeline.spark.session import build_spark
+from pipeline.streaming.checkpoints import Checkpoint, Start
+from pipeline.streaming.source import Source
+from pipeline.streaming.writer import TableWriter
+
 from pyspark.sql import functions as F
 
-from common.checkpoints import Checkpoint, Start
-from common.session import build_spark
-from common.source import Source
-from common.table_writer import TableWriter
-from common.tables import silver_tables
 from readings import CONTRACT
 
 BATCH = 1_000_000

@@ -15,6 +15,10 @@ import statistics
 import time
 from collections.abc import Iterator
 
+from pipeline.paths import quarantine_of
+from pipeline.terminal.arguments import argument_parser, at_least
+from pipeline.terminal.script import run as run_main
+
 from deltalake import DeltaTable
 
 from benchmarks.bench import (
@@ -35,9 +39,6 @@ from benchmarks.bench import (
     size_of,
     wait_for_rows,
 )
-from common.console import argument_parser, at_least
-from common.console import run as run_main
-from common.tables import quarantine_of
 
 SETTLED = 30  # seconds after which a stream with nothing to do is at rest
 

@@ -7,7 +7,7 @@ The names: https://www.zigbee2mqtt.io/guide/usage/mqtt_topics_and_messages.html
     python3 spark_kafka_consumer.py --readings examples/zigbee2mqtt.py --topic zigbee2mqtt --table lake/silver/zigbee2mqtt --checkpoint checkpoints/silver_zigbee2mqtt
 """
 
-from common.contract import Boolean, Contract, Integer, Number, Text, Timestamp
+from pipeline.contract import Boolean, Contract, Integer, Number, Text, Timestamp
 
 CONTRACT = Contract(
     fields=(

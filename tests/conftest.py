@@ -17,25 +17,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pipeline.delta.tables import bronze_tables, silver_tables
+from pipeline.files.folder import list_new_files
+from pipeline.files.source import FileSource
+from pipeline.kafka.source import KafkaSource
+from pipeline.kafka.stream import streams_of
+from pipeline.kafka.topics import Topic
+from pipeline.paths import quarantine_of
+from pipeline.spark.class_archive import use_archive
+from pipeline.spark.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
+from pipeline.spark.session import build_spark
+from pipeline.streaming.checkpoints import Checkpoint, Start, check_start
+from pipeline.streaming.query import TO_ITS_END, run_query
+from pipeline.streaming.source import Source
+from pipeline.streaming.writer import TableWriter, Unwatched
+from pipeline.terminal.ports import free_ports
+from pipeline.terminal.signals import STOP_SIGNALS, StopFlag
+
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from pyspark.sql import SparkSession
 
-from common.checkpoints import Checkpoint, Start, check_start
-from common.class_archive import use_archive
-from common.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
-from common.kafka_source import KafkaSource
-from common.process import STOP_SIGNALS, StopFlag
-from common.session import build_spark
-from common.source import Source
-from common.streams import TO_ITS_END, run_query
-from common.table_writer import TableWriter, Unwatched
-from common.tables import bronze_tables, quarantine_of, silver_tables
-from common.topics import Topic
-from local_kafka import free_ports
 from readings import CONTRACT
-from spark_kafka_consumer import streams_of
-from streaming_files_to_delta_bronze import FileSource, list_new_files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE = 240  # seconds; a limit for what hangs, far above what any step takes
@@ -202,8 +205,8 @@ def run_here(request, capsys):
         capsys.readouterr()
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("common.session.build_spark", session)
-                patch.setattr("common.reader.build_spark", session)
+                patch.setattr("pipeline.spark.session.build_spark", session)
+                patch.setattr("pipeline.readers.latest.build_spark", session)
                 patch.setattr(SparkSession, "stop", lambda _: None)
                 patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a script sets: put back at its end
                 patch.setattr(sys, "argv", [str(REPOSITORY / name), *map(str, arguments)])

@@ -9,8 +9,8 @@ import re
 from datetime import date
 from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
 
-from common.contract import Boolean, Contract, Integer, Number, Text, Timestamp
-from common.fields import Field
+from pipeline.contract.contract import Contract
+from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Timestamp
 
 SENSORS = {"temperature": ("°C", -40, 120), "humidity": ("%", 0, 100), "co2": ("ppm", 0, 10_000)}
 WHITE_SPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))

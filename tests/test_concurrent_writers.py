@@ -11,16 +11,16 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.delta.locks import MAX_ATTEMPTS, retried, write_lock
+from pipeline.streaming.batches import Batches
+from pipeline.streaming.writer import Unwatched
+from pipeline.terminal.signals import StopFlag, Stopped
+
 import pytest
 from conftest import REPOSITORY, bronze_writer, run_script, until
 from delta.exceptions import ConcurrentTransactionException, MetadataChangedException
 from pyspark.sql import functions as F
 from test_rules import reading
-
-from common.batches import Batches
-from common.process import StopFlag, Stopped
-from common.table_lock import MAX_ATTEMPTS, retried, write_lock
-from common.table_writer import Unwatched
 
 # Two commits meet only once in some hundreds, because Delta renames right after it has looked: this makes each rename late.
 LATE_RENAMES = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", "trace=rename,renameat,renameat2",
@@ -28,8 +28,8 @@ LATE_RENAMES = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e",
 APPENDS = 15 if LATE_RENAMES else 300
 SESSION = """
 import argparse, sys
-from common.session import READER_JVM, build_spark
-from common.table_lock import write_lock
+from pipeline.spark.session import READER_JVM, build_spark
+from pipeline.delta.locks import write_lock
 from read_delta import tidy
 table, name = sys.argv[1:]
 spark = build_spark(name, READER_JVM)
@@ -153,7 +153,7 @@ def test_a_table_has_one_lock_by_whatever_path_it_is_named(tmp_path):
 def test_a_killed_process_leaves_no_lock_and_a_replaced_folder_is_locked_anew(tmp_path):
     table = tmp_path / "table"
     table.mkdir()
-    code = "import sys; from common.table_lock import write_lock\nwith write_lock(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    code = "import sys; from pipeline.delta.locks import write_lock\nwith write_lock(sys.argv[1]): print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, table], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         assert is_locked(str(table))

@@ -6,6 +6,13 @@ import random
 import time
 from pathlib import Path
 
+from pipeline.contract.contract import Contract, load_contract
+from pipeline.contract.fields import Boolean, ContractError, Integer, Number, Text, Timestamp
+from pipeline.contract.judge import parse
+from pipeline.simulator import Simulator
+from pipeline.streaming.checkpoints import check_start
+from pipeline.terminal.errors import PipelineError
+
 import oracle
 import pytest
 from conftest import REPOSITORY, bronze_writer, tables
@@ -17,12 +24,6 @@ from test_files_to_bronze import put
 from test_hostile_records import ARRIVAL_MICROS, JSON, mutate
 from test_rules import ARRIVAL, reading
 
-from common.checkpoints import check_start
-from common.console import PipelineError
-from common.contract import Boolean, Contract, Integer, Number, Text, Timestamp, load_contract
-from common.fields import ContractError
-from common.parsing import parse
-from common.simulator import Simulator
 from readings import SENSOR_TYPES
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
@@ -249,7 +250,7 @@ def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_na
 ])
 def test_a_contract_that_cannot_be_is_one_sentence(tmp_path, source, complaint):
     file = tmp_path / "mine.py"
-    file.write_text(f"from common.contract import *\n{source}\n")
+    file.write_text(f"from pipeline.contract import *\n{source}\n")
     with pytest.raises(PipelineError) as refused:
         load_contract(str(file))
     assert str(file) in str(refused.value) and complaint in str(refused.value) and "\n" not in str(refused.value)
@@ -324,7 +325,7 @@ def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, 
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     source = topic if script == CONSUMER else ["--input", tmp_path]
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("from common.contract import *\nCONTRACT = Contract((Text('a'),), {'red': 'colour = 1'})\n")
+    wrong.write_text("from pipeline.contract import *\nCONTRACT = Contract((Text('a'),), {'red': 'colour = 1'})\n")
     run = run_here(script, *source, *options[4:], "--readings", wrong, "--once")
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and not run.stdout
     assert run.stderr.startswith(f"error: Invalid contract in {wrong}: the rule red is not a condition over a, ingest_time: ")
@@ -433,7 +434,7 @@ def batch_of(spark, *raws: str):
 def test_a_table_that_was_killed_while_it_gained_a_column_goes_on(spark, tmp_path, monkeypatch):
     begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
     with monkeypatch.context() as patch:
-        patch.setattr("common.checkpoints.set_properties", lambda *_: 1 / 0)
+        patch.setattr("pipeline.streaming.checkpoints.set_properties", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             begin(spark, tmp_path, NEW, 1)
     begin(spark, tmp_path, NEW, 1).write(batch_of(spark, '{"a": 2, "b": 3}'), 1, "test")

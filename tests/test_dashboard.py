@@ -6,17 +6,17 @@ import shutil
 import socket
 import time
 
+from pipeline.contract.contract import load_contract
+from pipeline.dashboard.lake import Choice, Lake
+from pipeline.dashboard.page import refresh_every
+from pipeline.terminal.ports import free_ports
+
 import duckdb
 import pytest
 from conftest import REPOSITORY, bronze_writer, run_script
 from playwright.sync_api import expect, sync_playwright
 from pyspark.sql import functions as F
 from test_rules import reading
-
-from common.contract import load_contract
-from common.lake import Choice, Lake
-from common.page import refresh_every
-from local_kafka import free_ports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the PATH")

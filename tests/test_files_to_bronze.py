@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from pipeline.delta.tables import bronze_tables
+from pipeline.paths import quarantine_of
+from pipeline.simulator import Simulator
+from pipeline.spark.java import DELTA, KAFKA_SOURCE, spark_jars
+
 import pytest
 from conftest import run_script
 from test_rules import VALID, reading
 
-from common.java import DELTA, KAFKA_SOURCE, spark_jars
-from common.simulator import Simulator
-from common.tables import bronze_tables, quarantine_of
 from readings import CONTRACT, SENSOR_TYPES
 
 SCRIPT = "streaming_files_to_delta_bronze.py"
@@ -201,7 +203,7 @@ def test_a_clock_that_is_set_back_does_not_hold_the_stream_up(spark, bronze, run
             os.kill(os.getpid(), signal.SIGINT)
         return time.time() - 3600 * second.exists()
 
-    monkeypatch.setattr("common.streams.time", SimpleNamespace(time=clock, monotonic=time.monotonic))
+    monkeypatch.setattr("pipeline.streaming.query.time", SimpleNamespace(time=clock, monotonic=time.monotonic))
     run = run_here(SCRIPT, *options, "--trigger", "1 hour")
     assert run.returncode == 0 and "The clock was set back by 3,600 s.\nGoing on" in run.stdout
     assert run.stdout.count("1 rows in, 1 accepted") == 2

@@ -11,21 +11,24 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipeline.contract.contract import LONGEST_RECORD
+from pipeline.files.folder import check_archive, count_waiting
+from pipeline.files.reading import find_unreadable, with_elements
+from pipeline.files.source import FileSource
+from pipeline.files.taken import Taken, TakenFiles
+from pipeline.spark.file_system import BrokenFileError
+from pipeline.streaming.source import SourceAwayError
+from pipeline.terminal.arguments import location
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import without_controls
+from pipeline.terminal.ports import free_ports
+
 import pytest
 from conftest import run_script
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import Row
 from test_files_to_bronze import put
 from test_rules import reading
-
-import streaming_files_to_delta_bronze
-from common.console import PipelineError, location, without_controls
-from common.internals import BrokenFileError
-from common.json_files import LONGEST_RECORD, find_unreadable, with_elements
-from common.source import SourceAwayError
-from common.taken_files import Taken, TakenFiles
-from local_kafka import free_ports
-from streaming_files_to_delta_bronze import FileSource, check_archive, count_waiting
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -471,7 +474,7 @@ def test_hundreds_of_files_whose_names_look_like_patterns_are_read_a_few_at_a_ti
     for number in range(10):
         put(folder, f"{number}.json", VALID)
     with monkeypatch.context() as patch:  # they have come while the stream ran, and ended it
-        patch.setattr(streaming_files_to_delta_bronze, "is_pattern", lambda _: False)
+        patch.setattr("pipeline.files.folder.is_pattern", lambda _: False)
         crash_in(patch, "read_batch")
         with pytest.raises((RuntimeError, StreamingQueryException)):
             run()
@@ -651,7 +654,7 @@ def test_advice_that_cannot_be_given_stops_no_stream(ingest, monkeypatch):
     folder, run = ingest
     put(folder, "1.json", b"{", b'"device_id": 1', b"}")
     for error in (SourceAwayError("the store is away"), BrokenFileError("it is cut")):
-        monkeypatch.setattr(streaming_files_to_delta_bronze, "find_multiline", _raising(error))
+        monkeypatch.setattr("pipeline.files.source.find_multiline", _raising(error))
         assert run()[0] == 0
         put(folder, f"{len(str(error))}.json", b"{", b"}")
 

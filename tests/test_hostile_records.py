@@ -10,6 +10,12 @@ import struct
 import subprocess
 from collections import Counter
 
+from pipeline.contract.contract import load_contract
+from pipeline.contract.judge import parse
+from pipeline.paths import quarantine_of
+from pipeline.spark.private import jvm_of
+from pipeline.streaming.writer import _code_generation
+
 import oracle
 import pytest
 import shapes
@@ -20,11 +26,6 @@ from kafka import KafkaConsumer, KafkaProducer
 from pyspark.sql import functions as F
 from test_rules import ARRIVAL, CASES, VALID, judge, reading
 
-from common.contract import load_contract
-from common.internals import jvm_of
-from common.parsing import parse
-from common.table_writer import _code_generation
-from common.tables import quarantine_of
 from readings import CONTRACT
 
 ARRIVAL_MICROS = oracle.micros_of(ARRIVAL)

@@ -9,6 +9,11 @@ from contextlib import suppress
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from pipeline.delta.tables import silver_tables
+from pipeline.streaming.metrics import Metrics
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.ports import free_ports
+
 import pytest
 from conftest import PATIENCE, REPOSITORY, origins, run_script, tables, world_of
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
@@ -16,10 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from pyspark.sql import functions as F
 from test_rules import reading
 
-from common.console import PipelineError
-from common.metrics import Metrics
-from common.tables import silver_tables
-from local_kafka import free_ports
 from readings import CONTRACT
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"

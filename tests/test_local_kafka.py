@@ -1,12 +1,14 @@
 """local_kafka.py: the broker of docker-compose.yml."""
 
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.ports import free_ports
+
 import pytest
 import yaml
 from conftest import REPOSITORY, run_script
 from kafka import KafkaConsumer
 
-from common.console import PipelineError
-from local_kafka import free_ports, kafka_properties, kafka_version, zookeeper_properties
+from local_kafka import kafka_properties, kafka_version, zookeeper_properties
 
 SERVICES = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
 

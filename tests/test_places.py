@@ -11,17 +11,17 @@ import time
 import uuid
 from pathlib import Path
 
+from pipeline.spark import class_archive
+from pipeline.spark.java import DELTA, KAFKA_SOURCE, cache_folder, find_java, require_known, require_own, spark_jars
+from pipeline.streaming.checkpoints import check_places, exclusive
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.ports import free_ports
+
 import psutil
 import pytest
 from conftest import PATIENCE, REPOSITORY, Script, run_script
 from test_files_to_bronze import put
 from test_rules import reading
-
-from common import class_archive
-from common.checkpoints import check_places, exclusive
-from common.console import PipelineError
-from common.java import DELTA, KAFKA_SOURCE, cache_folder, find_java, require_known, require_own, spark_jars
-from local_kafka import free_ports
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -39,7 +39,7 @@ def test_every_place_may_have_blanks_quotes_and_other_letters_in_every_locale(tm
         os.symlink(file, places["cache"] / file.name)
     java = Path(spark._jvm.System.getProperty("java.home"))
     os.symlink(java, tmp_path / f"java {ODD}")
-    for name in ("common", "readings.py", BRONZE, "read_bronze.py"):
+    for name in ("pipeline", "readings.py", BRONZE, "read_bronze.py"):
         (shutil.copytree if "." not in name else shutil.copy)(REPOSITORY / name, places["repository"] / name)
     readings = shutil.copy(REPOSITORY / "readings.py", tmp_path / f"readings {ODD}.py")
     put(places["input"], "größe é.json", reading(device_id="größe"))
@@ -133,7 +133,7 @@ def test_a_jar_that_is_not_the_one_that_was_tested_is_never_run(tmp_path, monkey
 
 def test_temporary_files_of_a_killed_script_go_at_the_next_start_and_those_of_a_running_one_stay(tmp_path):
     def start() -> tuple[subprocess.Popen, Path]:
-        code = "import time; from common.scratch import scratch_folder; print(scratch_folder(), flush=True); time.sleep(600)"
+        code = "import time; from pipeline.spark.scratch import scratch_folder; print(scratch_folder(), flush=True); time.sleep(600)"
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
                                    env=os.environ | {"TMPDIR": str(tmp_path)})
         folder = Path(process.stdout.readline().strip())
@@ -217,7 +217,7 @@ def test_a_signal_that_comes_while_a_loop_looks_at_its_flag_stops_it():
     """With threading.Event, whose `set` waits for a lock that the loop may hold, this hangs."""
     code = """if True:
         import random, signal
-        from common.process import StopFlag
+        from pipeline.terminal.signals import StopFlag
         for _ in range(400):
             flag = StopFlag()
             signal.signal(signal.SIGALRM, lambda *_: flag.set())
@@ -233,7 +233,7 @@ def test_a_script_whose_output_nobody_reads_any_more_does_not_end_as_if_all_were
     script.write_text(f"""if True:
         import sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from common.console import run, say
+        from pipeline.terminal.arguments import run, say
         run(lambda: [say("line") for _ in iter(int, 1)])
     """)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -254,9 +254,9 @@ def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, cal
         import os, random, signal, sys, threading, time
         from contextlib import suppress
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from common.console import run
-        from common.process import Interrupt
-        from common.reader import READER_JVM, build_spark
+        from pipeline.terminal.arguments import run
+        from pipeline.terminal.signals import Interrupt
+        from pipeline.readers.latest import READER_JVM, build_spark
 
         def sleep(_):
             time.sleep(0.005)

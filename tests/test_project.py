@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 
+from pipeline.contract.contract import OTHER_REASONS
+from pipeline.delta.tables import bronze_tables, silver_tables
+from pipeline.spark.java import DELTA, KAFKA_SOURCE, SPARK_JARS
+
 import pytest
 from conftest import REPOSITORY, manual
 
-from common.contract import OTHER_REASONS
-from common.java import DELTA, KAFKA_SOURCE, SPARK_JARS
-from common.tables import bronze_tables, silver_tables
 from readings import CONTRACT
 
 README, READINGS, *OTHERS = (path.read_text(encoding="utf-8") for path in (
@@ -51,6 +52,23 @@ def test_the_layout_is_the_one_of_the_readme():
         assert script in layout
 
 
+ROOMS = ["paths", "terminal", "spark", "contract", "delta", "streaming", "files", "kafka", "readers", "dashboard", "simulator"]
+STRANGERS = [{"files", "kafka"}, {"readers", "streaming"}, {"readers", "files"}, {"readers", "kafka"}, {"dashboard", "streaming"},
+             {"dashboard", "files"}, {"dashboard", "readers"}]
+
+
+def test_imports_between_rooms_go_one_way_and_no_script_imports_another():
+    """From each room to those before it; STRANGERS are on the same floor, or too far apart."""
+    for file in (*REPOSITORY.glob("*.py"), *(REPOSITORY / "pipeline").rglob("*.py")):
+        place = file.relative_to(REPOSITORY)
+        room = place.parts[1].removesuffix(".py") if place.parts[0] == "pipeline" else ""
+        for name in re.findall(r"^ *(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE):
+            assert f"{name}.py" not in SCRIPTS, (place, name)
+            other = name.split(".")[1] if name.startswith("pipeline.") else room
+            if room in ROOMS and other != room:
+                assert ROOMS.index(other) < ROOMS.index(room) and {room, other} not in STRANGERS, (place, name)
+
+
 def test_the_pages_have_every_reason_and_every_column():
     reasons = re.findall(r"^\| (`.*?) \|", READINGS.split("## Why a record is rejected")[1].split("##")[0], re.MULTILINE)
     named = re.findall(r"`(\S+)`", " ".join(reasons))
@@ -69,7 +87,7 @@ OF_SPARK = {"Class …S3AFileSystem not found", "The specified bucket does not e
 
 def test_the_messages_of_the_pages_are_those_of_the_scripts():
     said = []
-    for file in (*REPOSITORY.glob("*.py"), *(REPOSITORY / "common").glob("*.py")):
+    for file in (*REPOSITORY.glob("*.py"), *(REPOSITORY / "pipeline").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 said.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))

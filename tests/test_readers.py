@@ -19,14 +19,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.delta.tables import WRITER, bronze_tables, create_table, silver_tables
+from pipeline.readers.printing import csv_line, lines
+from pipeline.streaming.writer import TableWriter
+
 import pytest
 from conftest import REPOSITORY, bronze_writer, run_script
 from pyspark.sql import functions as F
 from test_rules import reading
 
-from common.table_writer import TableWriter
-from common.tables import WRITER, bronze_tables, create_table, silver_tables
-from common.viewer import csv_line, lines
 from readings import CONTRACT
 
 

@@ -4,11 +4,12 @@ import hashlib
 import json
 from datetime import datetime, timezone
 
+from pipeline.contract.judge import parse
+from pipeline.simulator import Simulator
+
 import pytest
 from pyspark.sql import functions as F
 
-from common.parsing import parse
-from common.simulator import Simulator
 from readings import CONTRACT, SENSOR_TYPES
 
 ARRIVAL = "2026-11-20T12:00:00Z"

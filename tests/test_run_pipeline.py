@@ -8,13 +8,14 @@ import subprocess
 import time
 from urllib.request import urlopen
 
+from pipeline.kafka.brokers import answers
+from pipeline.terminal.ports import free_ports
+
 import psutil
 import pytest
 from conftest import REPOSITORY, Script
 from kafka import KafkaConsumer
 from test_readers import on_terminal
-
-from local_kafka import answers, free_ports
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import signal
 import stat
 import subprocess
 
+from pipeline.terminal.ports import free_ports
+
 import pytest
 from conftest import REPOSITORY, manual, run_script
 from test_readers import on_terminal
-
-from local_kafka import free_ports
 
 OPTIONS = {
     "kafka_producer.py": "--bootstrap-servers --topic --kafka-config --wait --rate --count --devices --seed --invalid-fraction "

@@ -2,16 +2,17 @@
 
 import re
 
+from pipeline.contract.contract import Contract
+from pipeline.contract.fields import Number
+from pipeline.streaming import writer as table_writer
+from pipeline.streaming.batches import batch_line
+from pipeline.streaming.source import Left
+from pipeline.streaming.writer import LONGEST_KEPT, BatchReport, TableWriter
+
 import pytest
 from conftest import bronze_writer
 from pyspark.sql import functions as F
 from test_rules import reading
-
-from common import table_writer
-from common.batches import batch_line
-from common.contract import Contract, Number
-from common.source import Left
-from common.table_writer import LONGEST_KEPT, BatchReport, TableWriter
 
 VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * LONGEST_KEPT)
 

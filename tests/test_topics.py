@@ -9,6 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.contract.contract import LONGEST_RECORD
+from pipeline.delta.tables import bronze_tables, silver_tables
+from pipeline.kafka.lookup import kafka_options
+from pipeline.kafka.private import KafkaReader, kafka_offsets
+from pipeline.kafka.source import KafkaSource, records_of
+from pipeline.kafka.stream import streams_of
+from pipeline.kafka.topics import Topic
+from pipeline.paths import quarantine_of
+from pipeline.streaming import query as streams
+from pipeline.streaming.checkpoints import Checkpoint, Start
+from pipeline.streaming.query import run_query
+from pipeline.streaming.writer import TableWriter, Unwatched
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.signals import StopFlag
+
 import pytest
 from conftest import PATIENCE, REPOSITORY, GivenRecords, origins, tables, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -17,20 +32,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from test_rules import reading
 
-from common import streams
-from common.checkpoints import Checkpoint, Start
-from common.console import PipelineError
-from common.contract import LONGEST_RECORD
-from common.internals import KafkaReader, kafka_offsets
-from common.kafka_source import KafkaSource, records_of
-from common.process import StopFlag
-from common.record_lookup import kafka_options
-from common.streams import run_query
-from common.table_writer import TableWriter, Unwatched
-from common.tables import bronze_tables, quarantine_of, silver_tables
-from common.topics import Topic
 from readings import CONTRACT
-from spark_kafka_consumer import streams_of
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -320,8 +322,8 @@ def test_what_speaks_no_kafka_is_no_broker_and_nothing_is_left_of_the_attempt():
     """In a process of its own, as the clients of other tests open and close sockets when they like."""
     code = """if True:
         import os, sys, threading
-        from common.brokers import NoBrokerError
-        from common.topics import Topic
+        from pipeline.kafka.brokers import NoBrokerError
+        from pipeline.kafka.topics import Topic
         def attempt():
             try:
                 Topic(sys.argv[1], "t").wait(0)
@@ -565,7 +567,7 @@ def test_a_record_is_in_one_table_where_only_the_second_reading_of_its_batch_fin
 def test_a_start_takes_as_long_as_it_needs_to_compare_the_last_records(world, monkeypatch):
     world = world()
     world.make(2)
-    monkeypatch.setattr("common.kafka_source.MAX_WAIT_SECONDS", 0)
+    monkeypatch.setattr("pipeline.kafka.source.MAX_WAIT_SECONDS", 0)
     world.send(*[VALID] * 3)
     assert world.consume() == (3, 0)
     world.send(VALID, partition=1)

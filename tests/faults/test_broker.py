@@ -6,15 +6,15 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
+from pipeline.kafka.brokers import NoBrokerError
+from pipeline.kafka.topics import Topic
+from pipeline.terminal.ports import free_ports
+
 import javaproperties
 import psutil
 import pytest
 from conftest import PATIENCE, acknowledged, origins, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer
-
-from common.brokers import NoBrokerError
-from common.topics import Topic
-from local_kafka import free_ports
 
 CONSUMER = "spark_kafka_consumer.py"
 

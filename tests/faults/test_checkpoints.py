@@ -7,16 +7,16 @@ import shutil
 import time
 from pathlib import Path
 
+from pipeline.paths import quarantine_of
+from pipeline.streaming.query import explain
+from pipeline.streaming.writer import TableWriter
+from pipeline.terminal.errors import PipelineError
+
 import pytest
 from conftest import acknowledged, origins, run_script, world_of
 from pyspark.errors import StreamingQueryException
 from test_files_to_bronze import put
 from test_rules import reading
-
-from common.console import PipelineError
-from common.streams import explain
-from common.table_writer import TableWriter
-from common.tables import quarantine_of
 
 CONSUMER = "spark_kafka_consumer.py"
 

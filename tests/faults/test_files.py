@@ -8,11 +8,11 @@ import os
 import threading
 from collections import Counter
 
+from pipeline.paths import quarantine_of
+
 from conftest import run_script
 from test_files_to_bronze import put
 from test_rules import reading
-
-from common.tables import quarantine_of
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 RECORD = reading(device_id="sensor-001")

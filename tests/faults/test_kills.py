@@ -11,11 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.paths import quarantine_of
+
 from conftest import PATIENCE, acknowledged, origins
 from test_files_to_bronze import put
 from test_rules import reading
-
-from common.tables import quarantine_of
 
 CONSUMER, BRONZE = "spark_kafka_consumer.py", "streaming_files_to_delta_bronze.py"
 

@@ -5,6 +5,14 @@ import time
 from collections import Counter
 from contextlib import suppress
 
+from pipeline.delta.tables import silver_tables
+from pipeline.kafka.source import KafkaSource
+from pipeline.kafka.topics import Topic
+from pipeline.streaming.checkpoints import Checkpoint, Start
+from pipeline.streaming.writer import TableWriter
+from pipeline.terminal.errors import PipelineError, root_cause
+from pipeline.terminal.signals import StopFlag
+
 import pytest
 from conftest import PATIENCE, acknowledged, origins, topic_offsets, until, world_of
 from kafka import KafkaAdminClient, TopicPartition
@@ -15,13 +23,6 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from test_rules import reading
 
-from common.checkpoints import Checkpoint, Start
-from common.console import PipelineError, root_cause
-from common.kafka_source import KafkaSource
-from common.process import StopFlag
-from common.table_writer import TableWriter
-from common.tables import silver_tables
-from common.topics import Topic
 from readings import CONTRACT
 
 CONSUMER = "spark_kafka_consumer.py"

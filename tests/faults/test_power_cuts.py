@@ -7,6 +7,14 @@ import re
 import shutil
 from pathlib import Path
 
+from pipeline.contract.contract import INCONSISTENT, Contract
+from pipeline.contract.fields import Number
+from pipeline.delta.tables import silver_tables
+from pipeline.kafka.source import KafkaSource
+from pipeline.streaming.checkpoints import LAST_BATCH, Checkpoint, Start
+from pipeline.streaming.writer import LONGEST_KEPT, TableWriter
+from pipeline.terminal.errors import PipelineError
+
 import pytest
 from conftest import GivenRecords
 from delta.tables import DeltaTable
@@ -16,13 +24,6 @@ from pyspark.errors import StreamingQueryException
 from pyspark.sql import functions as F
 from test_files_to_bronze import put
 from test_rules import reading
-
-from common.checkpoints import LAST_BATCH, Checkpoint, Start
-from common.console import PipelineError
-from common.contract import INCONSISTENT, Contract, Number
-from common.kafka_source import KafkaSource
-from common.table_writer import LONGEST_KEPT, TableWriter
-from common.tables import silver_tables
 
 
 @pytest.fixture(scope="module")

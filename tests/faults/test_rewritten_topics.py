@@ -4,21 +4,21 @@ import os
 import shutil
 from pathlib import Path
 
+from pipeline.kafka.source import KafkaSource
+from pipeline.kafka.topics import Topic
+from pipeline.paths import quarantine_of
+from pipeline.streaming import checkpoints
+from pipeline.streaming.checkpoints import LAST_BATCH, Checkpoint
+from pipeline.streaming.writer import TableWriter
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.ports import free_ports
+
 import pytest
 from conftest import Script, until
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from test_lost_records import make_topic
 from test_power_cuts import plan
 from test_rules import reading
-
-from common import checkpoints
-from common.checkpoints import LAST_BATCH, Checkpoint
-from common.console import PipelineError
-from common.kafka_source import KafkaSource
-from common.table_writer import TableWriter
-from common.tables import quarantine_of
-from common.topics import Topic
-from local_kafka import free_ports
 
 NOW = 1_795_891_000_000
 

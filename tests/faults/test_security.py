@@ -10,6 +10,12 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 
+from pipeline.kafka.properties import SECURITY_NAMES, read_properties
+from pipeline.kafka.topics import Topic
+from pipeline.spark.java import SCALA, find_java, resolve_jars
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.ports import free_ports, is_free
+
 import javaproperties
 import psutil
 import pytest
@@ -26,11 +32,7 @@ from kafka.admin import (
     UserScramCredentialUpsertion,
 )
 
-from common.console import PipelineError
-from common.java import SCALA, find_java, resolve_jars
-from common.kafka_config import SECURITY_NAMES, read_properties
-from common.topics import Topic
-from local_kafka import LOGGING, Server, free_ports, is_free, kafka_properties, kafka_version, zookeeper_properties
+from local_kafka import LOGGING, Server, kafka_properties, kafka_version, zookeeper_properties
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 PASSWORD = 'Tr0ub4dor&"3\\;='

@@ -1,0 +1,150 @@
+"""What a contract is made of. A contract says which fields a valid record has and which rules it keeps; readings.py is one.
+
+    from pipeline.contract.contract import Boolean, Contract, Integer, Number, Text, Timestamp
+
+pipeline/contract/judge.py reads records by it.
+"""
+
+import argparse
+import re
+import runpy
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.contract.fields import Boolean, ContractError, Field, Integer, Number, Text, Timestamp
+from pipeline.contract.private import is_deterministic, is_of_one_row
+from pipeline.paths import REPOSITORY
+from pipeline.terminal.arguments import location
+from pipeline.terminal.errors import PipelineError, first_line
+
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+__all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]  # what readings.py and the like take from here
+
+
+# Bytes of a record, with --multiline of a file: it has to fit into the memory several times over for each core.
+LONGEST_RECORD = 8_000_000
+# Reasons that are the reading's, not a contract's: two readings of a record did not agree; a message has more than LONGEST_RECORD; a
+# file can't be read to its end.
+OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Which records are valid.
+
+    `fields`: in the order of the table's columns, in which the records should have them too, for speed. `rules`: the reasons
+    to reject a record for what its values say, each with SQL over the columns and `ingest_time` that is true for such a
+    record. The first that holds is the reason. Raises ContractError.
+    """
+    fields: tuple[Field, ...]
+    rules: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.fields or not all(isinstance(each, Field) for each in self.fields):
+            raise ContractError("it needs at least one field, of the kinds in pipeline.contract.contract")
+        columns: dict[str, Field] = {}
+        for each in self.fields:
+            if any(each.name == other.name for other in columns.values()):
+                raise ContractError(f"the field {each.name} appears twice")
+            if other := columns.get(each.column.lower()):
+                raise ContractError(f"the fields {other.name} and {each.name} have one column, {each.column} (capitals make no "
+                                    f'difference); name another for one of them with column="…"')
+            columns[each.column.lower()] = each
+        for outer in self.fields:
+            for inner in self.fields:
+                if inner.path[:len(outer.path)] == outer.path and inner is not outer:
+                    raise ContractError(f"the field {outer.name} has a value, so {inner.name} can't be in it")
+        for reason, sql in self.rules.items():
+            if not (isinstance(reason, str) and reason.strip() and isinstance(sql, str)):
+                raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
+            if reason in (*self.reasons[:-len(self.rules)], *OTHER_REASONS):
+                raise ContractError(f"the rule {reason} has the name of another reason; give it one of its own")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of a table: names and types of SQL."""
+        return {each.column: each.type for each in self.fields}
+
+    @property
+    def time(self) -> str:
+        """The column that says when a record was made, or else when it arrived."""
+        return next((each.column for each in self.fields if isinstance(each, Timestamp)), "ingest_time")
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why a record can be rejected; the first that holds is the reason."""
+        return ("empty_record", "invalid_encoding", "malformed_json",
+                *(f"missing_{each.name}" for each in self.fields if each.required),
+                *(f"invalid_{each.name}" for each in self.fields), *self.rules)
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """The rules as SQL to be put into other SQL: the line after each ends a comment."""
+        return {reason: f"({sql}\n)" for reason, sql in self.rules.items()}
+
+    def check_rules(self, spark: SparkSession) -> None:
+        """Raises ContractError if a rule is no SQL over the columns, or not the same for the same record."""
+        columns = self.columns | {"ingest_time": "TIMESTAMP"}
+        empty = spark.range(0).selectExpr(*(f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in columns.items()))
+        for reason, condition in self.conditions.items():
+            told = " ".join(self.rules[reason].split())
+            try:
+                if not is_of_one_row(empty, condition):
+                    raise ContractError(f"the rule {reason} reads more than the record itself, which may be something else when a batch "
+                                        f"is repeated; it can only use {', '.join(columns)}: {told}")
+                if not is_deterministic(empty, condition):
+                    raise ContractError(f"the rule {reason} can give different results for the same record, which a repeated batch "
+                                        f"would see; the present time is ingest_time: {told}")
+            except PySparkException as error:
+                problem = re.sub(r"\.? SQLSTATE.*", "", first_line(str(error)).strip())
+                raise ContractError(f"the rule {reason} is not a condition over {', '.join(columns)}: {problem}") from error
+
+
+@contextmanager
+def in_file(path: str) -> Iterator[None]:
+    """Makes of a ContractError a sentence that names the file."""
+    try:
+        yield
+    except ContractError as error:
+        raise PipelineError(f"Invalid contract in {path}: {error}.") from error
+
+
+def add_readings_option(parser: argparse.ArgumentParser) -> None:
+    """The option --readings."""
+    parser.add_argument("--readings", type=location, default=str(REPOSITORY / "readings.py"), metavar="FILE",
+                        help="Python file with the CONTRACT that says what a valid record is")
+
+
+def load_contract(path: str) -> Contract:
+    """The CONTRACT of the Python file at `path`. Raises PipelineError if there is none, or an invalid one."""
+    return load_readings(path)["CONTRACT"]
+
+
+def load_readings(path: str) -> dict[str, Any]:
+    """All that the Python file at `path` defines, a CONTRACT among it; else raises PipelineError."""
+    if not Path(path).is_file():
+        raise PipelineError(f"No file {path} with a contract. Name one with --readings; readings.py is an example.")
+    try:
+        with in_file(path):
+            names = runpy.run_path(path)
+    except PipelineError:
+        raise
+    except SyntaxError as error:
+        raise PipelineError(f"{path} is not valid Python in line {error.lineno}: {error.msg}.") from error
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "common":
+            raise PipelineError(f"{path} was written for an older version. Write \"from pipeline.contract import …\" instead of \"from "
+                                f"common.contract import …\", with the same names.") from error
+        raise PipelineError(f"{path} imports {error.name}, which is not installed.") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        raise PipelineError(f"{path} fails in line {lines[-1] if lines else 1}: {type(error).__name__}: {error}.") from error
+    if not isinstance(names.get("CONTRACT"), Contract):
+        raise PipelineError(f"{path} has no CONTRACT = Contract(…). readings.py is an example.")
+    return names

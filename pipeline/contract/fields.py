@@ -1,0 +1,174 @@
+"""The kinds of fields that a contract is made of: what their JSON is, and the SQL by which it becomes the value of a column."""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+from pipeline.contract.columns import RESERVED_COLUMNS
+
+# RFC 3339, less its lower-case "t" and "z"; the short forms +01 and +0100 of ISO 8601 pass too.
+RFC3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d(?::?\d\d)?)"
+# The years 0 to 9999 in UTC, in seconds since 1970.
+FIRST_SECOND, END_SECOND = -62_167_219_200, 253_402_300_800
+
+
+class ContractError(Exception):
+    """An invalid contract: what is wrong, with the name of the field or the rule."""
+
+
+@dataclass(frozen=True)
+class Field(ABC):
+    """A field of a record. `name`: as in the record; a dotted path such as "device.id" leads into nested objects.
+
+    `column`: its column in the table, by default the name with "_" for ".". `required`: a record that lacks the field is
+    rejected. It lacks it without the name, with null, or with a blank string.
+    """
+    name: str
+    _: KW_ONLY
+    column: str = ""
+    required: bool = True
+
+    @property
+    @abstractmethod
+    def type(self) -> str:
+        """The SQL type of its column."""
+
+    @property
+    @abstractmethod
+    def json_types(self) -> tuple[str, ...]:
+        """The types that its JSON value can have, as schema_of_variant names them."""
+
+    @property
+    @abstractmethod
+    def plain(self) -> str:
+        """A pattern for its usual JSON, with one group: the text that `value` takes."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not all(self.path):
+            raise ContractError(f"the field {self.name!r} needs a name, which does not begin or end with a dot")
+        object.__setattr__(self, "column", self.column or "_".join(self.path))
+        if not self.column.isidentifier():
+            raise ContractError(f"the field {self.name} can't have the column {self.column!r}, which may have only letters, "
+                                f'digits and "_"; name another with column="…"')
+        if self.column.lower() in RESERVED_COLUMNS:
+            raise ContractError(f"the field {self.name} can't have the column {self.column}, which the tables need for "
+                                f'themselves; name another with column="…"')
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return tuple(self.name.split("."))
+
+    def value(self, text: str) -> str:
+        """SQL: the column's value, from the SQL of the JSON value as a string; null if it is none."""
+        return text
+
+    def is_invalid(self, value: str) -> str:
+        """SQL over `value`, `arrival_time` (or null) and `ingest_time`: whether the field, which is there, has no valid value."""
+        return f"{value} IS NULL"
+
+
+class Text(Field):
+    """A string. A blank one is as good as none if the field is required."""
+    type = "STRING"
+    json_types = ("STRING",)
+    # It does not begin with white space, so it is not blank, and ends below U+FFFD, as which Java sees what is not UTF-8.
+    plain = r'"((?!\p{IsWhite_Space})[ !#-\[\]-\x{fffc}]++)"'
+
+
+class Boolean(Field):
+    """true or false."""
+    type = "BOOLEAN"
+    json_types = ("BOOLEAN",)
+    plain = "(true|false)"
+
+    def value(self, text: str) -> str:
+        return f"try_cast({text} AS BOOLEAN)"
+
+
+class Number(Field):
+    """A finite number, kept as a double."""
+    type = "DOUBLE"
+    json_types = ("BIGINT", "DECIMAL", "DOUBLE")
+    plain = r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)"
+
+    def value(self, text: str) -> str:
+        # Plus 0, because a variant holds 0 for -0.0, and a record has the same value in whatever way it is read.
+        return f"nullif(nullif(try_cast({text} AS DOUBLE) + 0D, double('Infinity')), double('-Infinity'))"
+
+
+@dataclass(frozen=True)
+class Integer(Field):
+    """A number written without a fraction and an exponent, of 32 or 64 `bits`."""
+    bits: int = 64
+
+    json_types = ("BIGINT",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in (32, 64):
+            raise ContractError(f"the field {self.name} has bits={self.bits!r}, which must be 32 or 64")
+
+    @property
+    def type(self) -> str:
+        return "INT" if self.bits == 32 else "BIGINT"
+
+    @property
+    def plain(self) -> str:
+        return rf"(-?(?:0|[1-9]\d{{0,{8 if self.bits == 32 else 17}}}+))"
+
+    def value(self, text: str) -> str:
+        return f"try_cast({text} AS {self.type})"
+
+
+@dataclass(frozen=True)
+class Timestamp(Field):
+    """A time of the years 0 to 9999 in UTC, kept to the microsecond.
+
+    `format`: "rfc3339" (a string: date, "T", time with seconds, any fraction, "Z" or an offset), "epoch_s" (a number of
+    seconds since 1970) or "epoch_ms" (a whole number of milliseconds). `at_most_ahead`: how much later than its arrival it
+    may be, such as "1 day"; by default it may be any time.
+    """
+    format: str = "rfc3339"
+    at_most_ahead: str = ""
+
+    type = "TIMESTAMP"
+    FORMATS: ClassVar = {  # (json_types, plain)
+        "rfc3339": (Text.json_types, f'"({RFC3339})"'),
+        "epoch_s": (Number.json_types, r"(-?(?:0|[1-9]\d{0,11}+)(?:\.\d{1,12}+)?+)"),
+        "epoch_ms": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,14}+))"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format not in self.FORMATS:
+            raise ContractError(f"the field {self.name} has format={self.format!r}, which must be one of {', '.join(self.FORMATS)}")
+        if self.at_most_ahead and not re.fullmatch(r"\d{1,6} (second|minute|hour|day|week)s?", self.at_most_ahead):
+            raise ContractError(f'the field {self.name} has at_most_ahead={self.at_most_ahead!r}, which must be like '
+                                f'"10 minutes" or "1 day"')
+
+    @property
+    def json_types(self) -> tuple[str, ...]:
+        return self.FORMATS[self.format][0]
+
+    @property
+    def plain(self) -> str:
+        return self.FORMATS[self.format][1]
+
+    def value(self, text: str) -> str:
+        if self.format == "rfc3339":
+            return rf"try_cast(CASE WHEN {text} RLIKE r'\A{RFC3339}\z' THEN {text} END AS TIMESTAMP)"
+        if self.format == "epoch_ms":
+            number, per_second, time = f"try_cast({text} AS BIGINT)", 1000, "timestamp_millis({})"
+        else:
+            number, per_second, time = f"try_cast({text} AS DECIMAL(24, 12))", 1, "timestamp_micros(CAST(floor({} * 1000000) AS BIGINT))"
+        return (f"CASE WHEN {number} >= {FIRST_SECOND * per_second} AND {number} < {END_SECOND * per_second} "
+                f"THEN {time.format(number)} END")
+
+    def is_invalid(self, value: str) -> str:
+        # With an offset, a time that is written with the year 0 or 9999 can be of another year.
+        first, end = (f"timestamp_seconds({second})" for second in (FIRST_SECOND, END_SECOND))
+        other_year = f" OR {value} < {first} OR {value} >= {end}" if self.format == "rfc3339" else ""
+        arrival = "coalesce(arrival_time, ingest_time)"
+        too_far = f" OR {value} > {arrival} + INTERVAL {self.at_most_ahead}" if self.at_most_ahead else ""
+        return super().is_invalid(value) + other_year + too_far

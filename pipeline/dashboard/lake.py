@@ -1,0 +1,160 @@
+"""What dashboard.py's page asks of the Delta tables, by deltalake and DuckDB, without Spark. Times are UTC; a span is one of arrival."""
+
+import os
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from pipeline.contract.columns import RESERVED_COLUMNS
+from pipeline.paths import quarantine_of
+from pipeline.terminal.errors import first_line
+
+import duckdb
+import pandas as pd
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
+
+POINTS = 200  # of a chart, from left to right
+QUICKEST = 2  # seconds from one refresh to the next
+MOST_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
+MOST_COPIED = 1_000_000  # records that are kept in memory while the page is drawn
+CUT_AT = 300  # characters of a text, bytes of a rejected record
+NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[:0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What somebody looks at: `field` by `series` and, in a chart for each of them, `charts`, of the last `span` seconds."""
+    table: str
+    span: int | None
+    field: str | None
+    series: str | None
+    charts: str | None
+    time: str  # when a record was made, if the contract has such a field, else when it arrived
+
+
+def find_tables(lake: str) -> dict[str, str]:
+    """The paths of the Delta tables under the folder `lake` by their names there, in order."""
+    found = {}
+    for folder, subfolders, _ in os.walk(lake, followlinks=True):  # a table may lie on another disk
+        if "_delta_log" in subfolders:
+            found[os.path.relpath(folder, lake)] = folder
+            subfolders.clear()
+        subfolders.sort()
+    return found
+
+
+class Lake:
+    """SQL over the rows of a table and its quarantine, `accepted` and `rejected`, that arrived in the span."""
+
+    def __init__(self, choice: Choice):
+        self.choice = choice
+        self.log = DeltaTable(choice.table)
+        rows = self.log.to_pyarrow_dataset()
+        self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
+        # When a record was made, or if it does not say, when it arrived.
+        self.moment = f"coalesce({quoted(choice.time)}, ingest_time)"
+        self.is_from_kafka = "offset" in rows.schema.names
+        try:
+            rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
+        except TableNotFoundError:
+            rejected = NOTHING_REJECTED
+        self.duckdb = duckdb.connect(config={"enable_external_access": "false"})  # queries see the registered tables only
+        self.duckdb.execute("SET TimeZone = 'UTC'")
+        self.duckdb.register("all_accepted", rows)
+        self.duckdb.register("all_rejected", rejected)
+        # By the statistics in the table's log, files outside the span are not opened.
+        begin = choice.span and datetime.now(timezone.utc) - timedelta(seconds=choice.span)
+        of_span = f"ingest_time >= TIMESTAMPTZ '{begin}'" if begin else "true"
+        [[records]] = self.duckdb.execute(f"SELECT count(*) FROM all_accepted WHERE {of_span}").fetchall()
+        # Several queries follow, each of which would open each file again.
+        kind = "TABLE" if records <= MOST_COPIED else "VIEW"
+        texts = [column.name for column in rows.schema if str(column.type) in ("string", "large_string", "string_view")]
+        columns = ", ".join([*(f"left({quoted(name)}, {CUT_AT}) AS {quoted(name)}" if name in texts else quoted(name)
+                               for name in self.columns), "ingest_time"])
+        self.duckdb.execute(f"CREATE {kind} accepted AS SELECT {columns} FROM all_accepted WHERE {of_span}")
+        self.duckdb.execute(f"CREATE VIEW rejected AS FROM all_rejected WHERE {of_span}")
+
+    def ask(self, sql: str, **values: Any) -> pd.DataFrame:
+        return self.duckdb.execute(sql, values).df()
+
+    def course(self, field: str, series: str) -> tuple[pd.DataFrame, int]:
+        """The averages of the field (time, series, chart, value) in a 200th of the time each, and how many series are left out."""
+        field, series, moment = quoted(field), quoted(series), self.moment
+        chart = quoted(self.choice.charts) if self.choice.charts else "NULL"
+        there = f"FROM accepted WHERE {field} IS NOT NULL AND {series} IS NOT NULL"
+        names = [name for [name] in self.duckdb.execute(f"SELECT DISTINCT {series}::VARCHAR AS name {there} ORDER BY name").fetchall()]
+        if not names:
+            return pd.DataFrame(columns=["time", "series", "chart", "value"]), 0
+        # A device whose clock is wrong by years must not press all others into one point.
+        [[first, last, usual]] = self.duckdb.execute(
+            f"SELECT epoch_us(min({moment})), epoch_us(max({moment})), approx_quantile(epoch_us({moment}), [0.01, 0.99]) "
+            f"{there}").fetchall()
+        spread = usual[1] - usual[0] + 60_000_000
+        first, last = max(first, usual[0] - spread), min(last, usual[1] + spread)
+        points = self.ask(f"SELECT time_bucket(to_microseconds($width), {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
+                          f"{chart}::VARCHAR AS chart, avg({field}) AS value {there} AND list_contains($names, {series}::VARCHAR) "
+                          f"AND epoch_us({moment}) BETWEEN $first AND $last GROUP BY ALL ORDER BY time",
+                          width=max(1_000_000, (last - first) // POINTS), names=names[:MOST_SERIES], first=first, last=last)
+        return points, max(0, len(names) - MOST_SERIES)
+
+    def newest_of_each(self) -> pd.DataFrame:
+        """The newest record of each series, or of each that a chart has, the newest first."""
+        record = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in self.columns)
+        keys = ", ".join(quoted(name) for name in filter(None, (self.choice.series, self.choice.charts)))
+        return plain(self.ask(f"SELECT unnest(newest) FROM (SELECT arg_max(struct_pack({record}), {self.moment}) AS newest, "
+                              f"max({self.moment}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time DESC "
+                              f"LIMIT {MOST_DEVICES})"))
+
+    def arrivals(self) -> pd.DataFrame:
+        """How many records were accepted and rejected (time, verdict, records), in a 200th of the time each."""
+        batches = self.ask("SELECT ingest_time AT TIME ZONE 'UTC' AS time, verdict, count(*) AS records FROM ("
+                           "SELECT ingest_time, 'accepted' AS verdict FROM accepted UNION ALL "
+                           "SELECT ingest_time, 'rejected' AS verdict FROM rejected) GROUP BY ALL")
+        width = max((batches["time"].max() - batches["time"].min()) / POINTS, pd.Timedelta(seconds=QUICKEST))
+        return batches.groupby([batches["time"].dt.floor(width.ceil("s")), "verdict"])["records"].sum().reset_index()
+
+    def batches(self) -> pd.DataFrame:
+        """How long each of the last batches took (time, seconds), from its start to the commit that made it visible."""
+        commits = [commit for commit in self.log.history(MOST_BATCHES) if commit.get("operation") == "WRITE"
+                   and int((commit.get("operationMetrics") or {}).get("numOutputRows", 0))]
+        self.duckdb.register("commits", pd.DataFrame({"committed": [commit["timestamp"] for commit in commits]}, dtype="int64"))
+        return self.ask("SELECT started AT TIME ZONE 'UTC' AS time, date_diff('ms', started, committed) / 1000 AS seconds FROM "
+                        "(SELECT to_timestamp(committed / 1000) AS committed FROM commits) ASOF JOIN "
+                        "(SELECT DISTINCT ingest_time AS started FROM accepted) ON committed >= started ORDER BY time")
+
+    def newest_rejected(self) -> pd.DataFrame:
+        """The newest rejected records: when and why, and how they begin."""
+        last = self.ask(f"SELECT min(ingest_time) AS since FROM (SELECT ingest_time FROM rejected ORDER BY 1 DESC LIMIT {MOST_REJECTED})")
+        rows = self.ask(f"SELECT ingest_time, reject_reason, raw[1:{CUT_AT}] AS record FROM rejected WHERE ingest_time >= $last "
+                        f"ORDER BY ingest_time DESC LIMIT {MOST_REJECTED}", last=last["since"].iloc[0])
+        rows["record"] = [None if pd.isna(raw) else bytes(raw).decode(errors="replace") for raw in rows["record"]]
+        return plain(rows)
+
+
+def overview(tables: dict[str, str]) -> pd.DataFrame:
+    """A line for each table: rows, live files, size, newest commit."""
+    lines = []
+    for name, path in tables.items():
+        try:
+            table = DeltaTable(path)
+            files = table.get_add_actions(flatten=True)
+            commit = next(iter(table.history(1)), {})  # where Delta has removed its entry, none
+            rows, sizes = files.column("num_records").to_pylist(), files.column("size_bytes").to_pylist()
+            lines.append({"table": name, "rows": None if None in rows else sum(rows), "files": len(sizes),
+                          "MB": round(sum(sizes) / 1e6, 2), "version": table.version(), "last commit": commit.get("operation"),
+                          "at": pd.to_datetime(commit.get("timestamp"), unit="ms")})
+        except Exception as error:
+            lines.append({"table": name, "last commit": f"can't be read: {first_line(str(error)) or type(error).__name__}"})
+    return pd.DataFrame(lines)
+
+
+def plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Times without their zone, which is UTC: Streamlit would show it in each cell."""
+    return rows.assign(**{name: column.dt.tz_localize(None) for name, column in rows.items()
+                          if isinstance(column.dtype, pd.DatetimeTZDtype)})
+
+
+def quoted(name: str) -> str:
+    """A name as an identifier of SQL: tables of others may have any names."""
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,164 @@
+"""What dashboard.py shows, drawn by Streamlit."""
+
+import argparse
+import time
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from pipeline.contract.columns import RESERVED_COLUMNS
+from pipeline.dashboard.lake import MOST_SERIES, POINTS, QUICKEST, Choice, Lake, find_tables, overview
+from pipeline.kafka.topics import Topic
+from pipeline.paths import quarantine_of
+from pipeline.terminal.errors import PipelineError, first_line
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from kafka.errors import KafkaError
+
+SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "1 week": 604_800, "everything": None}
+NUMBERS = ("double", "float", "long", "integer", "short", "byte")  # of Delta; what is measured comes before what is counted
+IN_A_ROW = 3  # charts
+SLOWEST = 60  # seconds from one refresh to the next; those in between are a 200th of the span
+MOST_CHARTS = 12
+
+
+def show_page(options: argparse.Namespace) -> None:
+    """One visit. `options`: `lake`, and the broker's `bootstrap_servers` and `kafka_config`."""
+    st.set_page_config("Sensor pipeline", layout="wide")
+    st.title("Sensor pipeline")
+    tables = find_tables(options.lake)
+    readings = {name: path for name, path in tables.items() if not name.endswith(quarantine_of(""))}
+    if not readings:
+        st.info("No table yet. Tables appear with the first records that a stream writes. This page waits for them.")
+        time.sleep(QUICKEST)
+        st.rerun()
+    choice = choose(readings)
+    took = f"seconds that it took to draw {choice}"
+    seconds = refresh_every(choice.span, st.session_state.get(took, 0))
+
+    @st.fragment(run_every=seconds)
+    def live() -> None:
+        if find_tables(options.lake) != tables:
+            st.rerun()
+        begun = time.monotonic()
+        try:
+            show_readings(Lake(choice), options)
+        except Exception as error:  # whatever is broken: the rest of the page is not
+            st.error("This table can't be read at the moment. The reader says:")
+            st.text(first_line(str(error)) or type(error).__name__)
+        st.subheader("Tables")
+        st.dataframe(overview(tables), hide_index=True)
+        st.session_state[took] = time.monotonic() - begun
+        st.caption(f"As of {datetime.now(timezone.utc):%H:%M:%S} UTC, drawn in {st.session_state[took]:.1f} s, "
+                   f"refreshed every {seconds} s.")
+        if not seconds / 2 <= refresh_every(choice.span, st.session_state[took]) <= 2 * seconds:
+            st.rerun()
+
+    live()
+
+
+def refresh_every(span: int | None, took: float) -> int:
+    """The seconds from one refresh to the next, of a span of so many seconds, after one that took so long: it rests four times as
+    long as it works."""
+    usual = SLOWEST if span is None else min(max(QUICKEST, span // POINTS), SLOWEST)
+    return max(usual, round(5 * took))
+
+
+def choose(readings: dict[str, str]) -> Choice:
+    """Asks, beside the page, what to show."""
+    with st.sidebar:
+        table = readings[st.selectbox("Table", readings, index=len(readings) - 1, key="table")]
+        span = SPANS[st.selectbox("Time span, by arrival", SPANS, index=1)]
+        try:
+            kinds = {field.name: getattr(field.type, "type", "") for field in DeltaTable(table).schema().fields}
+        except (DeltaError, OSError):
+            kinds = {}
+        kinds = {name: kind for name, kind in kinds.items() if name.lower() not in RESERVED_COLUMNS}
+        texts = [name for name, kind in kinds.items() if kind in ("string", "boolean")]
+        field = st.selectbox("Field", [name for number in NUMBERS for name, kind in kinds.items() if kind == number])
+        series = st.selectbox("A line for each", texts)
+        # Values of several units have no axis in common.
+        charts = st.selectbox("A chart for each", [None, *texts], index=texts.index("unit") + 1 if "unit" in texts else 0,
+                              format_func=lambda name: name or "–")
+    times = [name for name, kind in kinds.items() if kind == "timestamp"]
+    return Choice(table, span, field, series, charts, (times or ["ingest_time"])[0])
+
+
+def show_readings(lake: Lake, options: argparse.Namespace) -> None:
+    counts = lake.ask("SELECT reject_reason, count(*) AS records FROM rejected GROUP BY ALL ORDER BY records DESC")
+    newest = lake.ask("SELECT count(*) AS records, max(ingest_time) AS arrived FROM accepted").iloc[0]
+    batches = lake.batches()
+    rejected = int(counts["records"].sum())
+    cells = st.columns(5)
+    cells[0].metric("Accepted", f"{newest['records']:,}")
+    cells[1].metric("Rejected", f"{rejected:,}")
+    cells[2].metric("Newest arrived", age(newest["arrived"]))
+    cells[3].metric("A batch takes", "–" if batches.empty else f"{batches['seconds'].median():.1f} s")
+    cells[4].metric("Waiting in Kafka", waiting(lake.choice.table, options) if lake.is_from_kafka else "–")
+    if not newest["records"] and not rejected:
+        st.info("Nothing arrived in this span. Choose a longer one, or start the stream and its source.")
+        return
+    show_fields(lake)
+    left, right = st.columns(2)
+    with left:
+        st.subheader("Records that arrived")
+        st.altair_chart(chart(lake.arrivals(), "records", "verdict").mark_bar())
+    with right:
+        st.subheader("Seconds that a batch took")
+        st.altair_chart(chart(batches, "seconds").mark_line(point=True))
+    if rejected:
+        st.subheader("Rejected, and why")
+        left, right = st.columns([1, 2])
+        left.dataframe(counts, hide_index=True)
+        right.dataframe(lake.newest_rejected(), hide_index=True)
+
+
+def show_fields(lake: Lake) -> None:
+    """The chosen field over time, and the newest record of each device."""
+    choice = lake.choice
+    if choice.field and choice.series:
+        points, left_out = lake.course(choice.field, choice.series)
+        st.subheader(f"{choice.field} over time")
+        charts = list(points.groupby("chart", dropna=False))[:MOST_CHARTS]
+        cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
+        for cell, (name, part) in zip(cells, charts):
+            cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
+            cell.altair_chart(chart(part, "value", "series").mark_line())
+        if left_out:
+            st.caption(f"The first {MOST_SERIES} of {left_out + MOST_SERIES:,} by name.")
+    if choice.series:
+        st.subheader("Newest records")
+        st.dataframe(lake.newest_of_each(), hide_index=True)
+
+
+@st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
+def waiting(table: str, _options: argparse.Namespace) -> str:
+    """How many records of the topic the stream into `table` has not read, by the offsets that it has noted in Kafka."""
+    try:
+        topic = Topic.of(_options)
+        unread = topic.unread(topic.group_of(table))
+        return "–" if unread is None else f"{unread:,}"
+    except (KafkaError, OSError, PipelineError):
+        return "–"
+
+
+def chart(points: pd.DataFrame, y: str, color: str | None = None) -> alt.Chart:
+    """A chart of `y` over `time`, with a colour for each value of the column `color`; how it marks them is still to be said."""
+    of_days = len(points) and points["time"].max() - points["time"].min() > timedelta(days=1)
+    time_axis = alt.Axis(format="%d %b %H:%M" if of_days else "%H:%M:%S", tickCount=5, labelAngle=0)
+    drawn = alt.Chart(points, height=250).encode(
+        alt.X("time:T", title=None, axis=time_axis), alt.Y(f"{y}:Q", title=None).scale(zero=color != "series"),
+        tooltip=[alt.Tooltip("time:T", format="%Y-%m-%d %H:%M:%S"), *points.columns[1:]])
+    return drawn.encode(color=alt.Color(f"{color}:N", title=None, legend=alt.Legend(orient="bottom", columns=2))) if color else drawn
+
+
+def age(moment: Any) -> str:
+    """How long ago that was, such as "12 s"."""
+    if moment is None or pd.isna(moment):
+        return "–"
+    seconds = max(0, (datetime.now(timezone.utc) - moment).total_seconds())
+    size, unit = next(((size, unit) for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s"))
+    return f"{seconds // size:,.0f} {unit} ago"

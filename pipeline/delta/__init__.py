@@ -1,0 +1,1 @@
+"""The Delta tables: their columns and properties, their log, their maintenance, and turns for their writers."""

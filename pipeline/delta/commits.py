@@ -1,0 +1,135 @@
+"""The newest commits of a Delta table, read from its log: https://github.com/delta-io/delta/blob/master/PROTOCOL.md#delta-log-entries"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from pipeline.paths import local_path
+from pipeline.spark.durable import sync
+from pipeline.spark.file_system import FileSystem
+from pipeline.terminal.messages import say
+
+from pyspark.sql import SparkSession
+
+NEWEST = 20  # commits that a start looks at
+AGAIN = " again"  # after a stream's id in Delta's transactions: the other verdicts of a batch that was read twice
+
+
+class Commits:
+    """The commits of the table at the path `table`, whose newest version is `newest`."""
+
+    def __init__(self, spark: SparkSession, table: str, newest: int):
+        self.table, self.newest, self.files = table, newest, FileSystem(spark, table)
+
+    def actions(self, version: int) -> list[dict[str, Any]] | None:
+        """The entry of the log for a version, [] for one that is damaged; None if there is none (any more)."""
+        text = self.files.read(f"{self.table}/_delta_log/{version:020}.json")
+        try:
+            return None if text is None else [json.loads(line) for line in text.split("\n") if line.strip()]
+        except ValueError:
+            return []
+
+    def contents_of(self, stream: str, batch_id: int) -> Any:
+        """The contents that `contents_note` has noted for a batch; None if no commit of the newest ones has them."""
+        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+            for action in self.actions(version) or ():
+                note = _parsed(action.get("commitInfo", {}).get("userMetadata"))
+                if note.get("stream") == stream and note.get("batch") == batch_id:
+                    return note["contents"]
+        return None
+
+    def has_changed_rows_since(self, stream: str, batch_id: int) -> bool:
+        """Whether somebody has changed or removed rows of the table after the stream wrote this batch, one of the last, to it."""
+        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+            actions = self.actions(version) or []
+            if any(action["txn"]["appId"] == stream and action["txn"]["version"] == batch_id for action in actions if "txn" in action):
+                return False
+            if any(action["remove"].get("dataChange", True) for action in actions if "remove" in action):
+                return True
+        return False
+
+    def damage(self) -> tuple[int, str]:
+        """The oldest damaged version among the newest commits, and the damage; (-1, "") if all are intact."""
+        found, removed = (-1, ""), set()
+        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+            actions = self.actions(version)
+            if actions is None and version < self.newest:  # removed by a clean-up, as are those before it
+                break
+            if not actions:
+                found = version, f"the entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
+            removed |= {action["remove"]["path"] for action in actions or () if "remove" in action}
+            for add in (action["add"] for action in actions or () if "add" in action):
+                path = self.path(add["path"])
+                size = self.files.size(path)
+                if add["path"] not in removed and size != add["size"]:
+                    found = version, f"{path} is missing" if size is None else f"{path} has {size:,} bytes of {add['size']:,}"
+        return found
+
+    def path(self, name: str) -> str:
+        """The path of a data file, whose name is that in the log."""
+        return unquote(name) if "://" in name or name.startswith("/") else f"{self.table}/{unquote(name)}"
+
+
+def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream: str | None, batches: range) -> None:
+    """Renames the newest commits of a table of this machine if a power cut has come before the disk had all of them.
+
+    That leaves the table as it was before them. `relied_on`: the version that the checkpoint counts on; it and older ones stay, and so do
+    all if one of them is not of these `batches` of the `stream`, which are written again. If `relied_on` is not known (None), only a cut
+    commit that was to create the table is renamed.
+    """
+    log = Path(local_path(table) or "", "_delta_log")
+    while local_path(table) and log.is_dir():
+        newest = max((int(name[:20]) for name in os.listdir(log) if re.fullmatch(r"\d{20}\.json", name)), default=-1)
+        commits = Commits(spark, str(log.parent), newest)
+        damaged, problem = commits.damage()
+        is_all = damaged == newest == 0 and commits.actions(0) == []
+        if not is_all and (relied_on is None or damaged <= relied_on or not all(
+                _is_written_again(commits.actions(version), stream, batches) for version in range(damaged, newest + 1))):
+            return
+        what_follows = "created again" if is_all else f"put back to version {damaged - 1}"
+        say(f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is {what_follows}; the batch is written again, so "
+            f"nothing is lost.")
+        (log / "_last_checkpoint").unlink(missing_ok=True)  # a hint, which may be beyond
+        for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):
+            with suppress(FileNotFoundError):
+                (log / f"{version:020}.{file}").rename(log / f".{version:020}.{file}.cut")
+
+
+def _is_written_again(actions: list[dict[str, Any]] | None, stream: str | None, batches: range) -> bool:
+    """Whether a commit is of one of these batches, or has changed no rows, or can't be read."""
+    transactions = [action["txn"] for action in actions or () if "txn" in action]
+    changes = [action[kind] for action in actions or () for kind in ("add", "remove") if kind in action]
+    return not any(change.get("dataChange", True) for change in changes) or any(
+        each["appId"].removesuffix(AGAIN) == stream and each["version"] in batches for each in transactions)
+
+
+def contents_note(stream: str, batch_id: int, contents: dict[str, Any]) -> str:
+    """The note in a commit that says which records a batch holds."""
+    return json.dumps({"stream": stream, "batch": batch_id, "contents": contents})
+
+
+def _parsed(note: str | None) -> dict[str, Any]:
+    """A note of this pipeline; {} for any other."""
+    try:
+        parsed = json.loads(note or "{}")
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def sync_commits(spark: SparkSession, table: str, versions: Iterable[int]) -> None:
+    """Returns once the disk has all that these versions of a table have written; does nothing for another store than this machine."""
+    folder = local_path(table)
+    if folder is None:
+        return
+    for version in versions:
+        commits = Commits(spark, folder, version)
+        entry = f"{folder}/_delta_log/{version:020}"
+        sync([*(commits.path(action["add"]["path"]) for action in commits.actions(version) or () if "add" in action),
+              *(f"{entry}.{kind}" for kind in ("json", "crc", "checkpoint.parquet")), f"{folder}/_delta_log/_last_checkpoint"])

@@ -1,0 +1,107 @@
+"""Writers of one table take turns on a local disk, and a conflict between writers elsewhere is retried."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pipeline.paths import local_path
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import warn
+from pipeline.terminal.signals import StopFlag, Stopped
+
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentWriteException,
+    DeltaConcurrentModificationException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+
+POLL_SECONDS = 0.01  # a stream at full speed leaves its tables unlocked for a tenth of a second between two batches
+QUIET_SECONDS = 3  # of waiting, before a line says so
+MAX_ATTEMPTS = 5
+# All of Delta's conflicts that a second attempt can settle. ConcurrentTransactionException is none of them: another stream
+# with the same checkpoint has written the same batch.
+CONFLICTS = (ConcurrentAppendException, ConcurrentDeleteDeleteException, ConcurrentDeleteReadException, ConcurrentWriteException,
+             DeltaConcurrentModificationException, MetadataChangedException, ProtocolChangedException)
+
+Result = TypeVar("Result")
+_released_at = float("-inf")  # when this process last released a lock
+
+
+@contextmanager
+def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
+    """Keeps other writers away from the table at the path `table` while it lasts; waits for one that is at work.
+
+    On a local disk, Delta checks that the next version is absent and then renames its commit to it. Two processes that do so
+    at the same moment both succeed, and the second commit replaces the first. Hold the lock for a whole operation, not only for its
+    commit: VACUUM removes files that were written long ago and not yet committed.
+
+    Raises Stopped if `stopping` is set meanwhile. A table that is not there, or is in another store (`s3a://…`), is not locked.
+    """
+    global _released_at
+    # A process that has waited takes its turn before the one that has just had the lock.
+    time.sleep(max(0, _released_at + 2 * POLL_SECONDS - time.monotonic()))
+    deadline = time.monotonic() + QUIET_SECONDS
+    while (folder := _locked_folder(table)) is None:
+        if stopping is None:
+            time.sleep(POLL_SECONDS)
+        elif stopping.wait(POLL_SECONDS):
+            raise Stopped
+        if time.monotonic() > deadline:
+            warn(f"Waiting for another process that writes to {table} …")
+            deadline = float("inf")
+    try:
+        yield
+    finally:
+        if folder >= 0:
+            os.close(folder)
+            _released_at = time.monotonic()
+
+
+def _locked_folder(table: str) -> int | None:
+    """The table's folder, opened and locked; -1 if it can't be on this machine, None if another writer has the lock.
+
+    The lock is on the folder itself, not on a file: it is the same by whatever path the table is named, needs no permission
+    to write, and does not recreate a table that was deleted. The kernel removes it when the process dies.
+    """
+    place = local_path(table)
+    if place is None:
+        return -1
+    try:
+        folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+    except OSError as error:
+        raise _lock_error(table, error) from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(folder), os.stat(place)):  # else the folder was replaced meanwhile
+            return folder
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        os.close(folder)
+        raise _lock_error(table, error) from error
+    os.close(folder)
+    return None
+
+
+def _lock_error(table: str, error: OSError) -> PipelineError:
+    return PipelineError(f"The folder {table} can't be locked against other writers: {error.strerror}. Give this user permission to "
+                         f"read it, or choose a file system that has locks (flock).")
+
+
+def retried(write: Callable[[], Result]) -> Result:
+    """The result of `write`, which is called again if it conflicts with another writer's commit."""
+    for attempt in range(1, MAX_ATTEMPTS):
+        try:
+            return write()
+        except CONFLICTS:
+            time.sleep(attempt)
+    return write()

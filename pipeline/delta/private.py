@@ -1,0 +1,80 @@
+"""Private parts of Delta: its view of a table's log.
+
+Without them, a writer would have to list the whole log for every batch, and `--follow` could not read a single commit.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pipeline.spark.private import _java
+
+from pyspark.sql import DataFrame, SparkSession
+
+
+def _delta_log(spark: SparkSession, table: str) -> Any:
+    """Delta's own view of a table. Its public API does not have the number of a stream's last batch."""
+    return _java(spark).org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table)
+
+
+def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, int]:
+    """The version of a table, and the number of the last batch that `stream` has written to it, or -1.
+
+    What this session knows of the table, as its only writer: its log is not listed again.
+    """
+    snapshot = _delta_log(spark, table).unsafeVolatileSnapshot()
+    last_batch = snapshot.transactions().get(stream)
+    return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
+
+
+class Commit(NamedTuple):
+    """A version of a table: Delta's name for its operation, whether that has removed or restored rows, and the rows that it has
+    added in these `files`. Files that were merged are none of both."""
+    version: int
+    operation: str
+    has_changed_rows: bool
+    files: list[str]
+    rows: DataFrame
+
+
+def newest_state(spark: SparkSession, table: str) -> tuple[str, int]:
+    """The id of a table, which a recreated one has not, and its version, both as its log is now."""
+    none = _java(spark).scala.Option.empty()
+    snapshot = _delta_log(spark, table).update(False, none, none)
+    return snapshot.metadata().id(), snapshot.version()
+
+
+def commits_of(spark: SparkSession, table: str, first: int, last: int) -> Iterator[Commit]:
+    """Those of the versions `first` to `last` of a table that its log still has, in order, after `newest_state`.
+
+    Delta's public ways to the rows of a commit are the change data feed, which the table would have to write, and a streaming read,
+    which can't begin right after a version and ends when somebody changes rows.
+    """
+    java, log = _java(spark), _delta_log(spark, table)
+    changes = log.getChanges(first, last, java.scala.Option.empty(), False)
+    while changes.hasNext():
+        change = changes.next()
+        actions = list(java.scala.jdk.javaapi.CollectionConverters.asJava(change._2()))
+        by_kind: dict[str, list[Any]] = {kind: [action for action in actions if action.getClass().getSimpleName() == kind]
+                                         for kind in ("AddFile", "RemoveFile", "CommitInfo")}
+        operation = by_kind["CommitInfo"][0].operation() if by_kind["CommitInfo"] else ""
+        added = [file for file in by_kind["AddFile"] if file.dataChange()]
+        has_removed = any(file.dataChange() for file in by_kind["RemoveFile"])
+        files = java.java.util.ArrayList()
+        for file in added:
+            files.add(file)
+        rows = log.createDataFrame(log.unsafeVolatileSnapshot(), java.scala.jdk.javaapi.CollectionConverters.asScala(files).toSeq(),
+                                   False, java.scala.Option.empty())
+        yield Commit(change._1(), operation, has_removed or operation == "RESTORE", [file.path() for file in added],
+                     DataFrame(rows, spark))
+
+
+def files_of(spark: SparkSession, table: str) -> DataFrame:
+    """The files of a table with their statistics, from its log: DeltaTable.detail() only counts them."""
+    return DataFrame(_delta_log(spark, table).unsafeVolatileSnapshot().allFiles().toDF(), spark)
+
+
+def remove_old_log_entries(spark: SparkSession, table: str) -> None:
+    """Delta itself removes them by the day, which at a batch every two seconds is too coarse: 43,200 commits."""
+    log, none = _delta_log(spark, table), _java(spark).scala.Option.empty()
+    by_the_minute = _java(spark).org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
+    log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), none, none, by_the_minute)

@@ -1,0 +1,143 @@
+"""The pipeline's tables: their places, their columns, and what keeps them healthy."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.contract.columns import FILE_ORIGIN, KAFKA_ORIGIN
+from pipeline.delta.locks import write_lock
+from pipeline.delta.private import remove_old_log_entries
+from pipeline.paths import local_path, quarantine_of
+from pipeline.spark.file_system import FileSystem
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import say
+from pipeline.terminal.signals import StopFlag
+
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+
+PROPERTIES = {
+    # A stream appends a small file per batch: they are merged once there are 50 of them.
+    "delta.autoOptimize.autoCompact": "true",
+    # Each commit leaves files in _delta_log, which is listed whole at every commit, on a local disk at 15 µs a file. With a
+    # batch every two seconds, two hours of time travel are 7,200 files.
+    "delta.logRetentionDuration": "interval 2 hours",
+    "delta.deletedFileRetentionDuration": "interval 2 hours",
+}
+# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and how its records are read, by
+# the contract's id and the source's mode.
+WRITER = "pipeline.checkpoint.id"
+NO_WRITER = ""  # the next stream with a new checkpoint takes over the table
+REPLACED = "pipeline.checkpoint.replaced"  # the checkpoint that had the table before it got no writer
+STARTS_AT = "pipeline.source.starts_at"  # where a stream with a new checkpoint begins to read, as its source writes it
+CONTRACT = "pipeline.contract.id"
+MODE = "pipeline.source.mode"
+
+
+@dataclass(frozen=True)
+class TablePair:
+    """A table at the path `table` and its quarantine beside it, with their columns: names and types of SQL.
+
+    `origin`: the columns that say where a row came from.
+    """
+    table: str
+    columns: dict[str, str]
+    quarantine_columns: dict[str, str]
+    origin: tuple[str, ...]
+
+    @property
+    def quarantine(self) -> str:
+        return quarantine_of(self.table)
+
+    @contextmanager
+    def write_lock(self, stopping: StopFlag, create: bool = False) -> Iterator[None]:
+        """Keeps other writers away from both tables (pipeline/delta/locks.py). `create`: makes the folders of new ones first."""
+        for path in filter(None, map(local_path, (self.quarantine, self.table))):
+            if create:
+                os.makedirs(path, exist_ok=True)
+        with write_lock(self.quarantine, stopping), write_lock(self.table, stopping):
+            yield
+
+
+def bronze_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
+    return TablePair(path, contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | {"_rescued_data": "STRING"},
+                     _quarantine_columns(FILE_ORIGIN), ("source_file",))
+
+
+def silver_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
+    columns = contract_columns | {"ingest_time": "TIMESTAMP"} | KAFKA_ORIGIN | {"raw_json": "STRING", "_rescued_data": "STRING"}
+    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN), ("partition", "offset", "kafka_timestamp"))
+
+
+def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:
+    return {"reject_reason": "STRING", "raw": "BINARY"} | origin | {"ingest_time": "TIMESTAMP"}
+
+
+def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str]) -> None:
+    """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name, or takes over one that
+    has no writer any more. Raises PipelineError if the table is another stream's.
+    """
+    files, log = FileSystem(spark, path), f"{path}/_delta_log"
+    if not any(name[0].isdecimal() for name in files.names_in(log)):
+        files.delete(log)  # left by a killed creation: Delta would neither find a table there nor create one
+    table = DeltaTable.createIfNotExists(spark).location(path)
+    for name, kind in columns.items():
+        table = table.addColumn(name, kind)
+    # Columns of which Delta notes the least and greatest value in each file, to skip files by; each takes time to write.
+    times = ",".join(f"`{name}`" for name, kind in columns.items() if kind == "TIMESTAMP")
+    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | owner).items():
+        table = table.property(name, value)
+    table.execute()
+    writer = (properties_of(spark, path) or {}).get(WRITER)
+    if writer == NO_WRITER:
+        set_properties(spark, path, owner)
+    elif writer != owner[WRITER]:
+        raise PipelineError(f"Another stream has created the table {path} meanwhile. Give this one a --table and a "
+                            f"--checkpoint of its own.")
+
+
+def fit_table(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
+    """Adds to the table at `path` those of `columns` that it lacks; older rows have null there.
+
+    A column that is no longer among them stays, and is null in newer rows. Raises PipelineError if one has another type.
+    """
+    there = {name.lower(): kind.upper() for name, kind in spark.read.format("delta").load(path).dtypes}
+    for name, kind in columns.items():
+        if there.get(name.lower(), kind) != kind:
+            raise PipelineError(f"The column {name} of {path} is {there[name.lower()]}, and the contract makes it {kind}. Name "
+                                f"another column for the field, or give the stream a --table and a --checkpoint of its own.")
+    new = ", ".join(f"`{name}` {kind}" for name, kind in columns.items() if name.lower() not in there)
+    if new:
+        spark.sql(f"ALTER TABLE {as_identifier(path)} ADD COLUMNS ({new})")
+        say(f"New columns in {path}: {new.replace('`', '')}.")
+
+
+def set_properties(spark: SparkSession, path: str, properties: dict[str, str]) -> None:
+    changed = ", ".join(f"'{name}' = '{value}'" for name, value in properties.items())
+    spark.sql(f"ALTER TABLE {as_identifier(path)} SET TBLPROPERTIES ({changed})")
+
+
+def clean_up(spark: SparkSession, path: str) -> None:
+    """Removes what the table at `path` no longer needs for time travel: old data files and old entries of its log."""
+    spark.sql(f"VACUUM {as_identifier(path)}")
+    remove_old_log_entries(spark, path)
+
+
+def time_travel(spark: SparkSession, path: str) -> str:
+    """How far back the table at `path` can be read, such as "2 hours"."""
+    properties = properties_of(spark, path) or {}
+    return properties.get("delta.deletedFileRetentionDuration", "interval 1 week").removeprefix("interval ")
+
+
+def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:
+    """The properties of the table at `path`; None if there is no table."""
+    if not DeltaTable.isDeltaTable(spark, path):
+        return None
+    # Takes them from the newest commit's checksum; DeltaTable.detail() would read the whole table's state.
+    return {row.key: row.value for row in spark.sql(f"SHOW TBLPROPERTIES {as_identifier(path)}").collect()}
+
+
+def as_identifier(path: str) -> str:
+    """The table at `path` as SQL names it."""
+    return "delta.`" + path.replace("`", "``") + "`"

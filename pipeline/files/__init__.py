@@ -1,0 +1,1 @@
+"""JSON files: reading them whole, and the folder as the source of a stream."""

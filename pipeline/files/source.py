@@ -1,0 +1,130 @@
+"""The input folder as the source of a stream."""
+
+import argparse
+import hashlib
+import json
+import os
+from contextlib import suppress
+from typing import Any
+
+from pipeline.delta.tables import TablePair
+from pipeline.files.folder import count_waiting, is_behind_link
+from pipeline.files.private import planned_files
+from pipeline.files.reading import away, files_in, find_multiline, is_there, read_lines, read_values, unread_file
+from pipeline.files.taken import TakenFiles, is_draft, plain
+from pipeline.spark.file_system import BrokenFileError, FileSystem
+from pipeline.streaming.source import Left, Source, SourceAwayError
+from pipeline.terminal.messages import warn
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, Row, SparkSession
+
+
+class FileSource(Source):
+    """Files, whose names come in the batches, as the source of a stream (pipeline/streaming/source.py)."""
+
+    def __init__(self, spark: SparkSession, options: argparse.Namespace):
+        self.folder = FileSystem(spark, options.input).qualified(options.input)
+        self.taken = TakenFiles(spark, options.checkpoint, self.folder, options.archive)
+        self.options, self.waiting = options, 0  # files, if that is known
+        self.is_multiline = options.multiline
+        self.read = read_values if self.is_multiline else read_lines
+        self.max_unpacked = options.max_unpacked * 1_000_000
+        self.mode = "with --multiline" if self.is_multiline else "without --multiline"
+        self.begun: list[str] = []  # the files of a batch that an earlier run has begun
+        self.entry = -1  # of the log of taken files: the last one that is done
+        self.files: list[Row] = []  # those of the running batch, as they were when it began
+        self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
+
+    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
+                     last_records: str | None) -> None:
+        """Names the files that have changed since they were read, or since they were to be. `last_records`: `TakenFiles.read_later`."""
+        self.taken.read_log()
+        self.taken.check_folder()
+        for path, modified in json.loads(last_records or "{}").items():
+            self.taken.note(path, modified)
+        self.entry = unread.get("logOffset", -1)
+        self.waiting = count_waiting(self.taken, self.options) if self.options.once else 0
+        self.begun = self.taken.after(self.entry)
+        self.taken.name_changed(self.taken.changed(self.taken.files))
+
+    def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
+        paths = planned_files(batch)
+        return {"files": len(paths), "sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
+
+    def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
+        return json.dumps(self.taken.read_later)
+
+    def read_batch(self, batch: DataFrame) -> DataFrame:
+        self.files, self.faults = self._files_in(batch), {}
+        self.taken.read_log()
+        found = {plain(file.path): file.modified for file in self.files}
+        # Spark passes over a file that it does not find, and over an empty one.
+        planned = self.taken.after(self.entry)
+        gone = [path for path in planned if path not in found and not is_there(batch.sparkSession, path)]
+        self._name_gone(gone)
+        self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
+        for path, modified in found.items():
+            self.taken.note(path, modified)
+        self.taken.name_packed(planned)
+        if not self.options.archive:
+            self.taken.name_renamed(planned)
+        if self.options.archive:
+            self.taken.name_archived_drafts(plain(path) for path in planned_files(batch) if is_draft(path, self.folder))
+        return self.read(batch.sparkSession, self.files, self.faults, self.max_unpacked, careful=False)
+
+    def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
+        warn("Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
+             "files of other names.")
+        return super().rejected_otherwise(judged, written)
+
+    def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
+        files = self._files_in(batch)
+        there = {file.path for file in files}
+        self._name_gone([path for file in self.files
+                         if file.path not in there and not is_there(batch.sparkSession, path := plain(file.path))])
+        return self.read(batch.sparkSession, files, self.faults, self.max_unpacked, careful=True)
+
+    def _name_gone(self, paths: list[str]) -> None:
+        """Names files that are gone. Raises SourceAwayError if a folder of theirs on this machine is empty: its disk may be away."""
+        for folder, path in {os.path.dirname(path): path for path in reversed(paths) if path.startswith("/")}.items():
+            if not os.path.isdir(folder) or not os.listdir(folder):
+                raise SourceAwayError(f"The folder {folder} is empty or gone, and with it files of this batch, {path} among them. If its "
+                                      f"disk is not mounted, mount it and start again. If somebody has removed the files, put any other "
+                                      f"file there: the stream goes on without them.")
+        self.taken.name_gone(paths)
+
+    def _files_in(self, batch: DataFrame) -> list[Row]:
+        """The files of a batch, without drafts that Spark doesn't recognize (`_site=A/1.json`) and files reached through a link."""
+        files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
+        folders = {os.path.dirname(plain(file.path)) for file in files}
+        linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
+        not_read = {file.path for file in files if os.path.dirname(plain(file.path)) in linked or os.path.islink(plain(file.path))}
+        self.taken.name_linked(map(plain, not_read), is_archived=bool(self.options.archive))
+        return [file for file in files if file.path not in not_read]
+
+    def explain(self, error: Exception) -> str | None:
+        if isinstance(error, SourceAwayError):
+            return str(error)
+        path = unread_file(error)
+        return away(path, error) if path and plain(path).startswith(plain(self.folder)) else None
+
+    def watch(self) -> None:
+        self.taken.watch()
+
+    def left(self, progress: dict[str, Any], rows: int) -> Left | None:
+        return Left(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.files)) if self.waiting > 0 else None
+
+    def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
+        """Names files that changed while they were taken, and those that should be read with --multiline."""
+        self.waiting -= len(self.files)
+        self.entry, self.begun = self.taken.last_entry, []
+        files = self._files_in(batch)
+        before = {file.path: file for file in self.files}
+        self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
+        if files and not self.is_multiline and "malformed_json" in reasons:
+            with suppress(PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError):  # one is gone by now; this is only advice
+                for path in find_multiline(batch.sparkSession, files, quarantine):
+                    warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
+                         f"--multiline, and give the file a new name.")

@@ -1,0 +1,196 @@
+"""The files that a stream has taken, as Spark has noted them in its checkpoint, and those that have changed since."""
+
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from pipeline.paths import local_path
+from pipeline.spark.file_system import FileSystem
+from pipeline.streaming.checkpoints import damaged
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import warn
+
+from pyspark.sql import SparkSession
+
+MOST_NAMED = 10  # files in one go; of more, only how many
+ROUND = 60  # seconds
+AT_ONCE = 1000  # files that `watch` looks at: a few milliseconds
+
+
+class Taken(NamedTuple):
+    """`entry`: the number of the log's entry that has the file. `modified`: when it was written last, in milliseconds since 1970."""
+    entry: int
+    modified: int
+
+
+def plain(path: str) -> str:
+    """A path as Python takes it, of a file on this machine (file:/data, file:///data); the URI of any other."""
+    return local_path(path) or path
+
+
+def is_draft(path: str, folder: str = "") -> bool:
+    """Whether the name of a file, or of a folder above it up to `folder`, begins with "_" or "."."""
+    inner = path[len(folder):] if path.startswith(folder) else os.path.basename(path)
+    return any(name[:1] in ("_", ".") for name in inner.split("/"))
+
+
+def _are_on_one_disk(*paths: str) -> bool:
+    try:
+        return len({os.stat(local_path(path) or "").st_dev for path in paths}) == 1
+    except OSError:
+        return False
+
+
+class TakenFiles:
+    """The files that a stream has taken, by their path as `plain` gives it.
+
+    Spark has a log of them in the checkpoint (CompactibleFileStreamLog in its source): an entry for each batch, the file N; every
+    tenth is the file N.compact instead, with all that was before.
+    """
+
+    def __init__(self, spark: SparkSession, checkpoint: str, folder: str, archive: str | None):
+        self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
+        # Moved to another disk, a file is copied, and gets a new modification time.
+        self.archive = local_path(archive) if archive and _are_on_one_disk(archive, folder) else None
+        self.files: dict[str, Taken] = {}
+        self.read_later: dict[str, int] = {}  # modification times when the files were read, where they differ from Spark's log
+        self.last_entry = -1  # of those that were read
+        self.named: set[str] = set()
+        self.round: Iterator[str] = iter(())  # the files that a round of `watch` has still to look at
+        self.next_round = time.monotonic() + ROUND
+
+    def read_log(self) -> None:
+        """Takes note of what has come to the log. Drafts, which the stream passes over, are in it but not here."""
+        names = {int(match[1]): match[0] for name in sorted(self._names()) if (match := re.fullmatch(r"(\d+)(\.compact)?", name))}
+        new = sorted(number for number in names if number > self.last_entry)
+        compact = max((number for number in new if names[number].endswith(".compact")), default=-1)
+        for number in new:
+            if number >= compact:
+                self._read(names[number])
+                self.last_entry = number
+
+    def check_folder(self) -> None:
+        """Raises PipelineError if none of the taken files is in the folder, but some are there under a different path, by which they would
+        be read again; for a URI, whatever is there."""
+        begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
+        folder = self.folder.rstrip("/") + "/"
+        if not self.files or folder.startswith(f"{begin}/") or any(path.startswith(folder) for path in self.files):
+            return
+        taken = {(os.path.basename(path), file.modified) for path, file in self.files.items()}
+        there = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+        if local_path(folder) is None or any((os.path.basename(path), self._modified(path)) in taken for path in there):
+            raise PipelineError(f"The checkpoint {self.checkpoint} belongs to another input folder: the stream has read files such as "
+                                f"{next(iter(self.files))}, and none in {self.folder}. Under a different path, every file would be read "
+                                f"again. Use the same --input as before, or give {self.folder} its own --table and --checkpoint.")
+
+    def after(self, entry: int) -> list[str]:
+        """The files of the later entries."""
+        paths = []
+        for path in reversed(self.files):  # in the order of the log
+            if self.files[path].entry <= entry:
+                break
+            paths.append(path)
+        return paths
+
+    def note(self, path: str, modified: int) -> None:
+        """Notes the modification time of a file that is being read. It may be later than the one in Spark's log."""
+        if path in self.files and self.files[path].modified != modified:
+            self.files[path] = self.files[path]._replace(modified=modified)
+            self.read_later[path] = modified
+
+    def watch(self) -> None:
+        """Names files that have changed. Looks at some of them each time, so at all of them once a minute, or less often if they are
+        many."""
+        self.name_changed(self.changed(itertools.islice(self.round, AT_ONCE)))
+        if time.monotonic() >= self.next_round:
+            self.round = itertools.chain(self.round, iter(list(self.files)))
+            self.next_round = time.monotonic() + max(ROUND, len(self.files) / AT_ONCE)
+
+    def changed(self, paths: Iterable[str]) -> list[str]:
+        """Those of `paths` that are on this machine and were written since they were taken."""
+        return [path for path in paths
+                if (modified := self._modified(path)) is not None and modified != self.files[path].modified]
+
+    def name_changed(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each file, that it has changed since it was taken."""
+        self._name(paths, "has changed since it was taken, and a file is read only once: later additions may be in no table. Put records "
+                          "that the tables lack (see source_file) into a file of another name. Write files under a name that begins with "
+                          '"_", and rename them when they are complete.')
+
+    def name_gone(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each file, that it could not be read because it is not there."""
+        paths = list(paths)
+        self._name(paths, "was there, and is gone before it was read. If nobody has renamed it, and it is no row's source_file, put it "
+                          "back under another name.", at_most=len(paths))
+
+    def name_linked(self, paths: Iterable[str], is_archived: bool) -> None:
+        """Says on stderr, once for each file, that it is not read because of a link, or is even archived unread."""
+        what_next = ("--archive moves the file away all the same. Remove the link, and put the file back" if is_archived else
+                     "Move the file there instead, under another name")
+        self._name(paths, f"is not read: links in the input folder are not followed. {what_next}.")
+
+    def name_archived_drafts(self, paths: Iterable[str]) -> None:
+        """Says on stderr, once for each draft, that Spark is going to archive it unread."""
+        self._name(paths, 'is a draft, which is not read, but --archive moves it: Spark takes a folder with "=" in its name for no draft. '
+                          "Rename the folder.")
+
+    def name_packed(self, paths: Iterable[str]) -> None:
+        """Warns, once per file, of files that look like an earlier one that was compressed or decompressed in place."""
+        taken = {path: self.files.get(path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz") for path in paths}
+        self._name((path for path, other in taken.items()
+                    if other and (other.entry < self.files[path].entry or path.endswith(".gz"))
+                    and other.modified // 1000 == self.files[path].modified // 1000),
+                   "looks like a file that was read before and then compressed or decompressed in place: it has the same time and, apart "
+                   "from .gz, the same name. If so, its records are now in the tables twice. Compress files elsewhere, or use --archive.")
+
+    def name_renamed(self, paths: Iterable[str]) -> None:
+        """Warns, once per file, of files that look like an earlier one that was renamed or moved within the folder."""
+        # A rename keeps the time to the nanosecond; many files may share one to the second.
+        times = {self.files[path].modified: path for path in paths if self.files[path].modified % 1000}
+        gone = {times[file.modified] for path, file in self.files.items()
+                if file.modified in times and path != times[file.modified] and path.startswith("/") and not os.path.lexists(path)}
+        self._name(sorted(gone), "looks like a file that was read before and then renamed or moved: it has the same time, and the other "
+                                 "one is gone. If so, its records are now in the tables twice. Move files that were read out of the "
+                                 "folder, or use --archive.")
+
+    def _name(self, paths: Iterable[str], what: str, at_most: int = MOST_NAMED) -> None:
+        new = [path for path in paths if path not in self.named]
+        self.named.update(new)
+        for path in new[:at_most]:
+            warn(f"{path} {what}")
+        if len(new) > at_most:
+            warn(f"So it is with {len(new) - at_most:,} more files.")
+
+    def _names(self) -> list[str]:
+        folder = local_path(self.checkpoint)
+        if folder is None:
+            return FileSystem(self.spark, self.checkpoint).names_in(f"{self.checkpoint}/sources/0")
+        return os.listdir(f"{folder}/sources/0") if os.path.isdir(f"{folder}/sources/0") else []
+
+    def _read(self, name: str) -> None:
+        file, folder = f"sources/0/{name}", local_path(self.checkpoint)
+        text = (FileSystem(self.spark, self.checkpoint).read(f"{self.checkpoint}/{file}") or "" if folder is None
+                else Path(folder, file).read_text(encoding="utf-8"))
+        try:
+            # Not by splitlines: a name may have a line separator of Unicode in it.
+            entries: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[1:]]
+            taken = {plain(unquote(entry["path"])): Taken(entry["batchId"], entry["timestamp"]) for entry in entries
+                     if entry["batchId"] > self.last_entry}
+        except (ValueError, KeyError) as error:
+            raise PipelineError(damaged(self.checkpoint, f"{file} is not as Spark writes it")) from error
+        self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
+
+    def _modified(self, path: str) -> int | None:
+        """When a local file, or its copy in the archive, was last modified (milliseconds since 1970); None if it can't be found."""
+        places = [path, *([f"{self.archive}{path}"] if self.archive else [])]
+        for place in places if path.startswith("/") else ():
+            with suppress(OSError):
+                return os.stat(place).st_mtime_ns // 1_000_000
+        return None

@@ -1,0 +1,1 @@
+"""Kafka: client properties, brokers, the topic, and the topic as the source of a stream."""

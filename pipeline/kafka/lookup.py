@@ -1,0 +1,119 @@
+"""The records of a topic by their offsets, also around those that don't fit into the memory.
+
+A few kilobytes of a compressed message can hold a gigabyte, which Kafka unpacks as it reads the record, not before.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from pipeline.contract.contract import LONGEST_RECORD
+from pipeline.kafka.private import KAFKA_RECORD, forget_fetched_records, kafka_records, large_records
+from pipeline.kafka.properties import spark_options
+from pipeline.kafka.topics import Topic
+from pipeline.spark.private import OUT_OF_MEMORY
+from pipeline.terminal.errors import java_class, root_cause
+
+from kafka.errors import KafkaTimeoutError
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+
+MAX_LOOKUP_SECONDS = 2  # for a single record
+MAX_WAIT_SECONDS = 10  # for some records, at a start
+TOO_LARGE = 2 * LONGEST_RECORD  # for a record with its headers, where it would have to be unpacked to be measured any closer
+# Options of a consumer that unpacks a record only when it is asked for, and none of the message after it.
+ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
+SEVERAL = {"kafka.max.poll.records": 500}
+NEAR = 2 * SEVERAL["kafka.max.poll.records"]  # offsets, of which some may hold no record
+
+Result = TypeVar("Result")
+Offsets = dict[int, tuple[int, int]]  # partition: the first offset, and the one after the last
+
+
+class Gap(NamedTuple):
+    """Offsets that are not read: a record that is too large at `begin`, and what is packed in a message after it, to before `end`, to
+    which a consumer comes only by unpacking it. No record is between `after` and `begin`."""
+    partition: int
+    after: int
+    begin: int
+    end: int
+
+
+def kafka_options(topic: Topic) -> dict[str, Any]:
+    """The options of Spark's Kafka source that say which cluster it reads, and how."""
+    return ({"kafka.isolation.level": topic.isolation_level} | spark_options(topic.properties)
+            | {"kafka.bootstrap.servers": topic.servers})
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether a reading has failed for a record that does not fit into the memory. A consumer says so once, then this."""
+    return java_class(error) == OUT_OF_MEMORY or "Received exception when fetching the next record" in root_cause(error)
+
+
+class RecordLookup:
+    """Reads the records of `topic` at given offsets."""
+
+    def __init__(self, topic: Topic):
+        self.topic = topic
+        self._gaps: list[Gap] = []  # that were found
+        self._one_by_one = 0  # how many offsets before each of them, and before the end, are read one record at a time
+
+    def ask(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False) -> Result:
+        """The answer of `question` to the records at these offsets (`records`). If they don't fit into the memory, the question is asked
+        again without those that are too large. `has_failed`: another reading has shown already that they don't."""
+        for one_by_one in (0, NEAR, sys.maxsize)[has_failed:]:
+            if one_by_one:
+                self._find_gaps(spark, offsets, one_by_one)
+            try:
+                return question(self.records(spark, offsets))
+            except (PySparkException, Py4JJavaError) as error:
+                if one_by_one == sys.maxsize or not is_too_large(error):
+                    raise
+        raise AssertionError("the last reading returns or raises")
+
+    def gaps(self, offsets: Offsets) -> list[Gap]:
+        """The gaps that were found within these offsets."""
+        return [Gap(gap.partition, *(min(max(offset, begin), end) for offset in gap[1:])) for gap in sorted(self._gaps)
+                for begin, end in [offsets.get(gap.partition, (0, 0))] if gap.after < end and gap.end > begin]
+
+    def records(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool = False) -> DataFrame:
+        """The records at these offsets, but for the gaps that were found, as `kafka_records` gives them."""
+        pieces: dict[tuple[int, bool], Offsets] = {}  # Spark reads no more than one of each partition at a time
+        for partition, (begin, end) in offsets.items():
+            for number, gap in enumerate([*self.gaps({partition: (begin, end)}), Gap(partition, end, end, end)]):
+                near = max(begin, gap.after - self._one_by_one)
+                for is_near, (first, last) in enumerate([(begin, near), (near, gap.after)]):
+                    if first < last:
+                        pieces.setdefault((number, bool(is_near)), {})[partition] = first, last
+                begin = gap.end
+        kinds = KAFKA_RECORD | {"timestampType": "INT"}
+        parts = [self._read(spark, piece, is_near, fail_on_data_loss) for (_, is_near), piece in pieces.items()]
+        if not parts:
+            return spark.createDataFrame([], ", ".join(map(" ".join, kinds.items())))
+        return functools.reduce(DataFrame.union, parts)
+
+    def _read(self, spark: SparkSession, offsets: Offsets, is_near: bool, fail_on_data_loss: bool) -> DataFrame:
+        begin, end = (json.dumps({self.topic.name: {partition: each[which] for partition, each in offsets.items()}}) for which in (0, 1))
+        return kafka_records(
+            spark.read.format("kafka").options(**kafka_options(self.topic) | (ONE_BY_ONE if is_near else SEVERAL))
+            .option("assign", json.dumps({self.topic.name: list(offsets)})).option("startingOffsets", begin).option("endingOffsets", end)
+            .option("failOnDataLoss", fail_on_data_loss).option("maxRecordsPerPartition", 20_000).load(), LONGEST_RECORD)
+
+    def _find_gaps(self, spark: SparkSession, offsets: Offsets, one_by_one: int) -> None:
+        """Finds out which of the records at these offsets are too large. `one_by_one`: how many offsets before each of them, and before
+        the end, are read one record at a time from then on."""
+        self._one_by_one = one_by_one
+        self._gaps = []
+        forget_fetched_records(spark, and_consumers=True)
+        beginning = self.topic.beginning()
+        for partition, (offset, end) in offsets.items():
+            offset = max(offset, beginning.get(partition, 0))
+            while offset < end:
+                following, large = large_records(spark, self.topic.messages(partition, offset), offset, TOO_LARGE)
+                if following is None:
+                    raise KafkaTimeoutError(f"no message at offset {offset} of partition {partition}")
+                self._gaps += [Gap(partition, *record) for record in large]
+                offset = following

@@ -1,0 +1,200 @@
+"""Private parts of Spark's Kafka source, and Java's Kafka client by way of Spark's JVM.
+
+Without them, a stream could neither get past records that Spark can't read, nor see that Kafka has lost its log.
+"""
+
+import time
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from pipeline.spark.private import OUT_OF_MEMORY, _java, _scala_seq
+from pipeline.terminal.errors import java_class
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import DataFrame, SparkSession
+
+# Methods of Kafka's ConsumerRecord, and the SQL types of their results.
+KAFKA_RECORD = {"key": "BINARY", "value": "BINARY", "partition": "INT", "offset": "BIGINT", "timestamp": "BIGINT",
+                "serializedKeySize": "INT", "serializedValueSize": "INT"}
+
+
+def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
+    """The records that `rows`, a `spark.read` of Kafka, would read, with their timestamps as Kafka has them, and null for keys and
+    values of more than `max_bytes`.
+
+    Spark's own reader fails on a time that is no TIMESTAMP, and copies the largest value that a consumer can still hold.
+    Out: the columns of `KAFKA_RECORD` (`timestamp`: milliseconds; sizes: bytes, -1 for null), and `timestampType`, as Spark has it.
+    """
+    spark = rows.sparkSession
+    java = _java(spark)
+    sql, expressions = java.org.apache.spark.sql, java.org.apache.spark.sql.catalyst.expressions
+    none = _scala_seq(spark, [])
+    parse = spark._jsparkSession.sessionState().sqlParser().parseExpression
+
+    def method(target: Any, name: str, kind: Any) -> Any:
+        return expressions.objects.Invoke(target, name, kind, none, none, True, True, True)
+
+    def column(value: Any, name: str) -> Any:
+        return expressions.Alias(value, name, expressions.NamedExpression.newExprId(), none, java.scala.Option.empty(), none)
+
+    an_object = java.org.apache.kafka.clients.consumer.ConsumerRecord("", 0, 0, None, None)
+    kind_of_record = sql.types.ObjectType(an_object.getClass())
+    rows_of_one = expressions.AttributeReference("record", kind_of_record, False, sql.types.Metadata.empty(),
+                                                 expressions.NamedExpression.newExprId(), none)
+    record = expressions.BoundReference(0, kind_of_record, False)
+    columns = []
+    for name, kind in KAFKA_RECORD.items():
+        value = method(record, name, sql.types.DataType.fromDDL(kind))
+        if kind == "BINARY":
+            is_small = expressions.LessThanOrEqual(expressions.Length(value), parse(f"{max_bytes}"))
+            value = expressions.If(is_small, value, parse("CAST(NULL AS BINARY)"))
+        columns.append(column(value, name))
+    timestamp_type = method(record, "timestampType", sql.types.ObjectType(an_object.timestampType().getClass()))
+    columns.append(column(method(timestamp_type, "ordinal", sql.types.DataType.fromDDL("INT")), "timestampType"))
+    rdd = rows._jdf.queryExecution().toRdd()
+    while rdd.getClass().getSimpleName() != "KafkaSourceRDD":
+        rdd = rdd.dependencies().head().rdd()
+    plan = java.org.apache.spark.sql.catalyst.plans.logical.SerializeFromObject(
+        _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, rdd, spark._jsparkSession))
+    read = DataFrame(sql.classic.Dataset.ofRows(spark._jsparkSession, plan), spark)
+    return read.withColumn("timestampType", read.timestampType - 1)  # -1 for none is the first
+
+
+def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
+    """The offsets that a micro-batch of Kafka reads of each partition: the first, and the one after the last."""
+    offsets: dict[int, tuple[int, int]] = {}
+    for part in batch._jdf.queryExecution().toRdd().partitions():
+        part = part.inputPartition().get().offsetRange()
+        begin, end = offsets.get(partition := part.topicPartition().partition(), (part.fromOffset(), part.untilOffset()))
+        offsets[partition] = min(begin, part.fromOffset()), max(end, part.untilOffset())
+    return offsets
+
+
+def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> None:
+    """Makes a batch read all of its records from Kafka, even those that Spark has fetched along with an earlier batch: since then, Kafka
+    may have lost the end of its log, and have other records there.
+
+    `and_consumers`: those that had a record too large for the memory would fail there again, and others hold the last one they read.
+    """
+    consumers = getattr(_java(spark).org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
+    for name in ["fetchedDataPool"] + ["consumerPool"] * and_consumers:
+        pool = consumers.getDeclaredField(name)
+        pool.setAccessible(True)
+        pool.get(None).reset()
+
+
+class KafkaReader:
+    """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
+
+    `options`: those of Spark's Kafka source.
+    """
+
+    def __init__(self, spark: SparkSession, options: dict[str, Any]):
+        java = self._java = _java(spark)
+        settings = java.java.util.HashMap()
+        for name, value in options.items():
+            settings.put(name.removeprefix("kafka."), value)
+        # Never commit offsets, and never jump elsewhere if an offset is gone.
+        for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none",
+                            "max.partition.fetch.bytes": "65536"}.items():
+            settings.put(name, value)
+        deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
+        self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def _place(self, topic: str, partition: int) -> Any:
+        return self._java.org.apache.kafka.common.TopicPartition(topic, partition)
+
+    def records_at(self, topic: str, offsets: dict[int, int], seconds: float, max_bytes: int) -> dict[int, tuple[int, bytes | None]]:
+        """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition; None for a larger value.
+
+        Leaves out the records that Kafka doesn't have, or doesn't deliver within `seconds`, or that don't fit into the memory.
+        """
+        places = {partition: self._place(topic, partition) for partition in offsets}
+        found: dict[int, tuple[int, bytes | None]] = {}
+        self._consumer.assign(list(places.values()))
+        self._consumer.resume(list(places.values()))
+        for partition, place in places.items():
+            self._consumer.seek(place, offsets[partition])
+        deadline = time.monotonic() + seconds
+        while places and time.monotonic() < deadline:
+            try:
+                records = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
+                looked_at = [place.partition() for place in records.partitions()]
+            except Py4JJavaError as error:
+                if java_class(error) == OUT_OF_MEMORY:
+                    self._consumer.unsubscribe()  # and forget what was fetched, half of which is used up
+                    break
+                if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
+                    raise
+                records, looked_at = None, [place.partition() for place in error.java_exception.partitions()]
+            for partition in looked_at:
+                place = places.pop(partition)
+                self._consumer.pause([place])
+                if records and (record := records.records(place)[0]).offset() == offsets[partition]:
+                    found[partition] = record.timestamp(), record.value() if record.serializedValueSize() <= max_bytes else None
+        return found
+
+    def records_between(self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float,
+                        max_bytes: int) -> list[tuple[int, int, int, bytes | None]] | None:
+        """The partition, offset, timestamp and value of each record at these offsets (partition: the first, and the one after the last);
+        None for a larger value. None in all if one of them doesn't fit into the memory, or if they take more than so many `seconds`."""
+        places = {partition: self._place(topic, partition) for partition, (begin, end) in offsets.items() if begin < end}
+        found: list[tuple[int, int, int, bytes | None]] = []
+        self._consumer.assign(list(places.values()))
+        self._consumer.resume(list(places.values()))
+        for partition, place in places.items():
+            self._consumer.seek(place, offsets[partition][0])
+        deadline = time.monotonic() + seconds
+        while places:
+            if time.monotonic() > deadline:
+                return None
+            try:
+                for record in self._consumer.poll(self._java.java.time.Duration.ofMillis(200)).iterator():
+                    if record.partition() in places and record.offset() < offsets[record.partition()][1]:
+                        value = record.value() if record.serializedValueSize() <= max_bytes else None
+                        found.append((record.partition(), record.offset(), record.timestamp(), value))
+                done = [partition for partition, place in places.items() if self._consumer.position(place) >= offsets[partition][1]]
+            except Py4JJavaError as error:
+                if java_class(error) == OUT_OF_MEMORY:
+                    self._consumer.unsubscribe()
+                    return None
+                if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
+                    raise
+                done = [place.partition() for place in error.java_exception.partitions()]  # removed meanwhile
+            for partition in done:
+                self._consumer.pause([places.pop(partition)])
+        return found
+
+
+class LargeRecord(NamedTuple):
+    """A record that is too large, by its offset, and what a consumer can't read because of it."""
+    after: int  # the offset after the last record before it: a consumer that is asked for a later one comes to it, even if that holds none
+    offset: int
+    end: int  # the offset after the message in which it is packed
+
+
+def large_records(spark: SparkSession, messages: bytes, begin: int, max_bytes: int) -> tuple[int | None, list[LargeRecord]]:
+    """The offset after these messages, as Kafka has them from the offset `begin` on, and the first record of more than `max_bytes` in
+    each that is compressed. A record is measured with its headers, and skipped rather than held. None if there is no whole message.
+    """
+    java = _java(spark)
+    collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common
+    iterators, comparison = collections.IteratorUtils, collections.functors.ComparatorPredicate
+    is_large = collections.PredicateUtils.transformedPredicate(
+        collections.TransformerUtils.invokerTransformer("sizeInBytes"), comparison.comparatorPredicate(
+            max_bytes, collections.ComparatorUtils.naturalComparator(), comparison.Criterion.LESS))
+    end, large = None, []
+    for message in kafka.record.MemoryRecords.readableRecords(java.java.nio.ByteBuffer.wrap(messages)).batches().iterator():
+        after, end = end or begin, message.lastOffset() + 1
+        if not message.isCompressed() or message.magic() < 2:  # Kafka's format before 0.11
+            continue
+        with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
+            before = iterators.indexOf(records, is_large)
+        if before >= 0:
+            with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
+                after = iterators.get(records, before - 1).offset() + 1 if before else after
+                large.append(LargeRecord(after, records.next().offset(), end))
+    return end, large

@@ -1,0 +1,46 @@
+"""The topic as a stream of records."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.kafka.lookup import kafka_options
+from pipeline.kafka.source import KafkaSource, records_of
+from pipeline.streaming.query import TO_ITS_END, trigger_of
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+
+def streams_of(spark: SparkSession, source: KafkaSource, options: argparse.Namespace) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
+    """The topic as streams, each with its trigger: if data loss is accepted, first one that passes over what is lost by now;
+    then the one that the options ask for, which stops where Kafka loses more."""
+    if options.accept_data_loss:
+        yield read_topic(spark, source, options, fail_on_data_loss=False), TO_ITS_END
+        source.accept_data_loss = False
+    yield read_topic(spark, source, options), trigger_of(options)
+
+
+def read_topic(spark: SparkSession, source: KafkaSource, options: argparse.Namespace, fail_on_data_loss: bool = True) -> DataFrame:
+    """The topic as a stream of `records_of`; `ingest_time` is the start of its batch."""
+    topic = source.topic
+    kafka = (
+        spark.readStream.format("kafka")
+        .option("kafka.max.poll.records", 5000)  # 500, Kafka's default, takes half as long again
+        # Whatever a batch is to read is there. Kafka's default waits half a second in each partition for what comes after it.
+        .option("kafka.fetch.max.wait.ms", 0)
+        .options(**kafka_options(topic))
+        .option("subscribe", topic.name)
+        .option("startingOffsets", source.starting_offsets)
+        .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
+        .option("failOnDataLoss", fail_on_data_loss)
+        # A large batch is cut into many small parts, which TableWriter joins to files of one size for all cores.
+        .option("maxRecordsPerPartition", 20_000)
+        # What a batch reads is there: two minutes, the default, would only hide that Kafka is away.
+        .option("kafkaConsumer.pollTimeoutMs", 60_000)
+        # A broker that does not answer is waited for by `run_until_stopped`, which says so.
+        .option("fetchOffset.numRetries", 1)
+        .load()
+    )
+    # The checkpoint keeps the time, so a batch that is repeated has the same.
+    return records_of(kafka, topic.name, F.current_timestamp())

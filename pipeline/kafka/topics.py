@@ -1,0 +1,261 @@
+"""The Kafka topic from a script's point of view: is it there, is it still the same, and what to do if not."""
+
+import argparse
+import re
+import time
+from functools import cached_property
+from typing import Any
+
+from pipeline.kafka.admin import Admin
+from pipeline.kafka.brokers import Broker, NoBrokerError, add_broker_options
+from pipeline.kafka.properties import read_properties
+from pipeline.terminal.arguments import at_least
+from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause
+from pipeline.terminal.messages import say
+from pipeline.terminal.progress import in_progress
+from pipeline.terminal.signals import StopFlag
+
+from kafka import TopicPartition
+from kafka.admin import OffsetSpec
+from kafka.errors import (
+    AuthorizationError,
+    BrokerResponseError,
+    InvalidConfigurationError,
+    InvalidReplicationFactorError,
+    KafkaError,
+    NoError,
+    PolicyViolationError,
+    TopicAlreadyExistsError,
+    for_code,
+)
+from kafka.protocol.consumer.offsets import IsolationLevel
+from kafka.structs import OffsetAndMetadata
+
+TOPIC = "sensor_data"
+PARTITIONS = 3
+# A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds, and so is one that is too large unpacked:
+# https://kafka.apache.org/39/documentation.html#topicconfigs
+CONFIGS = {"message.timestamp.after.max.ms": "86400000", "compression.type": "uncompressed"}
+NOTE_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
+OUTAGE = 300  # seconds that a running stream waits for its broker to come back
+
+
+def add_topic_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `add_broker_options`, --topic and --wait."""
+    add_broker_options(parser)
+    parser.add_argument("--topic", type=topic_name, default=TOPIC, help="Kafka topic")
+    parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
+                        help="how long to wait for a broker or a topic that is not there yet")
+
+
+def topic_name(value: str) -> str:
+    """The type of an option that takes the name of a topic: https://kafka.apache.org/39/documentation.html#topicconfigs"""
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in (".", ".."):
+        raise argparse.ArgumentTypeError(f'{value!r} is not a valid topic name, which has only letters A to Z, digits, ".", "_" and "-", '
+                                         f"at most 249 of them")
+    return value
+
+
+class NoTopicError(PipelineError):
+    """The broker answers, and has no such topic."""
+
+
+class Topic(Broker):
+    """A topic of a cluster."""
+
+    def __init__(self, servers: str | None, name: str = TOPIC, properties: dict[str, str] | None = None):
+        super().__init__(servers, properties)
+        self.name = name
+        # What a transaction has aborted was never sent, and what it has not committed may yet be aborted.
+        self.isolation_level = self.properties.get("isolation.level", "read_committed")
+        if self.isolation_level.upper() not in IsolationLevel.__members__:
+            raise PipelineError(f"The Kafka property isolation.level is {self.isolation_level}; it can be read_committed or "
+                                f"read_uncommitted.")
+
+    def __str__(self) -> str:
+        return f'the topic "{self.name}" on {self.servers}'
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Topic":
+        """The topic that the options of `add_topic_options` name; with those of `add_broker_options` alone, the default one."""
+        return cls(options.bootstrap_servers, getattr(options, "topic", TOPIC),
+                   read_properties(options.kafka_config) if options.kafka_config else None)
+
+    def group_of(self, table: str) -> str:
+        """The consumer group under which a stream into `table` notes how far it is, unless --group-id says another."""
+        name = table.rstrip("/").rpartition("/")[2]
+        return self.properties.get("group.id", f"pipeline-{name}")
+
+    def wait(self, seconds: float, create: bool = False, stopping: StopFlag | None = None) -> None:
+        """Returns once the topic is there, or `stopping` is set; `create` makes it if it is missing.
+
+        Raises PipelineError if no broker answers, or there is no topic, for so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        with in_progress() as note:
+            while not (stopping and stopping.is_set()):
+                try:
+                    return self._require(create)
+                except (NoBrokerError, NoTopicError) as problem:
+                    if time.monotonic() >= deadline:
+                        raise
+                    note(f"{problem} Waiting up to {seconds:g} s for it …")
+                (stopping.wait if stopping else time.sleep)(0.5)
+
+    def _require(self, create: bool) -> None:
+        """Raises NoBrokerError or NoTopicError if one is not there; `create` makes the topic."""
+        def look(admin: Admin) -> None:
+            if self.name in admin.list_topics():
+                [topic] = admin.describe_topics([self.name])
+                if any(partition["leader_id"] < 0 for partition in topic["partitions"]):
+                    raise NoBrokerError(f"The broker of some partitions of {self} is away.")
+                return
+            if not create:
+                raise NoTopicError(
+                    f'No topic "{self.name}" on {self.servers}, or none that this user may see. Create it: '
+                    f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
+                    f"--replication-factor 1.")
+            try:
+                self._create(admin, CONFIGS)
+            except TopicAlreadyExistsError:
+                raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
+            except BrokerResponseError as error:
+                # A broker that has just started knows of none that could have a replica.
+                if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
+                    raise
+                raise PipelineError(f"Kafka refuses to make {self} ({type(error).__name__}). Choose another --topic, or have it made by "
+                                    f"somebody who may.") from error
+            say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
+        self.ask(look)
+
+    def _create(self, admin: Admin, configs: dict[str, str]) -> None:
+        try:
+            admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1, "configs": configs}},
+                                wait_for_metadata=True)
+        except (InvalidConfigurationError, PolicyViolationError):  # brokers before 3.6 don't know it, others may not allow it
+            if not configs:
+                raise
+            self._create(admin, {})
+
+    @cached_property
+    def _admin(self) -> Admin:
+        return self.client(Admin)
+
+    def id(self) -> str:
+        """Kafka's id of the topic, which changes when it is deleted and made again; "" if there is no topic."""
+        [topic] = self._admin.describe_topics([self.name])
+        return str(topic["topic_id"] or "")
+
+    def lost(self, unread: dict[int, int]) -> str:
+        """Offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
+        first, end = (self._offsets(spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+        gone = []
+        unread = dict.fromkeys(first, 0) | unread  # partitions that are new are read from their beginning
+        for partition, next_offset in sorted(unread.items()):
+            if partition not in end:
+                gone.append(f"partition {partition} from offset {next_offset} on")
+            elif first[partition] > next_offset:
+                gone.append(f"partition {partition} offsets {next_offset} to {first[partition] - 1}")
+        return ", ".join(gone)
+
+    def beginning(self) -> dict[int, int]:
+        """The first offset of each partition."""
+        return self._offsets(OffsetSpec.EARLIEST)
+
+    def end(self) -> dict[int, int]:
+        """The offset after the last record of each partition."""
+        return self._offsets(OffsetSpec.LATEST)
+
+    def read_too_far(self, unread: dict[int, int]) -> str:
+        """Where `unread` is past the start of a transaction that is still open, as text; "" if nowhere."""
+        end = self._offsets(OffsetSpec.LATEST)
+        settled = self._offsets(OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
+        return ", ".join(f"partition {partition} from offset {settled[partition]} on"
+                         for partition, next_offset in sorted(unread.items())
+                         if partition in end and settled[partition] < next_offset <= end[partition])
+
+    def _offsets(self, spec: OffsetSpec, **options: Any) -> dict[int, int]:
+        """The first or last offset of each partition."""
+        [topic] = self._admin.describe_topics([self.name])
+        if topic["error_code"]:  # of a broker that does not know the topic yet it would be an empty one
+            raise for_code(topic["error_code"])()
+        places = {TopicPartition(self.name, partition["partition_index"]): spec for partition in topic["partitions"]}
+        return {place.partition: found.offset
+                for place, found in self._admin.list_partition_offsets(places, **options).items()}
+
+    def messages(self, partition: int, offset: int) -> bytes:
+        """Kafka's messages from the one with the record at `offset` on, as `Admin.messages` gives them."""
+        [topic] = self._admin.describe_topics([self.name])
+        [leader] = [each["leader_id"] for each in topic["partitions"] if each["partition_index"] == partition]
+        return self._admin.messages(leader, self.name, partition, offset)
+
+    @cached_property
+    def _notes(self) -> Admin:
+        """A client of its own: the stream asks the other one at the same time."""
+        return self.client(Admin, request_timeout_ms=NOTE_SECONDS * 1000, bootstrap_timeout_ms=NOTE_SECONDS * 1000)
+
+    def note_offsets(self, group: str, offsets: dict[int, int]) -> None:
+        """Notes in Kafka that the consumer group `group` goes on at these offsets (partition: next offset). Raises KafkaError."""
+        places = {TopicPartition(self.name, partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
+        deadline = time.monotonic() + NOTE_SECONDS
+        while True:
+            try:
+                for error in set(self._notes.alter_group_offsets(group, places).values()) - {NoError}:
+                    raise error()
+                return
+            except KafkaError as error:
+                self._forget("_notes")  # it would go on asking a broker that no longer answers for the group
+                if not error.retriable or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def close(self) -> None:
+        """Closes the clients; whoever asks again gets new ones."""
+        self._forget("_admin", "_notes")
+
+    def _forget(self, *clients: str) -> None:
+        for name in clients:
+            if client := self.__dict__.pop(name, None):
+                client.close()
+
+    def unread(self, group: str) -> int | None:
+        """How many records come after the offsets that the consumer group has noted; None if it has noted none.
+
+        Raises KafkaError, or OSError if no broker listens.
+        """
+        self.require_listener()
+        with self.client(Admin, bootstrap_timeout_ms=1000) as admin:
+            noted = admin.list_group_offsets([group])[group]
+            ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))
+        return sum(max(0, ends[place].offset - note.offset) for place, note in noted.items()) if noted else None
+
+    def require_access(self, error: Exception) -> None:
+        """Raises PipelineError if the brokers have refused this client with `error`."""
+        message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"
+        if re.search(r"(Authenticat|Authoriz|S[sS][lL])\w*(Exception|Error)", message):
+            raise self.refused(first_line(root_cause(error))) from error
+
+    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
+        """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
+
+        Raises PipelineError if Kafka stays away or waiting is of no use; `error` if it is not Kafka's.
+        """
+        self.require_access(error)
+        message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"
+        has_no_topic = re.search(
+            r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)
+        is_away = r"kafka\.\S*(Timeout|Disconnect|Network|NotAvailable|NotLeader)\w*Exception|java\.util\.concurrent\.TimeoutException"
+        if not (has_no_topic or isinstance(error, KafkaError) or re.search(is_away, message)):
+            raise error
+        if not has_no_topic:
+            say(f"Kafka on {self.servers} no longer answers.")
+        try:
+            self.wait(10 if has_no_topic else OUTAGE, stopping=stopping)  # a broker has no topic for a moment after its start
+        except NoTopicError:
+            raise PipelineError(f"{self} is gone, with what was not read yet, or this user may no longer see it. To go on with a "
+                                f"new one, make it and start with --accept-data-loss.".replace("the", "The", 1)) from error
+        except NoBrokerError:
+            if not has_no_topic:
+                raise
+            self.wait(OUTAGE, stopping=stopping)
+        self.close()  # its clients, which do not recover from a long outage

@@ -1,0 +1,34 @@
+"""What read_bronze.py and read_silver.py do."""
+
+from pipeline.paths import quarantine_of
+from pipeline.readers.printing import add_reader_options, newest_rows, read_table, show
+from pipeline.spark.session import READER_JVM, build_spark
+from pipeline.terminal.arguments import argument_parser, table_location
+from pipeline.terminal.messages import say
+
+
+def show_latest(manual: str, default_table: str, written_by: str) -> None:
+    """The whole of a reader script: options, session, the newest rows, the number of rows.
+
+    `written_by`: the command that makes the table, for whoever has none yet.
+    """
+    parser = argument_parser(manual)
+    parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
+    parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
+    parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")
+    parser.add_argument("--follow", action="store_true",
+                        help="go on: on a terminal the newest rows in place, else each new row as a line; Ctrl+C ends it")
+    add_reader_options(parser)
+    options = parser.parse_args()
+
+    spark = build_spark("reader", READER_JVM, options.verbose)
+    if options.follow:
+        from pipeline.readers.follow import follow
+        follow(spark, options)
+        return
+    accepted = read_table(spark, options.table, written_by)
+    rejected = read_table(spark, quarantine_of(options.table), written_by)
+    show(newest_rows(spark, options), options.limit, options.format, whole=options.raw)
+    if options.format == "table":
+        say(f"{accepted.count():,} rows in {options.table}")
+        say(f"{rejected.count():,} rows in {quarantine_of(options.table)}")

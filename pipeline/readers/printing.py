@@ -1,0 +1,171 @@
+"""Printing Delta tables: for people as a table that fits the terminal, for programs as JSON or CSV."""
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pipeline.delta.private import files_of
+from pipeline.paths import quarantine_of
+from pipeline.terminal.arguments import at_least
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import say
+
+from delta.tables import DeltaTable
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+CUT_AT = 120  # characters of a value, unless all of it is asked for
+FOLD_AT = 30  # columns of the terminal that a long value gets, where not all have room on a line
+# Columns that a narrow terminal leaves out, in this order: the tables' own columns before the contract's.
+LEAST_NEEDED = ("raw_json", "_rescued_data", "kafka_key", "topic", "kafka_timestamp", "source_file", "partition", "offset", "ingest_time")
+ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
+
+
+def table_of(options: argparse.Namespace) -> str:
+    """The path of the table that a reader's options ask for."""
+    return quarantine_of(options.table) if options.rejected else options.table
+
+
+def in_order(rows: DataFrame, options: argparse.Namespace, newest_first: bool = False) -> DataFrame:
+    """The rows of that table, ordered by time, with the columns that the options ask for."""
+    if options.format == "table" and not options.raw:
+        rows = rows.drop("raw_json")
+    times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
+    return rows.orderBy(*((F.desc if newest_first else F.asc)(f"`{time}`") for time in ("ingest_time", *times[:1])))
+
+
+def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel: Any) -> DataFrame:
+    """The newest rows that the options of a reader ask for, the newest first; of the newest version, or of another (`versionAsOf`)."""
+    path = table_of(options)
+    rows = spark.read.format("delta").options(**time_travel).load(path)
+    if since := newest_since(spark, path, options.limit):
+        rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
+    return in_order(rows, options, newest_first=True).limit(options.limit)
+
+
+def add_reader_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all readers have: --limit, --format."""
+    parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
+    parser.add_argument("--format", choices=("table", "json", "csv"), default="table",
+                        help="a table for people, or for programs all columns: json, an object per line, or csv")
+
+
+def read_table(spark: SparkSession, path: str, written_by: str, **time_travel: Any) -> DataFrame:
+    """The Delta table at `path`, at a version or time if told (`versionAsOf`, `timestampAsOf`).
+
+    Raises PipelineError if there is none; `written_by` is the command that makes it.
+    """
+    if not DeltaTable.isDeltaTable(spark, path):
+        raise PipelineError(f"No Delta table at {path} yet. It appears with the first records; start {written_by}.")
+    return spark.read.format("delta").options(**time_travel).load(path)
+
+
+def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
+    """A time (microseconds since 1970) such that at least `limit` rows of the table have an ingest_time from it on.
+
+    It comes from the statistics of the files in the table's log. So the newest rows are found without a look at all of
+    them: Delta skips each file whose rows are all older. None if no file may be skipped.
+    """
+    statistics = F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>")
+    files = (files_of(spark, path).select(statistics.alias("file"))
+             .select("file.numRecords", F.unix_micros("file.minValues.ingest_time").alias("since")))
+    rows = 0
+    for file in files.orderBy(F.desc("since")).limit(limit).collect():  # enough: a file has at least one row
+        rows += file.numRecords or 0
+        if rows >= limit:
+            return file.since
+    return None
+
+
+def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) -> None:
+    """Prints the first `limit` rows in the `form` of --format. `whole`: a table with no value cut and no column left out."""
+    rows = rows.limit(limit)
+    if form == "table":
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
+        table, left_out = as_table(rows, console.width, whole)
+        with console.capture() as printed:  # which leaves the end of a pipe to `run`
+            console.print(table)
+        say("\n".join(map(str.rstrip, printed.get().splitlines())))
+        if left_out:
+            say(f"No room for {', '.join(left_out)}; --format json has all columns.")
+    else:
+        if form == "csv":
+            say(csv_line(rows.columns))
+        for line in lines(rows, form):
+            say(line)
+
+
+def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
+    """The rows as lines, in the `form` of --format. What would steer a terminal is escaped there, as in JSON."""
+    for line in _lines(rows, form, whole):
+        yield re.sub(r"[^\n -~]", _escaped, line) if sys.stdout.isatty() else line
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return character[0] if character[0].isprintable() else json.dumps(character[0])[1:-1]
+
+
+def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
+    if form == "json":
+        options = {"ignoreNullFields": "false", "timestampFormat": ISO_8601}
+        texts = [_text(name, kind) if kind == "binary" else F.col(f"`{name}`") for name, kind in rows.dtypes]
+        for [line] in rows.select(F.to_json(F.struct(*texts), options)).toLocalIterator():
+            yield line
+    elif form == "table":
+        for row in rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).toLocalIterator():
+            yield "  ".join("null" if text is None else text for text in row)
+    else:
+        texts = [F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
+                 for name, kind in rows.dtypes]
+        for row in rows.select(*texts).toLocalIterator():
+            yield csv_line(row)
+
+
+def csv_line(values: Iterable[str | None]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(values)  # before Python 3.13, it quotes only those line breaks that it writes
+    return line.getvalue().removesuffix("\r\n")
+
+
+def _text(name: str, kind: str) -> Column:
+    """The column as text; of bytes that are not UTF-8 "�"."""
+    value = F.col(f"`{name}`").cast("string")
+    return (F.make_valid_utf8(value) if kind == "binary" else value).alias(name)
+
+
+def _cell(name: str, kind: str, whole: bool) -> Column:
+    """The column as people read it. What a record holds must not steer the terminal: control characters are "�"."""
+    value = F.regexp_replace(_text(name, kind), r"\p{C}", "\ufffd")
+    if kind == "timestamp":
+        value = F.date_format(f"`{name}`", "yyyy-MM-dd HH:mm:ss")
+    elif not whole:
+        value = F.when(F.length(value) > CUT_AT, F.concat(F.left(value, F.lit(CUT_AT)), F.lit("…"))).otherwise(value)
+    return value.alias(name)
+
+
+def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, list[str]]:
+    """The rows as a table of at most `width` columns of the terminal, and the names of the columns that have no room there."""
+    kinds = dict(rows.dtypes)
+    cells = rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).collect()
+    widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in cells)))) for name in kinds}
+    shown = list(kinds)
+    for name in () if whole else (*filter(kinds.__contains__, LEAST_NEEDED), *reversed(kinds)):
+        if name in shown[1:] and sum(min(widths[each], FOLD_AT) + 2 for each in shown) > width:
+            shown.remove(name)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in shown:
+        is_number = kinds[name] in ("tinyint", "smallint", "int", "bigint", "float", "double") or kinds[name].startswith("decimal")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=widths[name] <= FOLD_AT)
+    for row in cells:
+        table.add_row(*(Text("null", style="dim") if row[name] is None else Text(row[name]) for name in shown))
+    return table, [name for name in kinds if name not in shown]

@@ -1,0 +1,117 @@
+"""Simulated sensors: readings by a contract, and some that break it."""
+
+import copy
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+from pipeline.contract.contract import Contract, load_readings
+from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Timestamp
+
+BUILDINGS = ("A", "B", "C")
+FLOORS = range(6)
+# What breaks a rule of readings.py; how to break another one is not known here.
+WRONG_VALUES: dict[str, dict[str, Any]] = {
+    "unknown_type": {"type": "pressure"}, "wrong_unit": {"unit": "K"}, "out_of_range": {"value": 1e6}}
+
+
+class Simulator:
+    """Makes readings by `contract`. `sensor_types`: those of readings.py, where the contract has such.
+
+    `breaks`: a way to break a reading for each of the contract's reasons, by the reason, but for rules that are unknown here.
+    """
+
+    def __init__(self, contract: Contract, sensor_types: dict[str, Any]):
+        self.contract, self.sensor_types = contract, sensor_types
+        self.breaks: dict[str, Callable[[dict[str, Any]], bytes | None]] = {
+            "empty_record": lambda reading: None,
+            "invalid_encoding": lambda reading: to_json(reading)[:-1] + b', "note": "\xff"}',
+            "malformed_json": lambda reading: to_json(reading)[:-1],
+            **{f"missing_{field.name}": changing(field, lambda _: None) for field in contract.fields if field.required},
+            **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in contract.fields},
+            **{reason: having(wrong) for reason, wrong in WRONG_VALUES.items()
+               if reason in contract.rules and wrong.keys() <= {field.name for field in contract.fields}},
+        }
+
+    @classmethod
+    def of(cls, readings: str) -> "Simulator":
+        """The simulator for the contract in the file `readings`. Raises PipelineError if there is none."""
+        names = load_readings(readings)
+        return cls(names["CONTRACT"], names.get("SENSOR_TYPES", {}))
+
+    def messages(self, devices: int, invalid_fraction: float = 0, seed: int | None = None) -> Iterator[tuple[str, bytes | None]]:
+        """Endless messages (device id, record) of `devices` devices in turn, the time in them being the present.
+
+        A record has the contract's fields in their order; those that are unknown here have any value of their kind.
+        """
+        rng = random.Random(seed)
+        fleet = [self._device(number, rng) for number in range(1, devices + 1)]
+        breaks = itertools.cycle(self.breaks.values())
+        for device in itertools.cycle(fleet):
+            if sensor := self.sensor_types.get(device.get("type", "")):
+                step = (sensor.typical[1] - sensor.typical[0]) / 50
+                # A random walk that is drawn back to where the device started, so that it never leaves the sanity range.
+                device["exact"] += rng.gauss(0, step) + (device["usual"] - device["exact"]) / 20
+                device["value"] = round(device["exact"], 2)
+            reading: dict[str, Any] = {}
+            for field in self.contract.fields:
+                value = device.get(field.name)
+                put(reading, field, value if is_of(field, value) else any_value(field, rng))
+            is_broken = rng.random() < invalid_fraction
+            yield device["device_id"], next(breaks)(reading) if is_broken else to_json(reading)
+
+    def _device(self, number: int, rng: random.Random) -> dict[str, Any]:
+        """What a device always says, and where its value starts."""
+        device: dict[str, Any] = {"device_id": f"sensor-{number:03}"}
+        if self.sensor_types:
+            sensor_type, sensor = list(self.sensor_types.items())[number % len(self.sensor_types)]
+            usual = rng.uniform(*sensor.typical)
+            device |= {"type": sensor_type, "unit": sensor.unit, "usual": usual, "exact": usual}
+        return device | {"building": rng.choice(BUILDINGS), "floor": rng.choice(FLOORS)}
+
+
+def is_of(field: Field, value: Any) -> bool:
+    """Whether the field can have this value, which a device has for its name."""
+    kinds = ((Text, str), (Integer, int), (Number, (int, float)))
+    return any(isinstance(field, kind) and isinstance(value, types) for kind, types in kinds)
+
+
+def any_value(field: Field, rng: random.Random) -> Any:
+    if isinstance(field, Timestamp):
+        now = datetime.now(timezone.utc)
+        return {"rfc3339": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "epoch_s": round(now.timestamp(), 3),
+                "epoch_ms": int(now.timestamp() * 1000)}[field.format]
+    if isinstance(field, Boolean):
+        return rng.random() < 0.5
+    if isinstance(field, (Integer, Number)):
+        return rng.randrange(100)
+    return f"{field.column}-{rng.randrange(10)}"
+
+
+def put(record: dict[str, Any], field: Field, value: Any) -> None:
+    for name in field.path[:-1]:
+        record = record.setdefault(name, {})
+    record[field.path[-1]] = value
+
+
+def to_json(reading: dict[str, Any]) -> bytes:
+    return json.dumps(reading, ensure_ascii=False).encode()
+
+
+def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], bytes]:
+    """A way to break a reading: by what `change` makes of the field's value."""
+    def break_reading(reading: dict[str, Any]) -> bytes:
+        broken = copy.deepcopy(reading)
+        put(broken, field, change(reduce(getitem, field.path, reading)))
+        return to_json(broken)
+    return break_reading
+
+
+def having(wrong: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
+    """A way to break a reading: by the values `wrong`."""
+    return lambda reading: to_json(reading | wrong)

@@ -1,0 +1,67 @@
+"""Java's class-data archive, from which Spark starts in about half the time: made once, by pipeline/training_run.py.
+
+What the archive is: https://docs.oracle.com/en/java/javase/17/vm/class-data-sharing.html
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.paths import REPOSITORY
+from pipeline.spark.java import SPARK_JARS, Java, cache_folder
+from pipeline.terminal.messages import warn
+from pipeline.terminal.progress import in_progress
+
+from filelock import FileLock
+
+# The options that make an archive and use it. From Java 25 on it also holds what Java has learned of the methods.
+OPTIONS = {False: ("-XX:ArchiveClassesAtExit", "-XX:SharedArchiveFile"), True: ("-XX:AOTCacheOutput", "-XX:AOTCache")}
+
+
+def use_archive(java: Java, jars: list[str]) -> str:
+    """The option by which `java` starts from the archive for itself, PySpark's jars and `jars`, beside the latter.
+
+    The first call makes the archive, in half a minute, and says so.
+    """
+    make, use = OPTIONS[java.release >= 25]
+    path = os.path.realpath(java.path)
+    # Java refuses it, silently, if one of the jars has another path or another time, as PySpark's have in another virtual
+    # environment, or in one that was made again.
+    times = [str(os.path.getmtime(each)) for each in (path, SPARK_JARS)]
+    place = _short_hash(path, str(SPARK_JARS))
+    archive = cache_folder() / f"classes-{place}-{_short_hash(*times, *jars)}.jsa"
+    if not archive.exists() and os.access(archive.parent, os.W_OK):  # Java starts without one, too
+        with in_progress() as note:
+            note("First start: preparing Java's class archive, so that each later start takes half the time …")
+            with FileLock(archive.with_suffix(".lock")):
+                if not archive.exists():
+                    for older in archive.parent.glob(f"classes-{place}-*.jsa"):
+                        older.unlink()
+                    _make(archive, make)
+    return f"{use}={archive}"
+
+
+def _short_hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def _make(archive: Path, option: str) -> None:
+    """Makes the archive by a training run; `option` tells Java to."""
+    draft = archive.with_suffix(".draft")
+    run = subprocess.Popen([sys.executable, "-m", "pipeline.training_run", option, draft], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        if code := run.wait():
+            warn(f"Java's class archive could not be made (exit code {code}). This start takes longer; the next one tries again.")
+        else:
+            if not draft.exists():  # this Java can't make one, and starts with an empty one, too
+                draft.write_bytes(b"")
+            os.replace(draft, archive)  # whole or not at all
+    finally:
+        with suppress(ProcessLookupError):  # after a Ctrl+C: that process and its JVM
+            os.killpg(run.pid, signal.SIGKILL)
+        draft.unlink(missing_ok=True)

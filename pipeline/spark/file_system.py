@@ -1,0 +1,100 @@
+"""Files wherever Spark finds them: on this machine, in a bucket, on HDFS."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.spark.private import _java
+from pipeline.terminal.errors import java_causes, root_cause
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import SparkSession
+
+
+class BrokenFileError(Exception):
+    """A file has been read, but its content can't be unpacked."""
+
+
+class FileSystem:
+    """The file system of a path, as Spark sees it: Python alone does not reach every one of them (`s3a://…`)."""
+
+    def __init__(self, spark: SparkSession, path: str, **settings: str):
+        self._java = _java(spark)
+        hadoop = self._java.org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
+        for name, value in settings.items():
+            hadoop.set(name, value)
+        self._files = self._path(path).getFileSystem(hadoop)
+
+    def _path(self, path: str) -> Any:
+        return self._java.org.apache.hadoop.fs.Path(path)
+
+    def qualified(self, path: str) -> str:
+        """The path with the file system's scheme, as the paths of what is in it come."""
+        return self._files.makeQualified(self._path(path)).toString()
+
+    def is_folder(self, path: str) -> bool:
+        return self._files.exists(self._path(path)) and self._files.getFileStatus(self._path(path)).isDirectory()
+
+    def names_in(self, folder: str) -> list[str]:
+        """The names in a folder; none if there is no such folder."""
+        return [status.getPath().getName() for status in self._statuses(folder)]
+
+    def folders_in(self, folder: str) -> list[str]:
+        """The paths of the folders in a folder."""
+        return [status.getPath().toString() for status in self._statuses(folder) if status.isDirectory()]
+
+    def _statuses(self, folder: str) -> list[Any]:
+        return list(self._files.listStatus(self._path(folder))) if self.is_folder(folder) else []
+
+    def read(self, path: str) -> str | None:
+        """The text of a file; None if there is none."""
+        if not self._files.exists(self._path(path)):
+            return None
+        with self._open(path) as content:
+            return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
+
+    def unpacked_size(self, path: str, limit: int) -> int:
+        """The bytes in a .gz file, read as Spark reads it; `limit` + 1 if there are more than `limit`.
+
+        Raises BrokenFileError if it can't be unpacked, and Py4JJavaError if it can't be read.
+        """
+        hadoop, io = self._java.org.apache.hadoop, self._java.org.apache.commons.io
+        codec = hadoop.io.compress.CompressionCodecFactory(self._files.getConf()).getCodec(self._path(path))
+        with self._open(path) as content:
+            # It knows its own errors: those of the disk, the store, the network. An error of another is the unpacking's.
+            packed = io.input.TaggedInputStream(content)
+            try:
+                return io.IOUtils.copyLarge(codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE, 0, limit + 1)
+            except Py4JJavaError as error:
+                is_io = self._java.java.io.IOException._java_lang_class.isInstance  # Hadoop makes an Error of an error of the disk
+                if any(packed.isCauseOf(cause) or not is_io(cause) for cause in java_causes(error)):
+                    raise
+                raise BrokenFileError(root_cause(error)) from error
+
+    @contextmanager
+    def _open(self, path: str) -> Iterator[Any]:
+        content = self._files.open(self._path(path))
+        try:
+            yield content
+        finally:
+            content.close()
+
+    def write(self, path: str, text: str) -> None:
+        """Creates or replaces a file. This is atomic on object stores; on HDFS a crash may leave half of the file."""
+        content = self._files.create(self._path(path), True)
+        try:
+            content.write(text.encode())
+        finally:
+            content.close()
+
+    def size(self, path: str) -> int | None:
+        """The bytes in a file; None if there is none."""
+        return self._files.getFileStatus(self._path(path)).getLen() if self._files.exists(self._path(path)) else None
+
+    def delete(self, path: str) -> None:
+        """Deletes a file, or a folder with all that is in it; does nothing if there is none."""
+        self._files.delete(self._path(path), True)
+
+    def rename(self, old: str, new: str) -> bool:
+        """False if it can't be done; true, too, if there is nothing to rename."""
+        return not self._files.exists(self._path(old)) or self._files.rename(self._path(old), self._path(new))

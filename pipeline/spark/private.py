@@ -1,0 +1,97 @@
+"""The uses of private APIs of Spark, Delta and Hadoop while a script runs, with the reason for each.
+
+pipeline/spark/session.py has those by which a session starts.
+"""
+
+import importlib
+import subprocess
+import sys
+from typing import Any, cast
+
+from py4j.java_gateway import JavaObject
+from py4j.protocol import Py4JJavaError
+from pyspark.java_gateway import ensure_callback_server_started
+from pyspark.sql import DataFrame, Observation, SparkSession
+
+
+def without_pandas(module: str) -> None:
+    """Imports a module as if pandas and what it needs were not installed."""
+    hidden = ("numpy", "pandas", "pyarrow")
+    there = {name: sys.modules.get(name) for name in hidden}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
+    importlib.import_module(module)
+    for name, found in there.items():
+        if found:
+            sys.modules[name] = found
+        else:
+            del sys.modules[name]
+
+
+# F.lit imports this module, only to know whether it may have been given something of theirs. Where they are installed, for
+# dashboard.py, that would take a second of each start and print a warning about their versions.
+without_pandas("pyspark.testing.utils")
+
+
+def _java(spark: SparkSession) -> Any:
+    """The classes of the session's JVM by their names: PySpark has no other way to what follows here."""
+    return spark._jvm
+
+
+OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
+
+
+def protect_callbacks(spark: SparkSession) -> None:
+    """Makes the port on which Spark's JVM calls `foreachBatch` ask for the session's secret; PySpark lets any user of the machine call it.
+
+    Py4J has the check on Python's side, but its Java side forgets the secret as it is told the port (0.10.9.9).
+    """
+    gateway = cast(Any, spark.sparkContext)._gateway
+    secret = gateway.gateway_parameters.auth_token
+    gateway.callback_server_parameters.auth_token = secret
+    ensure_callback_server_started(gateway)
+    field = _java(spark).py4j.CallbackClient._java_lang_class.getDeclaredField("authToken")
+    field.setAccessible(True)
+    field.set(JavaObject("GATEWAY_SERVER", gateway._gateway_client).getCallbackClient(), secret)
+
+
+def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:
+    several = _java(spark).java.util.ArrayList()
+    for value in values:
+        several.add(value)
+    return _java(spark).org.apache.spark.api.python.PythonUtils.toSeq(several)
+
+
+def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes]":
+    """The process of the session's JVM: PySpark has no way to wait for its end."""
+    return cast(Any, spark.sparkContext._gateway).proc
+
+
+def number_of_tasks(rows: DataFrame) -> int:
+    """How many tasks Spark would read the rows with. `rows.rdd` would make them Python's, and take longer."""
+    return rows._jdf.queryExecution().toRdd().getNumPartitions()
+
+
+def observed(spark: SparkSession, observation: Observation, seconds: int) -> dict[str, Any] | None:
+    """The figures that an observation has seen, by their names, as Java has them; its own `get` waits forever, and converts all to Python.
+
+    None if it has seen no query end within so many seconds; {} if Spark has left it out of the plan.
+    """
+    java, observer = _java(spark).scala.concurrent, cast(Any, observation._jo)
+    try:
+        row = java.Await.result(observer.future(), java.duration.Duration.create(seconds, "seconds"))
+    except Py4JJavaError:
+        return None
+    if not row.length():
+        return {}
+    return {field.name(): row.getList(number) if field.dataType().typeName() == "array" else row.get(number)
+            for number, field in enumerate(row.schema().fields())}
+
+
+def in_memory(rows: DataFrame) -> DataFrame:
+    """The rows as they are now, in the JVM's memory: they need not go through Python for it."""
+    return from_java_rows(rows.sparkSession, rows._jdf.collectAsList(), rows)
+
+
+def from_java_rows(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
+    """A DataFrame of Java's `rows`, with the columns of `like`: they need not go through Python for it."""
+    return DataFrame(spark._jsparkSession.createDataFrame(rows, like._jdf.schema()), spark)

@@ -1,0 +1,93 @@
+"""The batches of a query: written by the query's thread, reported by the script's, a line for each."""
+
+import threading
+import time
+from typing import Any
+
+from pipeline.delta.locks import retried
+from pipeline.streaming.private import stream_of
+from pipeline.streaming.source import Left
+from pipeline.streaming.writer import BatchReport, TableWriter, Unwatched
+from pipeline.terminal.messages import say, without_controls
+from pipeline.terminal.signals import StopFlag, Stopped
+
+from pyspark.sql import DataFrame
+from pyspark.sql.streaming.query import StreamingQuery
+
+MOST_REASONS, MOST_FIELDS = 3, 10  # in the line of a batch
+
+
+class Batches:
+    """The batches that one query writes."""
+
+    def __init__(self, writer: TableWriter, stopping: StopFlag, metrics: Unwatched):
+        self.writer, self.stopping, self.metrics = writer, stopping, metrics
+        self.lock = threading.Lock()  # held while a batch is written
+        self.begun = float("inf")  # when that began
+        self.reports: dict[int, BatchReport] = {}  # those that were not printed yet
+        self.written = 0
+        self.error: Exception | None = None
+
+    def write(self, batch: DataFrame, batch_id: int) -> None:
+        with self.lock:
+            try:
+                if self.stopping.is_set():
+                    raise Stopped  # before anything of this batch was written; the next start repeats it
+                with self.writer.tables.write_lock(self.stopping, create=batch_id == 0):
+                    self.begun = time.monotonic()
+                    # A second attempt skips whatever the first one wrote, as after a crash.
+                    self.reports[batch_id] = retried(lambda: self.writer.write(batch, batch_id, stream_of(batch)))
+                self.written += 1
+            except Exception as error:
+                self.error = error
+                raise
+            finally:
+                self.begun = float("inf")
+
+    def running_for(self) -> float:
+        """Seconds for which a batch has been written by now; less than 0 for none."""
+        return time.monotonic() - self.begun
+
+    def report(self, query: StreamingQuery) -> None:
+        """Prints the lines of the batches that are done since the last time."""
+        newest = None
+        for progress in done_in(query) if self.reports else ():
+            batch = self.reports.pop(progress["batchId"], None)
+            newest = progress if batch else newest
+            if batch and batch.rows:
+                source = self.writer.source
+                say(batch_line(batch, progress, source.left(progress, sum(batch.rows.values()))))
+                self.metrics.batch(batch, progress, source.lag(progress))
+        if newest:
+            self.writer.source.note(newest)
+
+    def wait_for_commit(self, query: StreamingQuery, seconds: float = 5) -> None:
+        """Lets the running batch end, and gives the query time to note in the checkpoint that it is done."""
+        with self.lock:
+            deadline = time.monotonic() + seconds
+        while self.reports and query.isActive and time.monotonic() < deadline:
+            self.report(query)
+            time.sleep(0.05)
+
+
+def done_in(query: StreamingQuery) -> list[dict[str, Any]]:
+    """What Spark reports of the last batches, less looks that found nothing: they have the number of the next batch."""
+    return [progress for progress in query.recentProgress if "addBatch" in progress["durationMs"]]
+
+
+def batch_line(report: BatchReport, progress: dict[str, Any], left: Left | None) -> str:
+    """What is printed of a batch. `left`: what was not read yet."""
+    rejected = {reason: rows for reason, rows in report.rows.items() if reason}
+    most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
+    reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)
+    if len(rejected) > MOST_REASONS:
+        reasons += f" and {len(rejected) - MOST_REASONS} more"
+    rows, seconds = sum(report.rows.values()), progress["batchDuration"] / 1000
+    seconds_left = left.amount * seconds / max(1, left.of_batch) if left else 0
+    unknown = ", ".join(map(without_controls, report.unknown[:MOST_FIELDS]))
+    if len(report.unknown) > MOST_FIELDS:
+        unknown += f" and {len(report.unknown) - MOST_FIELDS:,} more"
+    return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
+            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
+            + (f", {left.amount:,} {left.kind}" if left else "") + (f" ({seconds_left:,.0f} s at this rate)" if seconds_left > 3 else "")
+            + (f", {report.with_unknown:,} with fields unknown to the contract: {unknown}" if report.unknown else ""))

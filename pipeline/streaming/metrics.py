@@ -1,0 +1,57 @@
+"""A stream's figures for Prometheus, and whether it works, over HTTP: `--metrics-port`."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pipeline.streaming.writer import BatchReport, Unwatched
+from pipeline.terminal.errors import PipelineError
+from pipeline.terminal.messages import say
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+
+
+class Metrics(Unwatched):
+    """Answers on http://HOST:PORT: /metrics with the figures, /healthz with 200 while the stream works, else 503."""
+
+    def __init__(self, host: str, port: int):
+        self.works, self.newest_at = False, 0.0
+        disable_created_metrics()  # when each series began, which nothing here asks for
+        registry = CollectorRegistry()
+        self.accepted = Counter("pipeline_accepted_records", "Records written to the table", registry=registry)
+        self.rejected = Counter("pipeline_rejected_records", "Records written to the quarantine", ["reason"], registry=registry)
+        self.seconds = Histogram("pipeline_batch_seconds", "Duration of a batch", registry=registry,
+                                 buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300))
+        self.lag = Gauge("pipeline_lag_records", "Records of the partition that were not read yet", ["partition"], registry=registry)
+        self.newest = Gauge("pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry)
+        self.commit = Gauge("pipeline_last_commit_timestamp_seconds", "End of the last batch", registry=registry)
+        try:
+            server, _ = start_http_server(port, host, registry)
+        except OSError as error:
+            raise PipelineError(f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another "
+                                f"--metrics-port.") from error
+        self.figures: Any = server.get_app()
+        server.set_app(self._answer)
+        say(f"Metrics: http://{host}:{port}/metrics")
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/healthz":
+            return self.figures(environ, start_response)
+        start_response("200 OK" if self.works else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if self.works else b"the stream does not run\n"]
+
+    def working(self, works: bool) -> None:
+        self.works = works
+
+    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[int, int]) -> None:
+        self.accepted.inc(report.rows.get(None, 0))
+        for reason, rows in report.rows.items():
+            if reason:
+                self.rejected.labels(reason).inc(rows)
+        self.seconds.observe(progress["batchDuration"] / 1000)
+        for partition, records in lag.items():
+            self.lag.labels(partition).set(records)
+        if report.newest is not None:
+            self.newest_at = max(self.newest_at, report.newest / 1e6)
+            self.newest.set(self.newest_at)
+        self.commit.set(time.time())

@@ -1,0 +1,198 @@
+"""Running a stream: a clean stop, a line per batch, a sentence for what ends it."""
+
+import argparse
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from pipeline.contract.contract import Contract, add_readings_option, in_file
+from pipeline.delta.locks import CONFLICTS
+from pipeline.delta.tables import TablePair
+from pipeline.spark.private import OUT_OF_MEMORY, protect_callbacks
+from pipeline.streaming.batches import Batches
+from pipeline.streaming.checkpoints import Start, check_places, check_start, damaged, exclusive, taken
+from pipeline.streaming.source import Source, SourceAwayError
+from pipeline.streaming.writer import TableWriter, Unwatched
+from pipeline.terminal.arguments import location, port_number, table_location
+from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause
+from pipeline.terminal.messages import say
+from pipeline.terminal.progress import in_progress
+from pipeline.terminal.signals import StopFlag, Stopped, on_stop_signal
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException, StreamingQueryException
+from pyspark.sql import DataFrame, SparkSession
+
+TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
+NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
+MOST_FAILURES = 3  # in a row, each after a wait for the source
+RECOVERED = 600  # seconds that a query has run without records, after which its next failure is not in a row with earlier ones
+SET_BACK = 10  # seconds that the clock may go backwards, for which Spark begins no batch
+
+
+class ClockSetBackError(Exception):
+    """The query would do nothing until the clock shows again what it has shown before."""
+
+
+def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
+    """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --metrics-port."""
+    add_readings_option(parser)
+    parser.add_argument("--table", type=table_location, default=table,
+                        help="Delta table to append to; rejected records go to TABLE_quarantine")
+    parser.add_argument("--checkpoint", type=location, default=checkpoint,
+                        help="where the stream remembers what it has read; belongs to the table")
+    parser.add_argument("--trigger", type=_interval, default=trigger, metavar='"N seconds"',
+                        help='how often a batch starts; "0 seconds": as soon as the last one is done')
+    parser.add_argument("--once", action="store_true", help="process what is there now, then exit")
+    parser.add_argument("--metrics-port", type=port_number, metavar="N",
+                        help="serve Prometheus' metrics at http://HOST:N/metrics, and /healthz")
+    parser.add_argument("--metrics-host", metavar="HOST", default="127.0.0.1", help="address of this machine that they are served on")
+
+
+def _interval(value: str) -> str:
+    if not re.fullmatch(r"\d{1,9} (millisecond|second|minute|hour)s?", value):
+        raise argparse.ArgumentTypeError(f'{value!r} is not an interval such as "5 seconds" or "1 minute"')
+    return value
+
+
+def trigger_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The trigger that the options of `add_stream_options` ask for."""
+    return TO_ITS_END if options.once else {"processingTime": options.trigger}
+
+
+def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, dict[str, Any]]], source: Source, tables: TablePair,
+                      contract: Contract, options: argparse.Namespace) -> None:
+    """Runs `streams` of `source`, each with its trigger, into `tables`, one after the other, until the last ends or a signal comes:
+    then the running batch is finished. If the source stops answering, it waits for it and goes on.
+
+    Raises PipelineError if it can't start or can't go on.
+    """
+    stopping = StopFlag()
+    on_stop_signal(stopping.set)
+    check_places(options)
+
+    def check() -> Start:
+        with tables.write_lock(stopping):
+            return check_start(spark, source, tables, contract, options.checkpoint)
+
+    with spark:
+        protect_callbacks(spark)
+        with in_file(options.readings):
+            contract.check_rules(spark)
+        with exclusive(options.checkpoint), suppress(Stopped):
+            start = check()
+            metrics = _metrics(options)
+            say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
+            for stream, trigger in streams:
+                error: Exception | None = None
+                failures = 0
+                while not stopping.is_set():
+                    batches, began = 0, time.monotonic()
+                    try:
+                        if error:
+                            start = check()
+                            say("Going on from the last committed offsets.")
+                        writer = TableWriter(tables, contract, source, start)
+                        batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
+                    except (SourceAwayError, PySparkException, Py4JJavaError) as failed:  # the source is away again
+                        error = failed
+                    if not error:
+                        break
+                    if isinstance(error, ClockSetBackError):
+                        say(str(error))
+                        continue
+                    if explanation := source.explain(error) or explain(error, tables.table, options.checkpoint):
+                        raise PipelineError(explanation) from error
+                    failures = 1 if batches or time.monotonic() - began > RECOVERED else failures + 1
+                    if failures > MOST_FAILURES:
+                        raise PipelineError(f"{source} failed {failures} times in a row, though it answers in between: "
+                                            f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)) from error
+                    source.wait_out(error, stopping)
+    if not options.once:
+        say("Stopped. The next start goes on from here.")
+
+
+def _metrics(options: argparse.Namespace) -> Unwatched:
+    if not options.metrics_port:
+        return Unwatched()
+    from pipeline.streaming.metrics import Metrics
+    return Metrics(options.metrics_host, options.metrics_port)
+
+
+def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, checkpoint: str, stopping: StopFlag,
+              metrics: Unwatched) -> tuple[int, Exception | None]:
+    """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
+
+    Prints a line for each batch that has taken in records.
+    """
+    batches = Batches(writer, stopping, metrics)
+    try:
+        query = stream.writeStream.foreachBatch(batches.write).option("checkpointLocation", checkpoint).trigger(**trigger).start()
+    except (PySparkException, Py4JJavaError) as error:
+        return 0, error
+    metrics.working(True)
+    clock, set_back = time.time() - time.monotonic(), None
+    try:
+        with in_progress(only_on_terminal=True) as note:
+            while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
+                batches.report(query)
+                writer.source.watch()
+                note("A batch is being written …" if batches.running_for() > 3 else "")
+                now = time.time() - time.monotonic()
+                if now < clock - SET_BACK:
+                    set_back = ClockSetBackError(f"The clock was set back by {clock - now:,.0f} s.")
+                    break
+                clock = max(clock, now)
+        batches.wait_for_commit(query)
+        query.stop()
+        failure = batches.error or set_back
+    except StreamingQueryException as error:
+        failure = batches.error or error
+    finally:
+        metrics.working(False)
+        batches.report(query)
+    return batches.written, None if isinstance(failure, Stopped) else failure
+
+
+def explain(error: Exception, table: str, checkpoint: str) -> str | None:
+    """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
+    message = first_line(root_cause(error))
+    if java_class(error) == OUT_OF_MEMORY:
+        return (f"The memory of Spark's JVM does not suffice for a batch ({message}). Give it more, as docs/operations.md says under "
+                f"Not enough memory, and start again. {NEXT_START}")
+    if isinstance(error, CONFLICTS):
+        return (f"Others changed {table} or its quarantine each time that a batch was to be written ({message}). Stop them while the "
+                f"stream runs, then start again. {NEXT_START}")
+    if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
+        return taken(checkpoint)
+    if re.search(r"[Ii]ncomplete log file|[Ll]og file was malformed", message):
+        return damaged(checkpoint, message)
+    places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
+    if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
+        free = {place: shutil.disk_usage(_existing(place)).free for place in places}
+        fullest = min(free, key=lambda place: free[place], default=table)
+        return f"There is no space left for {fullest} ({message}). Free some and start again. {NEXT_START}"
+    denied = re.search(r"(/.*): Permission denied", message)
+    if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
+        return may_not_read(denied[1])
+    if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
+                 message):
+        closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
+        return f"This user may not write to {closed} ({message}). Give it permission and start again. {NEXT_START}"
+    return None
+
+
+def may_not_read(folder: str) -> str:
+    return f"This user may not read the folder {folder}. Give it permission, or move the folder, and start again. {NEXT_START}"
+
+
+def _existing(path: str) -> str:
+    """The path, or the nearest folder above it that is there."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path

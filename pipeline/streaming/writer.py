@@ -1,0 +1,255 @@
+"""Writing a micro-batch of a stream: each record into a table or its quarantine, exactly once."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from pipeline.contract.contract import Contract
+from pipeline.contract.judge import parse
+from pipeline.delta.commits import AGAIN, NEWEST, Commits, contents_note, sync_commits
+from pipeline.delta.private import state_of
+from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table
+from pipeline.spark.private import from_java_rows, number_of_tasks, observed
+from pipeline.streaming.checkpoints import Start, require_same_contents
+from pipeline.streaming.source import Source
+from pipeline.terminal.errors import PipelineError, first_line, root_cause
+from pipeline.terminal.messages import warn
+
+from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
+from pyspark import StorageLevel
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
+from pyspark.sql import functions as F
+
+SMALL_BATCH = 10  # tasks to read it, up to which a batch becomes one file; above that, one file per core
+# Rejected records that are kept in memory while a batch is written, by all cores together: so many, of so many bytes at
+# most. Where there are more, the batch is read again for them.
+MOST_KEPT = 200_000
+LONGEST_KEPT = 500
+CLEAN_UP_AFTER = 1000  # batches, which are half an hour of the default trigger
+SEEN_WITHIN = 60  # seconds after a batch was written
+
+
+class BatchReport(NamedTuple):
+    """What became of a batch: rows by reject_reason (None: accepted), how many of those accepted had fields that the contract
+    does not name, and which, the newest of their times (microseconds since 1970; None without one), and what the source wants to
+    remember of the last records."""
+    rows: dict[str | None, int]
+    with_unknown: int
+    unknown: list[str]
+    newest: int | None
+    last_records: str | None = None
+
+
+class Unwatched:
+    """Metrics that nobody asks for; pipeline/streaming/metrics.py has the others, and needs a library for them."""
+
+    def working(self, works: bool) -> None:
+        """Whether the query runs."""
+
+    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[int, int]) -> None:
+        """A batch with records, of which Spark reports `progress`; `lag`: records left to read, by partition."""
+
+
+class TableWriter:
+    """Writes each micro-batch of `source` to `tables`, by the contract: every record to one of the two, exactly once."""
+
+    def __init__(self, tables: TablePair, contract: Contract, source: Source, start: Start):
+        self.tables, self.contract, self.source, self.start = tables, contract, source, start
+        self.appended_to: set[str] = set()  # those of the two tables that this process has written to
+        self.synced: dict[str, int] = {}  # up to these versions of them the disk has all
+
+    def write(self, batch: DataFrame, batch_id: int, stream: str) -> BatchReport:
+        """Writes one batch of the query with the id `stream`."""
+        spark, tables, checkpoint = batch.sparkSession, self.tables, self.start.checkpoint
+        end = checkpoint.end_of(batch_id)
+        checkpoint.sync(batch_id, end)
+        if batch_id == 0:
+            owner = {WRITER: stream} | self.start.identity
+            create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
+            # Last: as long as it is not this stream's, nothing was written.
+            create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
+            checkpoint.write_last_batch({"versions": self._synced_versions(spark, stream)})
+        contents = self.source.contents(batch, end)
+        before, last_batch = state_of(spark, tables.table, stream)
+        if batch_id <= last_batch:
+            require_same_contents(Commits(spark, tables.table, before), checkpoint, batch_id, contents)
+        try:
+            report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream, contents)
+        except (PySparkException, Py4JJavaError) as error:
+            report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream, contents)
+        # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask) is no other one.
+        if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
+            raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names "
+                                f"the lost records, and takes back those of the new one.")
+        self.source.check_read(spark)
+        if rejected is not None:
+            has_changed, rows = rejected
+            writer = f"{stream}{AGAIN}" if has_changed else stream  # the quarantine may have the batch already, by an earlier reading
+            self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
+            rows.unpersist()
+        self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
+        # Delta would work this out as the next batch begins; now the records of this one are already visible.
+        checkpoint.write_last_batch({"batch": batch_id, "end": end, "contents": contents,
+                                     "versions": self._synced_versions(spark, stream),
+                                     "last_records": self.source.remember(spark, report.last_records)})
+        if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
+            self._clean_up(spark)  # when the disk has what takes the place of the old files
+        return report
+
+    def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
+        """The versions of the tables, once the disk has them."""
+        return {"table": self._sync(spark, self.tables.table, stream), "quarantine": self._sync(spark, self.tables.quarantine, stream)}
+
+    def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
+        """Returns the version of a table once the disk has it."""
+        version, _ = state_of(spark, table, stream)
+        first = self.synced.get(table, version - NEWEST) + 1  # an earlier process may have been killed before it came here
+        sync_commits(spark, table, range(max(0, first), version + 1))
+        self.synced[table] = version
+        return version
+
+    def _clean_up(self, spark: SparkSession) -> None:
+        for table in (self.tables.quarantine, self.tables.table):
+            try:
+                clean_up(spark, table)
+            except (PySparkException, Py4JJavaError) as error:  # the records are there; the next thousand batches try again
+                warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
+
+    def _write_accepted(self, records: DataFrame, batch_id: int, stream: str,
+                        contents: dict[str, Any]) -> tuple[BatchReport, tuple[bool, DataFrame] | None]:
+        """Appends the valid ones of `records` to the table, unless the batch is there already.
+
+        Returns the report, and what `_rejected` does. One pass over the records finds all of that: what is rejected is little as a rule,
+        and kept in memory.
+        """
+        spark = records.sparkSession
+        cores = spark.sparkContext.defaultParallelism
+        judged = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
+        rows, seen = self._observed(judged, kept_by_task=min(100_000, MOST_KEPT // cores))
+        is_repeated = batch_id <= state_of(spark, self.tables.table, stream)[1]  # it was written before a crash
+        with _code_generation(spark):
+            if is_repeated:
+                rows.where(_is_valid()).write.format("noop").mode("overwrite").save()
+            else:
+                self._append(rows.where(_is_valid()), self.tables.table, self.tables.columns, batch_id, stream, contents)
+        found = observed(spark, seen, SEEN_WITHIN)
+        if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
+            raise PipelineError("A concurrent stream has written the batch.")
+        if not found:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
+            everything, seen = self._observed(judged)
+            everything.write.format("noop").mode("overwrite").save()
+            found = observed(spark, seen, SEEN_WITHIN) or {}
+        version, _ = state_of(spark, self.tables.table, stream)
+        # Rows that somebody has deleted since, on purpose, are none that a second reading has rejected.
+        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(stream, batch_id)
+        of_table = self._accepted(spark, found, is_compared)
+        return self._report(found, judged), self._rejected(judged, found, of_table)
+
+    def _accepted(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
+        """How many of the batch's records are in the table, and their fingerprint; unless that `is_compared`, by this reading."""
+        if not is_compared:
+            return found["accepted"], found["fingerprint"]
+        [[count, fingerprint]] = self._written(spark, self.tables.table, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        return count, fingerprint
+
+    def _written(self, spark: SparkSession, table: str, found: dict[str, Any]) -> DataFrame:
+        """The batch's rows in a table, by their origin."""
+        rows = spark.read.format("delta").load(table)
+        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"]))).select(*self.tables.origin)
+
+    def _rejected(self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]) -> tuple[bool, DataFrame] | None:
+        """The rejected records as the quarantine takes them, and whether they are others than those of an earlier reading; None for none.
+
+        `found`: the figures of a reading; `of_table`: `_accepted`.
+        """
+        columns = list(self.tables.quarantine_columns)
+        is_same = (found["accepted"], found["fingerprint"]) == of_table
+        if is_same and not found["rejected"]:
+            return None
+        if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
+            return False, from_java_rows(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
+        # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or in none.
+        again, seen = self._observed(judged)
+        with _code_generation(judged.sparkSession):
+            # A cache would hold a batch of rows in memory.
+            rejected = again.where(~_is_valid()).select(*columns).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
+        figures = observed(judged.sparkSession, seen, SEEN_WITHIN) or {}
+        if (figures.get("accepted"), figures.get("fingerprint")) == of_table:
+            return False, rejected
+        rejected.unpersist()
+        written = [self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)]
+        rows = self.source.rejected_otherwise(judged, written[0].union(written[1]))
+        return self.source.knows_records, rows.select(*columns)
+
+    def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:
+        """The judged records, and what observes them while they are read once; `observed` has it then.
+
+        `kept_by_task`: the most rejected records that are kept of each task, at most 100,000, which is Spark's limit.
+        """
+        is_valid = _is_valid()
+        has_unknown = is_valid & (F.size("_unknown_fields") > 0)
+        names = F.transform(F.slice("_unknown_fields", 1, 20), lambda name: F.left(name, F.lit(50)))
+        columns = self.tables.quarantine_columns
+        binary = [F.coalesce(F.octet_length(name), F.lit(0)) for name, kind in columns.items() if kind == "BINARY"]
+        is_kept = ~is_valid & (sum(binary, F.lit(0)) <= LONGEST_KEPT)
+        figures = {
+            "accepted": F.count_if(is_valid),
+            "rejected": F.count_if(~is_valid),
+            "fingerprint": self._fingerprint(is_valid),
+            "arrival": F.max(F.unix_micros("ingest_time")),
+            # Takes less time than a count for each reason, and is exact for 700 of them.
+            "reasons": F.call_function("approx_top_k", F.col("reject_reason"), F.lit(700), F.lit(1000)),
+            "unknown": F.call_function("approx_top_k", F.when(has_unknown, F.to_json(names)), F.lit(100), F.lit(1000)),
+            "with_unknown": F.count_if(has_unknown),
+            "kept": F.max_by(F.struct(*columns), F.when(is_kept, 1), kept_by_task) if kept_by_task else F.lit(None),
+            # A time that is ahead is no newer than its arrival.
+            "newest": F.max(F.when(is_valid, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))),
+            "last_records": F.lit(None) if (last := self.source.last_records()) is None else last,
+        }
+        seen = Observation()
+        return judged.observe(seen, *(figure.alias(name) for name, figure in figures.items())), seen
+
+    def _fingerprint(self, is_valid: Column) -> Column:
+        """An aggregate over records that differs where others of them are valid, by where they come from."""
+        return F.coalesce(F.sum(F.when(is_valid, F.xxhash64(*self.tables.origin))), F.lit(0))
+
+    def _report(self, found: dict[str, Any], judged: DataFrame) -> BatchReport:
+        rows = {row.get(0): row.get(1) for row in found["reasons"]}
+        if sum(rows.values()) != found["accepted"] + found["rejected"]:  # there are too many reasons
+            rows = dict(map(tuple, judged.groupBy("reject_reason").count().collect()))
+        unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
+        return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"], found["last_records"])
+
+    def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str,
+                contents: dict[str, Any]) -> None:
+        """Appends `records` to `table` with a note of the batch's `contents`, unless its log says that this stream's batch is there:
+        a batch repeated after a crash. Raises PipelineError if the table is gone, which Delta would make anew without a word."""
+        if not DeltaTable.isDeltaTable(records.sparkSession, table):
+            raise PipelineError(f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the start "
+                                f"says what is missing.")
+        # Delta counts the small files that this process writes. It merges those of earlier ones at the first commit, which
+        # takes the count below zero: by default it then merges at each commit, until the files are a large one.
+        records.sparkSession.conf.set("spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled",
+                                      table not in self.appended_to)
+        self.appended_to.add(table)
+        (records.select(*(f"`{column}`" for column in columns)).write.format("delta").mode("append")
+         .options(txnAppId=stream, txnVersion=batch_id, userMetadata=contents_note(stream, batch_id, contents)).save(table))
+
+
+def _is_valid() -> Column:
+    return F.col("reject_reason").isNull()
+
+
+@contextmanager
+def _code_generation(spark: SparkSession) -> Iterator[None]:
+    """Generates code for all that is run meanwhile, as is Spark's default."""
+    setting = "spark.sql.codegen.factoryMode"
+    usual = spark.conf.get(setting) or "FALLBACK"
+    spark.conf.set(setting, "FALLBACK")
+    try:
+        yield
+    finally:
+        spark.conf.set(setting, usual)

@@ -1,0 +1,1 @@
+"""How every script talks and ends: arguments, messages, progress, signals, exit codes."""

@@ -1,0 +1,139 @@
+"""A script as a process: Ctrl+C, SIGTERM and SIGHUP at any moment, and no dependence on the locale.
+
+Each script imports this before all else, because the other imports take a second. What a signal does then changes with
+what there is to clean up: it ends the process at once while modules are imported, raises KeyboardInterrupt under
+`pipeline.terminal.arguments.run`, waits in `held_back`, and sets a StopFlag where a loop looks at one (`on_stop_signal(stopping.set)`).
+"""
+
+import io
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from pipeline.paths import REPOSITORY
+
+# The last comes when a terminal closes; nohup ignores it.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM,
+                *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
+SAME_PRESS = 2  # seconds within which a second signal means no more than the first
+
+
+def on_stop_signal(action: Callable[[], object]) -> None:
+    """Makes Ctrl+C, SIGTERM and SIGHUP call `action` from now on."""
+
+    def handle(stop_signal: int, _: object) -> None:
+        if stop_signal == signal.SIGHUP:  # what is still to be said has nowhere to go
+            for number in filter(os.isatty, (1, 2)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        action()
+
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, handle)
+
+
+class StopFlag:
+    """A threading.Event for the handler of a signal: Event's own `set` waits for a lock, which the interrupted thread may hold."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._reader, self._writer = os.pipe()
+
+    def set(self) -> None:
+        if not self._is_set:
+            self._is_set = True
+            os.write(self._writer, b".")
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def wait(self, seconds: float) -> bool:
+        """Returns when the flag is set, or after so many seconds: whether it is set."""
+        select.select([self._reader], [], [], max(0, seconds))
+        return self._is_set
+
+
+class Stopped(Exception):
+    """Ends what was to be broken off when a StopFlag was set."""
+
+
+def ignore_stop_signals() -> None:
+    """For the end of a script: it takes a moment, and a second key press must not break it off."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
+
+
+class Interrupt:
+    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would interrupt the clean-up after the first.
+
+    Where Python can't let it out, as in a callback of the garbage collector, the signal comes again a moment later.
+    """
+
+    AGAIN = (0.001, 0.001)  # seconds until then, and until each further try
+
+    def __init__(self) -> None:
+        self.raised_at = float("-inf")
+        signal.signal(signal.SIGALRM, self._raise_again)
+        sys.unraisablehook = self._unraisable
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.raised_at > SAME_PRESS:
+            self.raised_at = time.monotonic()
+            raise KeyboardInterrupt
+
+    def _unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, *self.AGAIN)
+        else:
+            sys.__unraisablehook__(lost)
+
+    def _raise_again(self, _: int, frame: FrameType | None) -> None:
+        # On a busy machine the timer may be faster than these two, which can't let it out either.
+        if not frame or frame.f_code not in (Interrupt._unraisable.__code__, Interrupt._raise_again.__code__):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.raised_at = float("-inf")
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Holds the signals back while it lasts, then raises KeyboardInterrupt if there was one."""
+    seen = []
+    before = {stop_signal: signal.getsignal(stop_signal) for stop_signal in STOP_SIGNALS}
+    on_stop_signal(lambda: seen.append(True))
+    try:
+        yield
+    except Exception:
+        if not seen:  # else it is what the signal, which a service manager sends to the JVM too, has brought about
+            raise
+    finally:
+        for stop_signal, handler in before.items():
+            signal.signal(stop_signal, handler)
+    if seen:
+        raise KeyboardInterrupt
+
+
+def _speak_utf8() -> None:
+    """File names, arguments and output are UTF-8 for Python and for the JVMs it starts, whatever the locale says."""
+    if sys.getfilesystemencoding() != "utf-8":  # Python itself takes UTF-8 for the locales C and POSIX only
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    for number in range(3):  # one that is closed would be the next file that is opened
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
+    os.environ["LC_ALL"] = "C.UTF-8"  # Java can neither list nor open a file whose name the locale's encoding lacks
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:  # not in a test that imports a script
+    on_stop_signal(lambda: os._exit(0))
+    _speak_utf8()

@@ -36,7 +36,7 @@ KAFKA_IN_CONFLUENT = {"7.9": "3.9.2"}
 # What the image makes of its ZOOKEEPER_… variables.
 ZOOKEEPER_PROPERTIES = {"CLIENT_PORT": "clientPort", "TICK_TIME": "tickTime", "ADMIN_ENABLE_SERVER": "admin.enableServer"}
 # A broker that was killed is turned away until ZooKeeper takes it for dead, which takes some starts.
-MOST_ENDS_A_MINUTE = 8
+MAX_RESTARTS_PER_MINUTE = 8
 STOP_SECONDS = 50  # for each of the two; run_pipeline.py gives both two minutes
 LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka brings slf4j 1.7 without a place to log to
 
@@ -145,7 +145,7 @@ class Server:
             reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
         now = time.monotonic()
         self.ends = [moment for moment in self.ends if now - moment < 60]
-        if len(self.ends) == MOST_ENDS_A_MINUTE:
+        if len(self.ends) == MAX_RESTARTS_PER_MINUTE:
             raise PipelineError(f"{self.name} does not stay up: {reason}. Its log is {self.log}.")
         if not self.ends:
             say(f"{self.name} has ended: {reason}. Starting it again …")

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import reduce
 
 from pipeline.delta.commits import sync_commits
-from pipeline.delta.locks import retried, write_lock
+from pipeline.delta.locks import with_retries, write_lock
 from pipeline.delta.private import newest_state
 from pipeline.delta.tables import clean_up, time_travel
 from pipeline.paths import LAKE, local_path
@@ -144,7 +144,7 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
     if options.optimize:
         with write_lock(options.table):
             table = DeltaTable.forPath(spark, options.table)
-            [done] = retried(lambda: table.optimize().executeCompaction().collect())
+            [done] = with_retries(lambda: table.optimize().executeCompaction().collect())
             sync_commits(spark, options.table, [newest_state(spark, options.table)[1]])  # before the merged files are removed
         say(f"Merged {done.metrics['numFilesRemoved']:,} files into {done.metrics['numFilesAdded']:,}.")
     if options.vacuum:

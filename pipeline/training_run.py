@@ -20,8 +20,8 @@ from pipeline.simulator import Simulator
 from pipeline.spark.private import jvm_of
 from pipeline.spark.session import build_spark
 from pipeline.streaming.checkpoints import Checkpoint, Start
-from pipeline.streaming.query import TO_ITS_END, run_query
-from pipeline.streaming.writer import TableWriter, Unwatched
+from pipeline.streaming.query import AVAILABLE_NOW, run_query
+from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.signals import StopFlag
 
 from pyspark.sql import functions as F
@@ -43,7 +43,7 @@ def main(make: str, archive: str) -> None:
                                      max_unpacked=1, archive=None, multiline=False)
         tables = bronze_tables(f"{folder}/table", CONTRACT.columns)
         writer = TableWriter(tables, CONTRACT, FileSource(spark, options), Start(Checkpoint(spark, options.checkpoint), {}, {}))
-        run_query(list_new_files(spark, options), TO_ITS_END, writer, options.checkpoint, StopFlag(), Unwatched())
+        run_query(list_new_files(spark, options), AVAILABLE_NOW, writer, options.checkpoint, StopFlag(), NoMetrics())
         for table in (tables.table, tables.quarantine):
             newest_since(spark, table, 5)
             show(read_table(spark, table, "").orderBy(F.desc("ingest_time")), 5)

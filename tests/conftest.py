@@ -28,9 +28,9 @@ from pipeline.spark.class_archive import use_archive
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
 from pipeline.spark.session import build_spark
 from pipeline.streaming.checkpoints import Checkpoint, Start, check_start
-from pipeline.streaming.query import TO_ITS_END, run_query
+from pipeline.streaming.query import AVAILABLE_NOW, run_query
 from pipeline.streaming.source import Source
-from pipeline.streaming.writer import TableWriter, Unwatched
+from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.ports import free_ports
 from pipeline.terminal.signals import STOP_SIGNALS, StopFlag
 
@@ -242,7 +242,7 @@ def run_streams(spark, streams: Iterable, source, tables, options, writer_type=T
     spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # as in a new process
     start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
     for stream, trigger in streams:
-        _, error = run_query(stream, trigger, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), Unwatched())
+        _, error = run_query(stream, trigger, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), NoMetrics())
         if isinstance(source, KafkaSource) and source.reader:
             source.reader.close()
             source.reader = None
@@ -264,7 +264,7 @@ def ingest(spark, tmp_path):
 
     def stream(multiline: bool = False) -> None:
         options.multiline = multiline
-        run_streams(spark, [(list_new_files(spark, options), TO_ITS_END)], FileSource(spark, options),
+        run_streams(spark, [(list_new_files(spark, options), AVAILABLE_NOW)], FileSource(spark, options),
                     bronze_tables(options.table, CONTRACT.columns), options)
 
     def run(multiline: bool = False, **others: object) -> tuple[int, int]:

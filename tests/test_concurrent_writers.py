@@ -11,9 +11,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.delta.locks import MAX_ATTEMPTS, retried, write_lock
+from pipeline.delta.locks import MAX_ATTEMPTS, with_retries, write_lock
 from pipeline.streaming.batches import Batches
-from pipeline.streaming.writer import Unwatched
+from pipeline.streaming.writer import NoMetrics
 from pipeline.terminal.signals import StopFlag, Stopped
 
 import pytest
@@ -167,7 +167,7 @@ def test_a_killed_process_leaves_no_lock_and_a_replaced_folder_is_locked_anew(tm
 
 def test_a_batch_that_meets_a_change_of_the_table_by_somebody_else_is_written_once(spark, tmp_path):
     writer = bronze_writer(spark, tmp_path / "bronze")
-    batches = Batches(writer, StopFlag(), Unwatched())
+    batches = Batches(writer, StopFlag(), NoMetrics())
     spark.sparkContext.setLocalProperty("sql.streaming.queryId", "test")
     begun, changed = tmp_path / "begun", tmp_path / "changed"
 
@@ -213,5 +213,5 @@ def test_only_conflicts_are_retried_and_not_for_ever(monkeypatch, error, attempt
 
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(type(error)):
-        retried(write)
+        with_retries(write)
     assert len(made) == attempts

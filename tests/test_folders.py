@@ -11,11 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.contract.contract import LONGEST_RECORD
+from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.files.folder import check_archive, count_waiting
 from pipeline.files.reading import find_unreadable, with_elements
 from pipeline.files.source import FileSource
-from pipeline.files.taken import Taken, TakenFiles
+from pipeline.files.taken import TakenFile, TakenFiles
 from pipeline.spark.file_system import BrokenFileError
 from pipeline.streaming.source import SourceAwayError
 from pipeline.terminal.arguments import location
@@ -76,8 +76,8 @@ def test_a_batch_of_unreadable_files_alone_is_in_the_quarantine(ingest, capsys):
 
 def test_records_as_long_as_can_be_are_in_one_of_the_tables(ingest):
     folder, run = ingest
-    longest = VALID[:-1] + b', "note": "' + b"x" * LONGEST_RECORD
-    for number, (end, size) in enumerate(itertools.product((b"", b"\n", b"\r\n"), range(LONGEST_RECORD - 1, LONGEST_RECORD + 4))):
+    longest = VALID[:-1] + b', "note": "' + b"x" * MAX_RECORD_BYTES
+    for number, (end, size) in enumerate(itertools.product((b"", b"\n", b"\r\n"), range(MAX_RECORD_BYTES - 1, MAX_RECORD_BYTES + 4))):
         (folder / f"{number}.json").write_bytes(longest[:size - 2 - len(end)] + b'"}' + end)
     accepted, rejected = run()
     assert accepted + rejected == 15 and accepted >= 6
@@ -85,7 +85,7 @@ def test_records_as_long_as_can_be_are_in_one_of_the_tables(ingest):
 
 def test_a_large_file_of_lines_with_a_broken_one_is_not_taken_for_an_unreadable_one(ingest, capsys):
     folder, run = ingest
-    lines = LONGEST_RECORD // len(VALID) + 1000
+    lines = MAX_RECORD_BYTES // len(VALID) + 1000
     (folder / "large.json").write_bytes(b"[\n" + (VALID + b"\n") * lines)
     assert run() == (lines, 1)
     assert capsys.readouterr().err == ""
@@ -253,7 +253,7 @@ def _of(size: int, begin: bytes, repeated: bytes, end: bytes) -> bytes:
                                    (b'[{"a":"', b'\\"', b'"}]'), (b"[", b",", b"]"), (b"[1", b" ", b"]"), (b"[{}", b",{},[1", b"]")],
                          ids=lambda parts: parts[1].decode()[:8])
 def test_no_array_takes_long(spark, parts):
-    files = spark.createDataFrame([(bytearray(_of(LONGEST_RECORD, *parts)),)], "raw BINARY").cache()
+    files = spark.createDataFrame([(bytearray(_of(MAX_RECORD_BYTES, *parts)),)], "raw BINARY").cache()
     files.count()
     began = time.monotonic()
     with_elements(files).write.format("noop").mode("overwrite").save()
@@ -568,7 +568,7 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
 def test_taken_files_are_watched_in_small_steps(spark, tmp_path, capsys):
     """At most 1,000 in half a second: a folder with many of them costs a stream no noticeable share of a core."""
     taken = TakenFiles(spark, str(tmp_path / "none"), str(tmp_path), None)
-    taken.files = {str(tmp_path / f"{number}.json"): Taken(0, 0) for number in range(30_000)}
+    taken.files = {str(tmp_path / f"{number}.json"): TakenFile(0, 0) for number in range(30_000)}
     for number in range(0, 30_000, 10_000):
         (tmp_path / f"{number}.json").touch()
     taken.next_round = 0

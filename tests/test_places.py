@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.spark import class_archive
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, cache_folder, find_java, require_known, require_own, spark_jars
-from pipeline.streaming.checkpoints import check_places, exclusive
+from pipeline.streaming.checkpoints import lock_checkpoint, require_separate_places
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports
 
@@ -94,15 +94,15 @@ def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, o
 
 
 def test_a_hidden_folder_of_the_table_may_have_the_checkpoint():
-    check_places(argparse.Namespace(table="/lake/t", checkpoint="/lake/t/_checkpoint"))
-    check_places(argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint"))  # nobody looks there
+    require_separate_places(argparse.Namespace(table="/lake/t", checkpoint="/lake/t/_checkpoint"))
+    require_separate_places(argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint"))  # nobody looks there
 
 
 @pytest.mark.parametrize("name", ["{}/link", "{}/./checkpoint/", "file:{}/checkpoint", "file://{}/link"])
 def test_a_checkpoint_is_locked_however_it_is_named(tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
-    with exclusive(str(tmp_path / "checkpoint")), pytest.raises(PipelineError, match="Another stream is using the checkpoint"):
-        with exclusive(name.format(tmp_path)):
+    with lock_checkpoint(str(tmp_path / "checkpoint")), pytest.raises(PipelineError, match="Another stream is using the checkpoint"):
+        with lock_checkpoint(name.format(tmp_path)):
             pass
 
 

@@ -6,15 +6,15 @@ from pipeline.contract.contract import Contract
 from pipeline.contract.fields import Number
 from pipeline.streaming import writer as table_writer
 from pipeline.streaming.batches import batch_line
-from pipeline.streaming.source import Left
-from pipeline.streaming.writer import LONGEST_KEPT, BatchReport, TableWriter
+from pipeline.streaming.source import Backlog
+from pipeline.streaming.writer import MAX_KEPT_BYTES, BatchReport, TableWriter
 
 import pytest
 from conftest import bronze_writer
 from pyspark.sql import functions as F
 from test_rules import reading
 
-VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * LONGEST_KEPT)
+VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * MAX_KEPT_BYTES)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(s
 def test_a_batch_with_more_reasons_than_are_counted_one_by_one_loses_no_record(spark, tmp_path):
     rules = {f"is_{number}": f"value = {number}" for number in range(800)}
     writer = bronze_writer(spark, tmp_path / "bronze", Contract((Number("value"),), rules))
-    records = [b'{"value": %d, "note": "%s"}' % (number, b"x" * (number // 700 * LONGEST_KEPT)) for number in range(800)]
+    records = [b'{"value": %d, "note": "%s"}' % (number, b"x" * (number // 700 * MAX_KEPT_BYTES)) for number in range(800)]
     report = writer.write(batch_of(spark, *records), 0, "test")
     assert report.rows == dict.fromkeys(rules, 1)
     assert rows_of(spark, writer) == (0, sorted(records))
@@ -74,7 +74,7 @@ def test_a_clean_up_that_fails_stops_no_batch(spark, writer, monkeypatch, capsys
     def fail(spark, path):
         spark.sql("VACUUM delta.`/nowhere`")
 
-    monkeypatch.setattr(table_writer, "CLEAN_UP_AFTER", 1)
+    monkeypatch.setattr(table_writer, "CLEAN_UP_EVERY", 1)
     monkeypatch.setattr(table_writer, "clean_up", fail)
     writer.write(batch_of(spark, VALID, BROKEN), 0, "test")
     assert rows_of(spark, writer) == (1, [BROKEN])
@@ -108,7 +108,7 @@ def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_pa
 def test_the_line_of_a_batch_says_how_long_the_rest_takes_and_no_field_of_a_record_steers_the_terminal():
     report = BatchReport({None: 900, "b": 60, "a": 30, "c": 30, "d": 10}, 2, ["\x1b]0;gone\x07", "x\nerror: y"], None)
     progress = {"batchId": 7, "batchDuration": 2000}
-    assert batch_line(report, progress, Left(2060, "behind", 1030)) == (
+    assert batch_line(report, progress, Backlog(2060, "behind", 1030)) == (
         "batch 7: 1,030 rows in, 900 accepted, 130 rejected (b 60, a 30, c 30 and 1 more), 2.0 s, 2,060 behind (4 s at this rate), "
         "2 with fields unknown to the contract: \ufffd]0;gone\ufffd, x\ufffderror: y")
     assert batch_line(BatchReport({None: 1}, 0, [], None), progress, None) == "batch 7: 1 rows in, 1 accepted, 0 rejected, 2.0 s"

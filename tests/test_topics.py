@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.contract.contract import LONGEST_RECORD
+from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.delta.tables import bronze_tables, silver_tables
 from pipeline.kafka.lookup import kafka_options
 from pipeline.kafka.private import KafkaReader, kafka_offsets
@@ -20,7 +20,7 @@ from pipeline.paths import quarantine_of
 from pipeline.streaming import query as streams
 from pipeline.streaming.checkpoints import Checkpoint, Start
 from pipeline.streaming.query import run_query
-from pipeline.streaming.writer import TableWriter, Unwatched
+from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.signals import StopFlag
 
@@ -182,7 +182,7 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
 def test_only_failures_without_a_quiet_time_between_them_are_counted_together(spark, tmp_path, monkeypatch, idle, outages):
     """An idle topic has no batch by which to see that the stream has recovered."""
     class Source(GivenRecords):
-        def wait_out(self, error, stopping) -> None:
+        def wait_until_available(self, error, stopping) -> None:
             pass
 
     def run(*_):
@@ -192,7 +192,7 @@ def test_only_failures_without_a_quiet_time_between_them_are_counted_together(sp
 
     seen: list[None] = []
     monkeypatch.setattr(streams, "run_query", run)
-    monkeypatch.setattr(streams, "RECOVERED", 0.2)
+    monkeypatch.setattr(streams, "RECOVERED_SECONDS", 0.2)
     monkeypatch.setattr(streams, "on_stop_signal", lambda _: None)
     monkeypatch.setattr(type(spark), "stop", lambda _: None)
     options = argparse.Namespace(table=str(tmp_path / "t"), checkpoint=str(tmp_path / "c"), readings="readings.py", once=True,
@@ -314,7 +314,7 @@ def test_a_batch_that_fails_while_the_stream_is_being_stopped_is_said(spark, wor
 
     start = Start(Checkpoint(spark, world.options.checkpoint), {}, {})
     writer = Failing(silver_tables(world.options.table, CONTRACT.columns), CONTRACT, source, start)
-    written, error = run_query(stream, trigger, writer, world.options.checkpoint, stopping, Unwatched())
+    written, error = run_query(stream, trigger, writer, world.options.checkpoint, stopping, NoMetrics())
     assert written == 0 and str(error) == "the disk is full"
 
 
@@ -577,8 +577,8 @@ def test_a_start_takes_as_long_as_it_needs_to_compare_the_last_records(world, mo
 def test_a_record_of_more_than_8_mb_is_rejected_with_all_that_it_holds(world):
     world = world()
     world.make(1, compression_type="producer")
-    longest = VALID[:-1] + b', "note": "' + b"x" * (LONGEST_RECORD - len(VALID) - 13) + b'" }'
-    assert len(longest) == LONGEST_RECORD
+    longest = VALID[:-1] + b', "note": "' + b"x" * (MAX_RECORD_BYTES - len(VALID) - 13) + b'" }'
+    assert len(longest) == MAX_RECORD_BYTES
     send_bombs(world, longest, longest + b" ")
     assert world.consume() == (1, 1)
     [rejected] = world.spark.read.format("delta").load(quarantine_of(world.options.table)).collect()

@@ -28,8 +28,8 @@ __all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]  # w
 
 
 # Bytes of a record, with --multiline of a file: it has to fit into the memory several times over for each core.
-LONGEST_RECORD = 8_000_000
-# Reasons that are the reading's, not a contract's: two readings of a record did not agree; a message has more than LONGEST_RECORD; a
+MAX_RECORD_BYTES = 8_000_000
+# Reasons that are the reading's, not a contract's: two readings of a record did not agree; a message has more than MAX_RECORD_BYTES; a
 # file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
 

@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 # A large record is first read as one variant, which is null for a name that occurs twice at any depth. A map of all that a record
 # may repeat would fill the memory, and Spark compares each name with all others of the same hash to find those that are there twice.
 IS_SMALL = "octet_length(raw) < 10000"
-MOST_NAMES = 20  # of a record's unknown fields that are told; it may have a million
+MAX_NAMED_FIELDS = 20  # of a record's unknown fields that are told; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
 # out first, an escaped backslash and a whole pair.
@@ -40,7 +40,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     else of `ingest_time`.
     Out: the same columns; those of the contract (null if the record has no such value); `reject_reason` (string: the
     first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields that the contract
-    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names, MOST_NAMES of them).
+    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names, MAX_NAMED_FIELDS of them).
     """
     others = [f"`{column}`" for column in records.columns if column != "reject_reason"]
     given = "reject_reason, " if "reject_reason" in records.columns else ""
@@ -131,11 +131,11 @@ def _slow_reading(contract: Contract) -> str:
     rest = f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
     types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
     return _let({"rest": f"CASE WHEN {_has_rest(contract)} AND {IS_SMALL} THEN {rest} END"},
-                f"CASE WHEN NOT {_has_twice('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
-                f"to_json(rest) AS rescued, slice(map_keys(rest), 1, {MOST_NAMES}) AS unknown) ELSE {_strict_reading(contract)} END")
+                f"CASE WHEN NOT {_has_repeated_name('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
+                f"to_json(rest) AS rescued, slice(map_keys(rest), 1, {MAX_NAMED_FIELDS}) AS unknown) ELSE {_strict_reading(contract)} END")
 
 
-def _has_twice(fields: str) -> str:
+def _has_repeated_name(fields: str) -> str:
     """SQL: whether a map has a name twice."""
     return f"size(array_distinct(map_keys({fields}))) < size({fields})"
 
@@ -167,14 +167,14 @@ def _strict_reading(contract: Contract) -> str:
     # `text` is null for a field that is null or not there.
     levels["seen"] = _struct(text=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
                              rest=[_unnamed(objects, contract, path) for path in objects],
-                             twice=[f"{IS_SMALL} AND {_has_twice('get(json, 0)')}"])
+                             twice=[f"{IS_SMALL} AND {_has_repeated_name('get(json, 0)')}"])
     levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(text)} END"
                                  for field, variant, text in zip(contract.fields, found, map("seen.text{}".format, itertools.count(1)))])
-    names = ", ".join(f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MOST_NAMES}), "
+    names = ", ".join(f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MAX_NAMED_FIELDS}), "
                       f"name -> concat({_quoted(''.join(f'{step}.' for step in path))}, name))" for path, rest in rests.items())
     return _let(levels, f"struct(value, {_first(_form(contract, objects))} AS reason, "
                         f"CASE WHEN NOT seen.twice1 THEN nullif(to_json({_rest_of(rests, ())}), '{{}}') END AS rescued, "
-                        f"slice(concat({names}), 1, {MOST_NAMES}) AS unknown)")
+                        f"slice(concat({names}), 1, {MAX_NAMED_FIELDS}) AS unknown)")
 
 
 def _has_type(field: Field, variant: str, text: str) -> str:

@@ -15,9 +15,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
 POINTS = 200  # of a chart, from left to right
-QUICKEST = 2  # seconds from one refresh to the next
-MOST_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
-MOST_COPIED = 1_000_000  # records that are kept in memory while the page is drawn
+MIN_REFRESH_SECONDS = 2  # seconds from one refresh to the next
+MAX_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
+MAX_COPIED_RECORDS = 1_000_000  # records that are kept in memory while the page is drawn
 CUT_AT = 300  # characters of a text, bytes of a rejected record
 NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[:0]
 
@@ -68,7 +68,7 @@ class Lake:
         of_span = f"ingest_time >= TIMESTAMPTZ '{begin}'" if begin else "true"
         [[records]] = self.duckdb.execute(f"SELECT count(*) FROM all_accepted WHERE {of_span}").fetchall()
         # Several queries follow, each of which would open each file again.
-        kind = "TABLE" if records <= MOST_COPIED else "VIEW"
+        kind = "TABLE" if records <= MAX_COPIED_RECORDS else "VIEW"
         texts = [column.name for column in rows.schema if str(column.type) in ("string", "large_string", "string_view")]
         columns = ", ".join([*(f"left({quoted(name)}, {CUT_AT}) AS {quoted(name)}" if name in texts else quoted(name)
                                for name in self.columns), "ingest_time"])
@@ -95,8 +95,8 @@ class Lake:
         points = self.ask(f"SELECT time_bucket(to_microseconds($width), {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
                           f"{chart}::VARCHAR AS chart, avg({field}) AS value {there} AND list_contains($names, {series}::VARCHAR) "
                           f"AND epoch_us({moment}) BETWEEN $first AND $last GROUP BY ALL ORDER BY time",
-                          width=max(1_000_000, (last - first) // POINTS), names=names[:MOST_SERIES], first=first, last=last)
-        return points, max(0, len(names) - MOST_SERIES)
+                          width=max(1_000_000, (last - first) // POINTS), names=names[:MAX_SERIES], first=first, last=last)
+        return points, max(0, len(names) - MAX_SERIES)
 
     def newest_of_each(self) -> pd.DataFrame:
         """The newest record of each series, or of each that a chart has, the newest first."""
@@ -111,7 +111,7 @@ class Lake:
         batches = self.ask("SELECT ingest_time AT TIME ZONE 'UTC' AS time, verdict, count(*) AS records FROM ("
                            "SELECT ingest_time, 'accepted' AS verdict FROM accepted UNION ALL "
                            "SELECT ingest_time, 'rejected' AS verdict FROM rejected) GROUP BY ALL")
-        width = max((batches["time"].max() - batches["time"].min()) / POINTS, pd.Timedelta(seconds=QUICKEST))
+        width = max((batches["time"].max() - batches["time"].min()) / POINTS, pd.Timedelta(seconds=MIN_REFRESH_SECONDS))
         return batches.groupby([batches["time"].dt.floor(width.ceil("s")), "verdict"])["records"].sum().reset_index()
 
     def batches(self) -> pd.DataFrame:

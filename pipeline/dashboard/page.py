@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from pipeline.contract.columns import RESERVED_COLUMNS
-from pipeline.dashboard.lake import MOST_SERIES, POINTS, QUICKEST, Choice, Lake, find_tables, overview
+from pipeline.dashboard.lake import MAX_SERIES, MIN_REFRESH_SECONDS, POINTS, Choice, Lake, find_tables, overview
 from pipeline.kafka.topics import Topic
 from pipeline.paths import quarantine_of
 from pipeline.terminal.errors import PipelineError, first_line
@@ -21,8 +21,8 @@ from kafka.errors import KafkaError
 SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "1 week": 604_800, "everything": None}
 NUMBERS = ("double", "float", "long", "integer", "short", "byte")  # of Delta; what is measured comes before what is counted
 IN_A_ROW = 3  # charts
-SLOWEST = 60  # seconds from one refresh to the next; those in between are a 200th of the span
-MOST_CHARTS = 12
+MAX_REFRESH_SECONDS = 60  # seconds from one refresh to the next; those in between are a 200th of the span
+MAX_CHARTS = 12
 
 
 def show_page(options: argparse.Namespace) -> None:
@@ -33,7 +33,7 @@ def show_page(options: argparse.Namespace) -> None:
     readings = {name: path for name, path in tables.items() if not name.endswith(quarantine_of(""))}
     if not readings:
         st.info("No table yet. Tables appear with the first records that a stream writes. This page waits for them.")
-        time.sleep(QUICKEST)
+        time.sleep(MIN_REFRESH_SECONDS)
         st.rerun()
     choice = choose(readings)
     took = f"seconds that it took to draw {choice}"
@@ -63,7 +63,7 @@ def show_page(options: argparse.Namespace) -> None:
 def refresh_every(span: int | None, took: float) -> int:
     """The seconds from one refresh to the next, of a span of so many seconds, after one that took so long: it rests four times as
     long as it works."""
-    usual = SLOWEST if span is None else min(max(QUICKEST, span // POINTS), SLOWEST)
+    usual = MAX_REFRESH_SECONDS if span is None else min(max(MIN_REFRESH_SECONDS, span // POINTS), MAX_REFRESH_SECONDS)
     return max(usual, round(5 * took))
 
 
@@ -122,13 +122,13 @@ def show_fields(lake: Lake) -> None:
     if choice.field and choice.series:
         points, left_out = lake.course(choice.field, choice.series)
         st.subheader(f"{choice.field} over time")
-        charts = list(points.groupby("chart", dropna=False))[:MOST_CHARTS]
+        charts = list(points.groupby("chart", dropna=False))[:MAX_CHARTS]
         cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
         for cell, (name, part) in zip(cells, charts):
             cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
             cell.altair_chart(chart(part, "value", "series").mark_line())
         if left_out:
-            st.caption(f"The first {MOST_SERIES} of {left_out + MOST_SERIES:,} by name.")
+            st.caption(f"The first {MAX_SERIES} of {left_out + MAX_SERIES:,} by name.")
     if choice.series:
         st.subheader("Newest records")
         st.dataframe(lake.newest_of_each(), hide_index=True)

@@ -17,7 +17,7 @@ from pipeline.terminal.messages import say
 
 from pyspark.sql import SparkSession
 
-NEWEST = 20  # commits that a start looks at
+NEWEST_COMMITS = 20  # commits that a start looks at
 AGAIN = " again"  # after a stream's id in Delta's transactions: the other verdicts of a batch that was read twice
 
 
@@ -37,7 +37,7 @@ class Commits:
 
     def contents_of(self, stream: str, batch_id: int) -> Any:
         """The contents that `contents_note` has noted for a batch; None if no commit of the newest ones has them."""
-        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+        for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             for action in self.actions(version) or ():
                 note = _parsed(action.get("commitInfo", {}).get("userMetadata"))
                 if note.get("stream") == stream and note.get("batch") == batch_id:
@@ -46,7 +46,7 @@ class Commits:
 
     def has_changed_rows_since(self, stream: str, batch_id: int) -> bool:
         """Whether somebody has changed or removed rows of the table after the stream wrote this batch, one of the last, to it."""
-        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+        for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             actions = self.actions(version) or []
             if any(action["txn"]["appId"] == stream and action["txn"]["version"] == batch_id for action in actions if "txn" in action):
                 return False
@@ -57,7 +57,7 @@ class Commits:
     def damage(self) -> tuple[int, str]:
         """The oldest damaged version among the newest commits, and the damage; (-1, "") if all are intact."""
         found, removed = (-1, ""), set()
-        for version in range(self.newest, max(self.newest - NEWEST, -1), -1):
+        for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             actions = self.actions(version)
             if actions is None and version < self.newest:  # removed by a clean-up, as are those before it
                 break

@@ -97,7 +97,7 @@ def _lock_error(table: str, error: OSError) -> PipelineError:
                          f"read it, or choose a file system that has locks (flock).")
 
 
-def retried(write: Callable[[], Result]) -> Result:
+def with_retries(write: Callable[[], Result]) -> Result:
     """The result of `write`, which is called again if it conflicts with another writer's commit."""
     for attempt in range(1, MAX_ATTEMPTS):
         try:

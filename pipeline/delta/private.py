@@ -16,7 +16,7 @@ def _delta_log(spark: SparkSession, table: str) -> Any:
     return _java(spark).org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table)
 
 
-def state_of(spark: SparkSession, table: str, stream: str | None) -> tuple[int, int]:
+def version_and_last_batch(spark: SparkSession, table: str, stream: str | None) -> tuple[int, int]:
     """The version of a table, and the number of the last batch that `stream` has written to it, or -1.
 
     What this session knows of the table, as its only writer: its log is not listed again.

@@ -97,7 +97,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
                             f"--checkpoint of its own.")
 
 
-def fit_table(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
+def add_missing_columns(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
     """Adds to the table at `path` those of `columns` that it lacks; older rows have null there.
 
     A column that is no longer among them stays, and is null in newer rows. Raises PipelineError if one has another type.

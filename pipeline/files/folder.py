@@ -11,14 +11,14 @@ from pipeline.files.taken import TakenFiles, is_draft
 from pipeline.paths import local_path
 from pipeline.spark.file_system import FileSystem
 from pipeline.spark.globs import MAX_PATTERNS, escape_glob, is_pattern
-from pipeline.streaming.query import may_not_read
+from pipeline.streaming.query import unreadable_folder_message
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import warn
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-TAKEN_NAMES = "[^._]*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
+FILE_NAMES = "[^._]*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
 
 
 def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
@@ -42,7 +42,7 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     return (
         spark.readStream.format("binaryFile")
         .schema("path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY")
-        .option("pathGlobFilter", TAKEN_NAMES)
+        .option("pathGlobFilter", FILE_NAMES)
         .option("recursiveFileLookup", "true")
         .option("maxFilesPerTrigger", most_files)
         # A file is left out if it is so much older than the newest one seen, whose time may lie in any year: so, never.
@@ -86,7 +86,7 @@ def paths_in(folder: str) -> Iterator[str]:
     """
     def refuse(error: OSError) -> None:
         if isinstance(error, PermissionError):  # not one that has just gone
-            raise PipelineError(may_not_read(error.filename)) from error
+            raise PipelineError(unreadable_folder_message(error.filename)) from error
 
     for place, folders, names in os.walk(local_path(folder) or "", onerror=refuse):
         folders[:] = (name for name in folders if not is_draft(name))

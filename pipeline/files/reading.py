@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
-from pipeline.contract.contract import LONGEST_RECORD, UNREADABLE
+from pipeline.contract.contract import MAX_RECORD_BYTES, UNREADABLE
 from pipeline.spark.file_system import BrokenFileError, FileSystem
 from pipeline.spark.globs import escape_glob, is_pattern
 from pipeline.streaming.source import SourceAwayError
@@ -20,13 +20,13 @@ from pyspark.sql import functions as F
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets, of either kind.
 # All quantifiers are possessive. Java's stack is deep enough for 500 levels.
-DEEPEST = 200
-MOST_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
+MAX_DEPTH = 200
+MAX_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
-_INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(DEEPEST), "")
+_INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(MAX_DEPTH), "")
 ELEMENT = rf'\G[\[,]\s*+([\[{{]{_INNER}[\]}}]|{_TEXT}|[^\[\]{{}}",\s]++)\s*+'
 READ_OPTIONS = {
-    "mapreduce.input.linerecordreader.line.maxlength": str(LONGEST_RECORD + 1),  # which a line has to stay below
+    "mapreduce.input.linerecordreader.line.maxlength": str(MAX_RECORD_BYTES + 1),  # which a line has to stay below
     # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with ":".
     "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
     "fs.file.impl.disable.cache": "true",
@@ -70,7 +70,7 @@ def with_elements(files: DataFrame) -> DataFrame:
     framed = F.from_json(F.concat(F.lit("["), "text", F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
     cut = F.regexp_extract_all(F.btrim("text", F.lit(" \t\r\n")), F.lit(ELEMENT), F.lit(1))
     files = (files.withColumns({"text": F.col("raw").cast("string")}).withColumn("length", F.json_array_length("text"))
-             .withColumns({"framed": framed, "cut": F.when(F.col("length") <= MOST_ELEMENTS, cut)}))
+             .withColumns({"framed": framed, "cut": F.when(F.col("length") <= MAX_ELEMENTS, cut)}))
     is_one_value = F.is_valid_utf8("text") & (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
     value = F.get("framed", F.lit(0))
     # The cuts follow each other without a gap. So if there are as many as elements, they are the elements.
@@ -93,7 +93,7 @@ def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> li
                                     F.bool_or(begins_object).alias("begins"), F.bool_or(~begins_object).alias("goes_on"))
         .where("is_array OR begins AND goes_on"))
     suspected = {row.source_file for row in suspects.collect()}
-    paths = [file.path for file in files if file.path in suspected and unpacked_size(spark, file, LONGEST_RECORD) <= LONGEST_RECORD]
+    paths = [file.path for file in files if file.path in suspected and unpacked_size(spark, file, MAX_RECORD_BYTES) <= MAX_RECORD_BYTES]
     if not paths:
         return []
     whole = read_text(spark, paths, wholetext=True).select(F.col("value").cast("binary").alias("raw"), source_file().alias("path"))
@@ -158,7 +158,7 @@ def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str
             except BrokenFileError as error:
                 found[file.path] = str(error)
     is_multiline = "wholetext" in text_options
-    oversized = {path: size for path, size in sizes.items() if size > LONGEST_RECORD and path not in found}
+    oversized = {path: size for path, size in sizes.items() if size > MAX_RECORD_BYTES and path not in found}
     if oversized and not is_multiline:  # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
         lines = read_text(spark, list(oversized), **text_options)
         read = lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
@@ -166,7 +166,7 @@ def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str
             if file.size + 3 >= oversized[file.path]:  # a byte order mark is left out too; it has 3 bytes
                 del oversized[file.path]
     what = "" if is_multiline else "a line of "
-    found |= dict.fromkeys(oversized, f"it has {what}more than {LONGEST_RECORD:,} bytes")
+    found |= dict.fromkeys(oversized, f"it has {what}more than {MAX_RECORD_BYTES:,} bytes")
     for path, fault in found.items():
         warn(f"{path} can't be read: {fault}. {IN_QUARANTINE}")
     faults |= found
@@ -178,7 +178,7 @@ def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = Fa
     Raises BrokenFileError for a broken .gz, and SourceAwayError for one that can't be read.
     """
     # A .gz has at most 1,032 times its size inside: https://zlib.net/zlib_tech.html
-    if not file.path.lower().endswith(".gz") or not file.length or file.length * 1032 <= LONGEST_RECORD and not exactly:
+    if not file.path.lower().endswith(".gz") or not file.length or file.length * 1032 <= MAX_RECORD_BYTES and not exactly:
         return file.length
     try:
         return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path, limit)
@@ -199,7 +199,7 @@ def is_there(spark: SparkSession, path: str) -> bool:
         raise SourceAwayError(away(path, error)) from error
 
 
-def unread_file(error: Exception) -> str | None:
+def unreadable_file_of(error: Exception) -> str | None:
     """The path of the file that Spark could not read; None for another error."""
     for cause in java_causes(error):
         with suppress(Py4JError):  # not an error of Spark

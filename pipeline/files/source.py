@@ -10,10 +10,10 @@ from typing import Any
 from pipeline.delta.tables import TablePair
 from pipeline.files.folder import count_waiting, is_behind_link
 from pipeline.files.private import planned_files
-from pipeline.files.reading import away, files_in, find_multiline, is_there, read_lines, read_values, unread_file
+from pipeline.files.reading import away, files_in, find_multiline, is_there, read_lines, read_values, unreadable_file_of
 from pipeline.files.taken import TakenFiles, is_draft, plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
-from pipeline.streaming.source import Left, Source, SourceAwayError
+from pipeline.streaming.source import Backlog, Source, SourceAwayError
 from pipeline.terminal.messages import warn
 
 from py4j.protocol import Py4JJavaError
@@ -37,7 +37,7 @@ class FileSource(Source):
         self.files: list[Row] = []  # those of the running batch, as they were when it began
         self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
 
-    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
+    def require_unread_records(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> None:
         """Names the files that have changed since they were read, or since they were to be. `last_records`: `TakenFiles.read_later`."""
         self.taken.read_log()
@@ -107,14 +107,14 @@ class FileSource(Source):
     def explain(self, error: Exception) -> str | None:
         if isinstance(error, SourceAwayError):
             return str(error)
-        path = unread_file(error)
+        path = unreadable_file_of(error)
         return away(path, error) if path and plain(path).startswith(plain(self.folder)) else None
 
     def watch(self) -> None:
         self.taken.watch()
 
-    def left(self, progress: dict[str, Any], rows: int) -> Left | None:
-        return Left(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.files)) if self.waiting > 0 else None
+    def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
+        return Backlog(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.files)) if self.waiting > 0 else None
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names files that changed while they were taken, and those that should be read with --multiline."""

@@ -13,18 +13,18 @@ from urllib.parse import unquote
 
 from pipeline.paths import local_path
 from pipeline.spark.file_system import FileSystem
-from pipeline.streaming.checkpoints import damaged
+from pipeline.streaming.checkpoints import damaged_message
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import warn
 
 from pyspark.sql import SparkSession
 
-MOST_NAMED = 10  # files in one go; of more, only how many
-ROUND = 60  # seconds
+MAX_NAMED_FILES = 10  # files in one go; of more, only how many
+ROUND_SECONDS = 60  # seconds
 AT_ONCE = 1000  # files that `watch` looks at: a few milliseconds
 
 
-class Taken(NamedTuple):
+class TakenFile(NamedTuple):
     """`entry`: the number of the log's entry that has the file. `modified`: when it was written last, in milliseconds since 1970."""
     entry: int
     modified: int
@@ -59,12 +59,12 @@ class TakenFiles:
         self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
         # Moved to another disk, a file is copied, and gets a new modification time.
         self.archive = local_path(archive) if archive and _are_on_one_disk(archive, folder) else None
-        self.files: dict[str, Taken] = {}
+        self.files: dict[str, TakenFile] = {}
         self.read_later: dict[str, int] = {}  # modification times when the files were read, where they differ from Spark's log
         self.last_entry = -1  # of those that were read
         self.named: set[str] = set()
         self.round: Iterator[str] = iter(())  # the files that a round of `watch` has still to look at
-        self.next_round = time.monotonic() + ROUND
+        self.next_round = time.monotonic() + ROUND_SECONDS
 
     def read_log(self) -> None:
         """Takes note of what has come to the log. Drafts, which the stream passes over, are in it but not here."""
@@ -111,7 +111,7 @@ class TakenFiles:
         self.name_changed(self.changed(itertools.islice(self.round, AT_ONCE)))
         if time.monotonic() >= self.next_round:
             self.round = itertools.chain(self.round, iter(list(self.files)))
-            self.next_round = time.monotonic() + max(ROUND, len(self.files) / AT_ONCE)
+            self.next_round = time.monotonic() + max(ROUND_SECONDS, len(self.files) / AT_ONCE)
 
     def changed(self, paths: Iterable[str]) -> list[str]:
         """Those of `paths` that are on this machine and were written since they were taken."""
@@ -160,7 +160,7 @@ class TakenFiles:
                                  "one is gone. If so, its records are now in the tables twice. Move files that were read out of the "
                                  "folder, or use --archive.")
 
-    def _name(self, paths: Iterable[str], what: str, at_most: int = MOST_NAMED) -> None:
+    def _name(self, paths: Iterable[str], what: str, at_most: int = MAX_NAMED_FILES) -> None:
         new = [path for path in paths if path not in self.named]
         self.named.update(new)
         for path in new[:at_most]:
@@ -181,10 +181,10 @@ class TakenFiles:
         try:
             # Not by splitlines: a name may have a line separator of Unicode in it.
             entries: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[1:]]
-            taken = {plain(unquote(entry["path"])): Taken(entry["batchId"], entry["timestamp"]) for entry in entries
+            taken = {plain(unquote(entry["path"])): TakenFile(entry["batchId"], entry["timestamp"]) for entry in entries
                      if entry["batchId"] > self.last_entry}
         except (ValueError, KeyError) as error:
-            raise PipelineError(damaged(self.checkpoint, f"{file} is not as Spark writes it")) from error
+            raise PipelineError(damaged_message(self.checkpoint, f"{file} is not as Spark writes it")) from error
         self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
 
     def _modified(self, path: str) -> int | None:

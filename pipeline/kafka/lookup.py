@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline.contract.contract import LONGEST_RECORD
+from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.kafka.private import KAFKA_RECORD, forget_fetched_records, kafka_records, large_records
 from pipeline.kafka.properties import spark_options
 from pipeline.kafka.topics import Topic
@@ -23,11 +23,11 @@ from pyspark.sql import DataFrame, SparkSession
 
 MAX_LOOKUP_SECONDS = 2  # for a single record
 MAX_WAIT_SECONDS = 10  # for some records, at a start
-TOO_LARGE = 2 * LONGEST_RECORD  # for a record with its headers, where it would have to be unpacked to be measured any closer
+MAX_MESSAGE_RECORD_BYTES = 2 * MAX_RECORD_BYTES  # for a record with its headers, where it would have to be unpacked to be measured any closer
 # Options of a consumer that unpacks a record only when it is asked for, and none of the message after it.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 SEVERAL = {"kafka.max.poll.records": 500}
-NEAR = 2 * SEVERAL["kafka.max.poll.records"]  # offsets, of which some may hold no record
+NEAR_OFFSETS = 2 * SEVERAL["kafka.max.poll.records"]  # offsets, of which some may hold no record
 
 Result = TypeVar("Result")
 Offsets = dict[int, tuple[int, int]]  # partition: the first offset, and the one after the last
@@ -64,7 +64,7 @@ class RecordLookup:
     def ask(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False) -> Result:
         """The answer of `question` to the records at these offsets (`records`). If they don't fit into the memory, the question is asked
         again without those that are too large. `has_failed`: another reading has shown already that they don't."""
-        for one_by_one in (0, NEAR, sys.maxsize)[has_failed:]:
+        for one_by_one in (0, NEAR_OFFSETS, sys.maxsize)[has_failed:]:
             if one_by_one:
                 self._find_gaps(spark, offsets, one_by_one)
             try:
@@ -100,7 +100,7 @@ class RecordLookup:
         return kafka_records(
             spark.read.format("kafka").options(**kafka_options(self.topic) | (ONE_BY_ONE if is_near else SEVERAL))
             .option("assign", json.dumps({self.topic.name: list(offsets)})).option("startingOffsets", begin).option("endingOffsets", end)
-            .option("failOnDataLoss", fail_on_data_loss).option("maxRecordsPerPartition", 20_000).load(), LONGEST_RECORD)
+            .option("failOnDataLoss", fail_on_data_loss).option("maxRecordsPerPartition", 20_000).load(), MAX_RECORD_BYTES)
 
     def _find_gaps(self, spark: SparkSession, offsets: Offsets, one_by_one: int) -> None:
         """Finds out which of the records at these offsets are too large. `one_by_one`: how many offsets before each of them, and before
@@ -112,7 +112,7 @@ class RecordLookup:
         for partition, (offset, end) in offsets.items():
             offset = max(offset, beginning.get(partition, 0))
             while offset < end:
-                following, large = large_records(spark, self.topic.messages(partition, offset), offset, TOO_LARGE)
+                following, large = large_records(spark, self.topic.messages(partition, offset), offset, MAX_MESSAGE_RECORD_BYTES)
                 if following is None:
                     raise KafkaTimeoutError(f"no message at offset {offset} of partition {partition}")
                 self._gaps += [Gap(partition, *record) for record in large]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.contract.contract import INCONSISTENT, LONGEST_RECORD, OVERSIZED
+from pipeline.contract.contract import INCONSISTENT, MAX_RECORD_BYTES, OVERSIZED
 from pipeline.delta.tables import TablePair
 from pipeline.kafka.lookup import MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS, Gap, Offsets, RecordLookup, Result, is_too_large, kafka_options
 from pipeline.kafka.private import KafkaReader, forget_fetched_records, kafka_offsets
 from pipeline.kafka.topics import Topic
 from pipeline.streaming.batches import done_in
-from pipeline.streaming.private import begun_at, query_of
-from pipeline.streaming.source import Left, Source, SourceAwayError
+from pipeline.streaming.private import batch_time_ms, query_of
+from pipeline.streaming.source import Backlog, Source, SourceAwayError
 from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause
 from pipeline.terminal.messages import say, warn
 from pipeline.terminal.signals import StopFlag, Stopped
@@ -28,24 +28,24 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 GOES_ON = "it goes on with the records that are left"
-GREGORIAN = -12_219_292_800_000  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
+GREGORIAN_START_MS = -12_219_292_800_000  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
 LOG_APPEND_TIME = 1  # of Spark's timestampType
-MOST_MILLISECONDS = 2**63 // 1000  # that a TIMESTAMP holds
+MAX_TIMESTAMP_MS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
-REMEMBERED = 10  # offsets at the end of each partition whose records are remembered; some may hold none
-SEARCHED_FIRST = 100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
-SETTLES_WITHIN = 3  # seconds after an election, the end of a partition is that of all its replicas again
+REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold none
+FIRST_SEARCH_OFFSETS = 100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
+ELECTION_SECONDS = 3  # seconds after an election, the end of a partition is that of all its replicas again
 TOPIC_ID, TOPIC_NAME = "pipeline.topic.id", "pipeline.topic.name"  # properties of a table: the topic that it is written from
 
 
 def _time(milliseconds: str) -> str:
     """SQL: Kafka's time where both ways of reading (`KafkaSource.read_again`) give the same, else null."""
-    return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN} AND {MOST_MILLISECONDS} THEN {milliseconds} END"
+    return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN_START_MS} AND {MAX_TIMESTAMP_MS} THEN {milliseconds} END"
 
 
 def _known_time(milliseconds: int) -> int | None:
     """As `_time`, of a single record."""
-    return milliseconds if GREGORIAN <= milliseconds <= MOST_MILLISECONDS else None
+    return milliseconds if GREGORIAN_START_MS <= milliseconds <= MAX_TIMESTAMP_MS else None
 
 
 def _hash(value: bytes | None) -> str | None:
@@ -68,12 +68,12 @@ def _is_oversized(kafka: DataFrame) -> Column:
     """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
     sizes = ([F.col("serializedKeySize"), F.col("serializedValueSize")] if "serializedValueSize" in kafka.columns else
              [F.octet_length("key"), F.octet_length("value")])
-    return F.coalesce(F.greatest(*sizes) > LONGEST_RECORD, F.lit(False))
+    return F.coalesce(F.greatest(*sizes) > MAX_RECORD_BYTES, F.lit(False))
 
 
 def _md5(value: str) -> str:
     """SQL: a hash of a record that may be compared, null for one that is not always read (`KafkaSource.read_again`)."""
-    return f"CASE WHEN octet_length({value}) <= {LONGEST_RECORD} THEN md5({value}) END"
+    return f"CASE WHEN octet_length({value}) <= {MAX_RECORD_BYTES} THEN md5({value}) END"
 
 
 def _is_same(value: str) -> str:
@@ -92,7 +92,7 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
         F.lit(topic).alias("topic"),
         "partition",
         "offset",
-        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN)), F.col("timestamp")).alias("kafka_timestamp"),
+        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN_START_MS)), F.col("timestamp")).alias("kafka_timestamp"),
         F.col("key").alias("kafka_key"),
         ingest_time.alias("ingest_time"),
         # With CreateTime it is what the producer says.
@@ -145,7 +145,7 @@ class KafkaSource(Source):
         if not self.ends:
             return None
         ends = F.array(*(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends)))))
-        is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED
+        is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED_OFFSETS
         time = F.expr(_time("unix_millis(kafka_timestamp)")).alias("time")
         records = F.collect_list(F.when(is_last, F.struct("partition", "offset", time, F.expr(_md5("raw")).alias("md5"))))
         return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
@@ -158,11 +158,11 @@ class KafkaSource(Source):
             newest.setdefault(str(record.pop("partition")), []).append(record)
         # Partitions whose records all come before the last offsets, which an aborted transaction takes, for example.
         for partition in map(str, observed.get("partitions", ())):
-            begin, end, size = self.begins.get(partition, 0), self.ends[partition], SEARCHED_FIRST
+            begin, end, size = self.begins.get(partition, 0), self.ends[partition], FIRST_SEARCH_OFFSETS
             while partition not in newest and end > begin:
                 with self._asking():
                     rows = self._in_kafka(spark, {int(partition): (max(begin, end - size), end)}, lambda records: records.orderBy(
-                        F.desc("offset")).limit(REMEMBERED).collect())
+                        F.desc("offset")).limit(REMEMBERED_OFFSETS).collect())
                 last = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in rows]
                 newest |= {partition: last} if last else {}
                 end, size = end - size, size * 10
@@ -184,7 +184,7 @@ class KafkaSource(Source):
         if not (has_large := is_too_large(error)) and java_class(error) != "java.lang.ArithmeticException":
             raise error
         spark, offsets = batch.sparkSession, kafka_offsets(batch)
-        is_time = F.col("timestamp").between(GREGORIAN, MOST_MILLISECONDS)
+        is_time = F.col("timestamp").between(GREGORIAN_START_MS, MAX_TIMESTAMP_MS)
 
         def unusual(records: DataFrame) -> list[Row]:
             records = records.withColumn("is_oversized", _is_oversized(records)).where(~is_time | F.col("is_oversized"))
@@ -198,9 +198,9 @@ class KafkaSource(Source):
         records = records.withColumn("timestamp", F.when(is_time, F.timestamp_millis("timestamp")))
         for gap in gaps:
             missing = spark.range(gap.begin, gap.end).selectExpr(f"{gap.partition} AS partition", "id AS offset",
-                                                                 f"{LONGEST_RECORD + 1} AS serializedValueSize")
+                                                                 f"{MAX_RECORD_BYTES + 1} AS serializedValueSize")
             records = records.unionByName(missing, allowMissingColumns=True)
-        return records_of(records, self.topic.name, F.timestamp_millis(F.lit(begun_at(batch))))
+        return records_of(records, self.topic.name, F.timestamp_millis(F.lit(batch_time_ms(batch))))
 
     def _name_unusual(self, found: list[Row], gaps: list[Gap]) -> None:
         strange = [f"partition {row.partition} {row.records:,}, first at offset {row.first.offset} ({row.first.timestamp})"
@@ -211,7 +211,7 @@ class KafkaSource(Source):
         oversized = [f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}" for row in found if row.is_oversized]
         oversized += [f"partition {gap.partition} offsets {gap.begin} to {gap.end - 1}" for gap in gaps]
         if oversized:
-            warn(f"Some records of {self.topic} have more than {LONGEST_RECORD:,} bytes, unpacked, or are packed together with one that "
+            warn(f"Some records of {self.topic} have more than {MAX_RECORD_BYTES:,} bytes, unpacked, or are packed together with one that "
                  f"has: {', '.join(oversized)}. They are in the quarantine as {OVERSIZED}, without their content.")
 
     def identity(self) -> dict[str, str]:
@@ -219,7 +219,7 @@ class KafkaSource(Source):
             topic_id = self.topic.id()
         return {TOPIC_ID: topic_id, TOPIC_NAME: self.topic.name} if topic_id else {}  # brokers before 2.8 have none
 
-    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
+    def require_same_source(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         is_other_topic = self.topic.name not in (unread or [written_from.get(TOPIC_NAME, self.topic.name)])
         if written_from.get(TOPIC_ID) in (None, identity.get(TOPIC_ID)) or not identity or is_other_topic:
             return False
@@ -228,7 +228,7 @@ class KafkaSource(Source):
                    f"(partition: offset) is gone.", "the new topic is read from its beginning", is_accepted=not self.has_started)
         return True
 
-    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
+    def require_unread_records(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> str | None:
         self.remembered = json.loads(last_records or "{}")
         self.ends = unread.get(self.topic.name, {})  # where the next batch begins
@@ -260,14 +260,14 @@ class KafkaSource(Source):
 
     def _end_at_least(self, offsets: dict[int, int]) -> dict[int, int]:
         """The end of each partition. If one is before these offsets, it waits: a new leader says so for a moment."""
-        deadline = time.monotonic() + SETTLES_WITHIN
+        deadline = time.monotonic() + ELECTION_SECONDS
         while True:
             end = self.topic.end()
             if all(end.get(partition, offset) >= offset for partition, offset in offsets.items()) or time.monotonic() > deadline:
                 return end
             time.sleep(0.5)
 
-    def check_read(self, spark: SparkSession) -> None:
+    def require_read_records(self, spark: SparkSession) -> None:
         """Compares the last record read of each partition before this batch with the one that Kafka has now."""
         newest = {int(partition): max(records, key=lambda record: record["offset"])
                   for partition, records in self.remembered.items() if records}
@@ -275,7 +275,7 @@ class KafkaSource(Source):
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
             there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
-                                           MAX_LOOKUP_SECONDS, LONGEST_RECORD)
+                                           MAX_LOOKUP_SECONDS, MAX_RECORD_BYTES)
         others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
                   if _differs((newest[partition].get("time"), newest[partition].get("md5")), (_known_time(time), _hash(value)))]
         if others:
@@ -301,7 +301,7 @@ class KafkaSource(Source):
                  for partition, records in self.remembered.items() for record in records if int(partition) in end}
         last = dict(sorted(known))  # the last offset of each partition wins
         is_committed = self.topic.isolation_level.lower() == "read_committed"
-        ranges = {partition: (max(offset - REMEMBERED, first[partition]),
+        ranges = {partition: (max(offset - REMEMBERED_OFFSETS, first[partition]),
                               min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]))
                   for partition, offset in last.items()}
         others = {partition for partition, offset, time, md5 in self._few_in_kafka(spark, ranges) if offset > last[partition]
@@ -325,7 +325,7 @@ class KafkaSource(Source):
             [[offset]] = same[0].union(same[1]).agg(F.max("offset")).collect()
             return offset
 
-        size = SEARCHED_FIRST
+        size = FIRST_SEARCH_OFFSETS
         while first < end:
             begin = max(first, end - size)
             newest = self._in_kafka(spark, {partition: (begin, end)}, newest_same)
@@ -352,7 +352,7 @@ class KafkaSource(Source):
         """As `_in_kafka`, of so few records that a job of Spark's would take longer."""
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
-            found = self.reader.records_between(self.topic.name, offsets, MAX_WAIT_SECONDS, LONGEST_RECORD)
+            found = self.reader.records_between(self.topic.name, offsets, MAX_WAIT_SECONDS, MAX_RECORD_BYTES)
             if found is None:
                 return [tuple(row) for row in self._in_kafka(spark, offsets, DataFrame.collect)]
         return [(partition, offset, _known_time(time), _hash(value)) for partition, offset, time, value in found]
@@ -376,19 +376,19 @@ class KafkaSource(Source):
             say(f"Kafka removed more records of {self.topic} while the stream caught up: {gone}. Those it had not read yet are lost.")
         self.beginning = first
 
-    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
+    def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)
         if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):  # the start names them
             if self.has_failed:  # and has found nothing
                 self._lose(f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).", GOES_ON)
             self.has_failed = True
             return
-        self.topic.wait_out(error.__cause__ if isinstance(error.__cause__, KafkaError) else error, stopping)
+        self.topic.wait_until_available(error.__cause__ if isinstance(error.__cause__, KafkaError) else error, stopping)
 
-    def note(self, progress: dict[str, Any]) -> None:
+    def commit_offsets(self, progress: dict[str, Any]) -> None:
         self.has_failed = False
         try:
-            self.topic.note_offsets(self.group, self._offsets(progress, "endOffset"))
+            self.topic.commit_offsets(self.group, self._offsets(progress, "endOffset"))
         except Exception as error:  # whatever it is, it is no reason to stop
             if not self.has_warned:
                 warn(f"Kafka does not note how far the stream is ({type(error).__name__}), so that its tools can't show the lag of the "
@@ -400,9 +400,9 @@ class KafkaSource(Source):
         end, latest = (self._offsets(progress, which) for which in ("endOffset", "latestOffset"))
         return {partition: max(0, offset - end.get(partition, offset)) for partition, offset in latest.items()}
 
-    def left(self, progress: dict[str, Any], rows: int) -> Left | None:
+    def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
         lag = self.lag(progress)
-        return Left(sum(lag.values()), "behind", rows) if lag else None
+        return Backlog(sum(lag.values()), "behind", rows) if lag else None
 
     def _offsets(self, progress: dict[str, Any], which: str) -> dict[int, int]:
         """The offsets of this name by partition, in what Spark reports of a batch; {} for none."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.kafka.lookup import kafka_options
 from pipeline.kafka.source import KafkaSource, records_of
-from pipeline.streaming.query import TO_ITS_END, trigger_of
+from pipeline.streaming.query import AVAILABLE_NOW, trigger_of
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -16,7 +16,7 @@ def streams_of(spark: SparkSession, source: KafkaSource, options: argparse.Names
     """The topic as streams, each with its trigger: if data loss is accepted, first one that passes over what is lost by now;
     then the one that the options ask for, which stops where Kafka loses more."""
     if options.accept_data_loss:
-        yield read_topic(spark, source, options, fail_on_data_loss=False), TO_ITS_END
+        yield read_topic(spark, source, options, fail_on_data_loss=False), AVAILABLE_NOW
         source.accept_data_loss = False
     yield read_topic(spark, source, options), trigger_of(options)
 

@@ -36,8 +36,8 @@ PARTITIONS = 3
 # A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds, and so is one that is too large unpacked:
 # https://kafka.apache.org/39/documentation.html#topicconfigs
 CONFIGS = {"message.timestamp.after.max.ms": "86400000", "compression.type": "uncompressed"}
-NOTE_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
-OUTAGE = 300  # seconds that a running stream waits for its broker to come back
+COMMIT_OFFSETS_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
+MAX_OUTAGE_SECONDS = 300  # seconds that a running stream waits for its broker to come back
 
 
 def add_topic_options(parser: argparse.ArgumentParser) -> None:
@@ -192,12 +192,12 @@ class Topic(Broker):
     @cached_property
     def _notes(self) -> Admin:
         """A client of its own: the stream asks the other one at the same time."""
-        return self.client(Admin, request_timeout_ms=NOTE_SECONDS * 1000, bootstrap_timeout_ms=NOTE_SECONDS * 1000)
+        return self.client(Admin, request_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000, bootstrap_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000)
 
-    def note_offsets(self, group: str, offsets: dict[int, int]) -> None:
+    def commit_offsets(self, group: str, offsets: dict[int, int]) -> None:
         """Notes in Kafka that the consumer group `group` goes on at these offsets (partition: next offset). Raises KafkaError."""
         places = {TopicPartition(self.name, partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
-        deadline = time.monotonic() + NOTE_SECONDS
+        deadline = time.monotonic() + COMMIT_OFFSETS_SECONDS
         while True:
             try:
                 for error in set(self._notes.alter_group_offsets(group, places).values()) - {NoError}:
@@ -235,7 +235,7 @@ class Topic(Broker):
         if re.search(r"(Authenticat|Authoriz|S[sS][lL])\w*(Exception|Error)", message):
             raise self.refused(first_line(root_cause(error))) from error
 
-    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
+    def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
 
         Raises PipelineError if Kafka stays away or waiting is of no use; `error` if it is not Kafka's.
@@ -250,12 +250,12 @@ class Topic(Broker):
         if not has_no_topic:
             say(f"Kafka on {self.servers} no longer answers.")
         try:
-            self.wait(10 if has_no_topic else OUTAGE, stopping=stopping)  # a broker has no topic for a moment after its start
+            self.wait(10 if has_no_topic else MAX_OUTAGE_SECONDS, stopping=stopping)  # a broker has no topic for a moment after its start
         except NoTopicError:
             raise PipelineError(f"{self} is gone, with what was not read yet, or this user may no longer see it. To go on with a "
                                 f"new one, make it and start with --accept-data-loss.".replace("the", "The", 1)) from error
         except NoBrokerError:
             if not has_no_topic:
                 raise
-            self.wait(OUTAGE, stopping=stopping)
+            self.wait(MAX_OUTAGE_SECONDS, stopping=stopping)
         self.close()  # its clients, which do not recover from a long outage

@@ -20,9 +20,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-REFRESH = 2  # seconds
+REFRESH_SECONDS = 2  # seconds
 LINES_AROUND = 7  # of the rows
-RATE_OVER = 10  # seconds over which the rows a second are counted
+RATE_SECONDS = 10  # seconds over which the rows a second are counted
 
 
 class Follower:
@@ -84,14 +84,14 @@ def wait_for_tables(spark: SparkSession, table: str) -> None:
         if not has_said:
             warn(f"No Delta table at {table} yet. Waiting for it …")
             has_said = True
-        time.sleep(REFRESH)
+        time.sleep(REFRESH_SECONDS)
 
 
 def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
     console = Console(highlight=False)
     quarantine, shown_is = quarantine_of(options.table), table_of(options)
     followers = [Follower(spark, path) for path in (options.table, quarantine)]
-    counts: deque[tuple[float, int, int]] = deque(maxlen=RATE_OVER // REFRESH + 1)
+    counts: deque[tuple[float, int, int]] = deque(maxlen=RATE_SECONDS // REFRESH_SECONDS + 1)
     reasons: Counter[str] = Counter()  # of the records that were rejected since the start
     most_rows = max(1, min(options.limit, console.height - LINES_AROUND))
 
@@ -121,7 +121,7 @@ def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
             table, _ = as_table(rows, console.width, options.raw)
             view.update(Group(Text(f"{after[0]:,} accepted, {rates[0]:,.1f} a second{age}"),
                               Text(f"{after[1]:,} rejected, {rates[1]:,.1f} a second{named}"), Text(), table), refresh=True)
-            time.sleep(REFRESH)
+            time.sleep(REFRESH_SECONDS)
             wait_for_tables(spark, options.table)
 
 
@@ -133,7 +133,7 @@ def _in_lines(spark: SparkSession, options: argparse.Namespace) -> None:
         say(csv_line(columns) if options.format == "csv" else "  ".join(columns))
     _say_rows(rows, options)
     while True:
-        time.sleep(REFRESH)
+        time.sleep(REFRESH_SECONDS)
         wait_for_tables(spark, options.table)
         for new in follower.new():
             if isinstance(new, str):

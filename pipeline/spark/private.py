@@ -89,9 +89,9 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> dic
 
 def in_memory(rows: DataFrame) -> DataFrame:
     """The rows as they are now, in the JVM's memory: they need not go through Python for it."""
-    return from_java_rows(rows.sparkSession, rows._jdf.collectAsList(), rows)
+    return dataframe_of(rows.sparkSession, rows._jdf.collectAsList(), rows)
 
 
-def from_java_rows(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
+def dataframe_of(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
     """A DataFrame of Java's `rows`, with the columns of `like`: they need not go through Python for it."""
     return DataFrame(spark._jsparkSession.createDataFrame(rows, like._jdf.schema()), spark)

@@ -15,7 +15,7 @@ from pipeline.spark.class_archive import use_archive
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, SPARK_JARS, cache_folder, find_java, spark_jars
 from pipeline.spark.scratch import scratch_folder
 from pipeline.terminal.errors import PipelineError
-from pipeline.terminal.signals import held_back
+from pipeline.terminal.signals import delay_stop_signals
 
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
@@ -107,7 +107,7 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
     """
     is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, whose JVM runs already
     launch = SparkConf(loadDefaults=False) if is_submitted else _local_launch(jvm, make_archive)
-    with held_back():  # for the seconds in which Spark's JVM could neither be used nor ended
+    with delay_stop_signals():  # for the seconds in which Spark's JVM could neither be used nor ended
         gateway = _start_jvm(launch, verbose)
         if not has_name():
             user = gateway.jvm.org.apache.hadoop.security.UserGroupInformation

@@ -4,23 +4,23 @@ import threading
 import time
 from typing import Any
 
-from pipeline.delta.locks import retried
+from pipeline.delta.locks import with_retries
 from pipeline.streaming.private import stream_of
-from pipeline.streaming.source import Left
-from pipeline.streaming.writer import BatchReport, TableWriter, Unwatched
+from pipeline.streaming.source import Backlog
+from pipeline.streaming.writer import BatchReport, NoMetrics, TableWriter
 from pipeline.terminal.messages import say, without_controls
 from pipeline.terminal.signals import StopFlag, Stopped
 
 from pyspark.sql import DataFrame
 from pyspark.sql.streaming.query import StreamingQuery
 
-MOST_REASONS, MOST_FIELDS = 3, 10  # in the line of a batch
+MAX_REASONS, MAX_FIELDS = 3, 10  # in the line of a batch
 
 
 class Batches:
     """The batches that one query writes."""
 
-    def __init__(self, writer: TableWriter, stopping: StopFlag, metrics: Unwatched):
+    def __init__(self, writer: TableWriter, stopping: StopFlag, metrics: NoMetrics):
         self.writer, self.stopping, self.metrics = writer, stopping, metrics
         self.lock = threading.Lock()  # held while a batch is written
         self.begun = float("inf")  # when that began
@@ -36,7 +36,7 @@ class Batches:
                 with self.writer.tables.write_lock(self.stopping, create=batch_id == 0):
                     self.begun = time.monotonic()
                     # A second attempt skips whatever the first one wrote, as after a crash.
-                    self.reports[batch_id] = retried(lambda: self.writer.write(batch, batch_id, stream_of(batch)))
+                    self.reports[batch_id] = with_retries(lambda: self.writer.write(batch, batch_id, stream_of(batch)))
                 self.written += 1
             except Exception as error:
                 self.error = error
@@ -59,7 +59,7 @@ class Batches:
                 say(batch_line(batch, progress, source.left(progress, sum(batch.rows.values()))))
                 self.metrics.batch(batch, progress, source.lag(progress))
         if newest:
-            self.writer.source.note(newest)
+            self.writer.source.commit_offsets(newest)
 
     def wait_for_commit(self, query: StreamingQuery, seconds: float = 5) -> None:
         """Lets the running batch end, and gives the query time to note in the checkpoint that it is done."""
@@ -75,18 +75,18 @@ def done_in(query: StreamingQuery) -> list[dict[str, Any]]:
     return [progress for progress in query.recentProgress if "addBatch" in progress["durationMs"]]
 
 
-def batch_line(report: BatchReport, progress: dict[str, Any], left: Left | None) -> str:
+def batch_line(report: BatchReport, progress: dict[str, Any], left: Backlog | None) -> str:
     """What is printed of a batch. `left`: what was not read yet."""
     rejected = {reason: rows for reason, rows in report.rows.items() if reason}
-    most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MOST_REASONS]
+    most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MAX_REASONS]
     reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)
-    if len(rejected) > MOST_REASONS:
-        reasons += f" and {len(rejected) - MOST_REASONS} more"
+    if len(rejected) > MAX_REASONS:
+        reasons += f" and {len(rejected) - MAX_REASONS} more"
     rows, seconds = sum(report.rows.values()), progress["batchDuration"] / 1000
     seconds_left = left.amount * seconds / max(1, left.of_batch) if left else 0
-    unknown = ", ".join(map(without_controls, report.unknown[:MOST_FIELDS]))
-    if len(report.unknown) > MOST_FIELDS:
-        unknown += f" and {len(report.unknown) - MOST_FIELDS:,} more"
+    unknown = ", ".join(map(without_controls, report.unknown[:MAX_FIELDS]))
+    if len(report.unknown) > MAX_FIELDS:
+        unknown += f" and {len(report.unknown) - MAX_FIELDS:,} more"
     return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
             f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
             + (f", {left.amount:,} {left.kind}" if left else "") + (f" ({seconds_left:,.0f} s at this rate)" if seconds_left > 3 else "")

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from pipeline.contract.contract import Contract
 from pipeline.delta.commits import Commits, set_cut_aside, sync_commits
-from pipeline.delta.private import state_of
+from pipeline.delta.private import version_and_last_batch
 from pipeline.delta.tables import (
     CONTRACT,
     MODE,
@@ -23,7 +23,7 @@ from pipeline.delta.tables import (
     STARTS_AT,
     WRITER,
     TablePair,
-    fit_table,
+    add_missing_columns,
     properties_of,
     set_properties,
 )
@@ -44,7 +44,7 @@ READ_AGAIN = "read all that is still there into a new --table with a new --check
 
 
 @contextmanager
-def exclusive(path: str) -> Iterator[None]:
+def lock_checkpoint(path: str) -> Iterator[None]:
     """Keeps the checkpoint at `path` from other processes of this machine. PipelineError if one of them has it.
 
     In another store (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
@@ -60,7 +60,7 @@ def exclusive(path: str) -> Iterator[None]:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place, blocking=False).acquire()
     except Timeout:
-        raise PipelineError(taken(path)) from None
+        raise PipelineError(in_use_message(path)) from None
     except OSError as error:
         raise PipelineError(f"{place}, the lock of the checkpoint, can't be written: {error.strerror}. Make room for it, give this "
                             f"user permission, or name another place with --checkpoint.") from error
@@ -68,7 +68,7 @@ def exclusive(path: str) -> Iterator[None]:
         yield
 
 
-def check_places(options: argparse.Namespace) -> None:
+def require_separate_places(options: argparse.Namespace) -> None:
     """PipelineError if the stream has a folder in a table, whose clean-up would delete it. Other stores are not looked at."""
     ours = {os.path.realpath(table) for table in map(local_path, (options.table, quarantine_of(options.table))) if table}
     for option in ("checkpoint", "input", "archive"):
@@ -81,11 +81,11 @@ def check_places(options: argparse.Namespace) -> None:
                                     f"Name another place.")
 
 
-def damaged(path: str, reason: str) -> str:
+def damaged_message(path: str, reason: str) -> str:
     return f"The checkpoint {path} is damaged: {reason}. Put back a backup of it and of its tables, or {READ_AGAIN}."
 
 
-def taken(path: str) -> str:
+def in_use_message(path: str) -> str:
     return (f"Another stream is using the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
             f"of its own.")
 
@@ -178,14 +178,14 @@ class Checkpoint:
         # A version, the metadata, and a line for each source, here one.
         lines = (text or "").split("\n")
         if lines[0] != "v1":
-            raise PipelineError(damaged(self.path, f"{file} does not begin with v1"))
+            raise PipelineError(damaged_message(self.path, f"{file} does not begin with v1"))
         return self._parse(lines[-1], file)
 
     def _parse(self, text: str, file: str) -> dict[str, Any]:
         try:
             return json.loads(text)
         except ValueError:
-            raise PipelineError(damaged(self.path, f"{file} is not JSON")) from None
+            raise PipelineError(damaged_message(self.path, f"{file} is not JSON")) from None
 
     def last_batch(self) -> dict[str, Any]:
         """The note that `write_last_batch` has written; {} for none, and for one of an earlier batch, since which a version without such
@@ -258,13 +258,13 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     identity = source.identity()
     start = Start(checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
     is_ours = written_from.get(WRITER, NO_WRITER) in (NO_WRITER, checkpoint.id())
-    if is_ours and source.is_made_anew(identity, written_from, unread):
+    if is_ours and source.require_same_source(identity, written_from, unread):
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, identity | {STARTS_AT: ""})
         unread = {}
     _check_tables(spark, checkpoint, properties, tables)
     last_records = checkpoint.last_batch().get("last_records")
     planned = checkpoint.end_of(checkpoint.last_begun())
-    place = source.check_unread(spark, tables, unread, planned, checkpoint.path, last_records)
+    place = source.require_unread_records(spark, tables, unread, planned, checkpoint.path, last_records)
     if place is not None:
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, {STARTS_AT: place})
     source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
@@ -275,7 +275,7 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
 
 def _last_written(spark: SparkSession, checkpoint: Checkpoint, properties: dict[str, dict[str, str] | None]) -> int:
     """The last batch in one of the tables, by their `properties`. After a power cut, the quarantine may have one that the table lacks."""
-    return max((state_of(spark, table, checkpoint.id())[1] for table, found in properties.items() if found is not None), default=-1)
+    return max((version_and_last_batch(spark, table, checkpoint.id())[1] for table, found in properties.items() if found is not None), default=-1)
 
 
 def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tables: TablePair,
@@ -295,7 +295,7 @@ def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tab
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)
     for table in (tables.table, tables.quarantine):
-        version, _ = state_of(spark, table, None)
+        version, _ = version_and_last_batch(spark, table, None)
         sync_commits(spark, table, range(max(0, version - 2), version + 1))  # includes the commit that took rows back
     return _finish_starting_over(spark, checkpoint, tables, properties)
 
@@ -335,7 +335,7 @@ def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, 
         if properties is not None and properties[WRITER] != checkpoint.id() and not is_free:
             raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
                                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}.")
-        version, written = (-1, -1) if properties is None else state_of(spark, table, checkpoint.id())
+        version, written = (-1, -1) if properties is None else version_and_last_batch(spark, table, checkpoint.id())
         # A batch is in the table before it is done, and in the quarantine only if it has rejected records.
         is_older = table == tables.table and written < checkpoint.last_done
         if is_older or written > checkpoint.last_begun():
@@ -382,7 +382,7 @@ def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, p
     if is_changed and _last_written(spark, checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties)) > checkpoint.last_done:
         raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
                             f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now.")
-    fit_table(spark, tables.table, tables.columns)
+    add_missing_columns(spark, tables.table, tables.columns)
     known = start.identity | properties | start.read_by  # an earlier start may not have been told the identity
     if changed := {name: value for name, value in known.items() if properties.get(name) != value}:
         set_properties(spark, tables.table, changed)

@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.streaming.writer import BatchReport, Unwatched
+from pipeline.streaming.writer import BatchReport, NoMetrics
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import say
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
 
-class Metrics(Unwatched):
+class Metrics(NoMetrics):
     """Answers on http://HOST:PORT: /metrics with the figures, /healthz with 200 while the stream works, else 503."""
 
     def __init__(self, host: str, port: int):

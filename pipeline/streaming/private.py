@@ -21,7 +21,7 @@ def query_of(batch: DataFrame) -> StreamingQuery:
     return query
 
 
-def begun_at(batch: DataFrame) -> int:
+def batch_time_ms(batch: DataFrame) -> int:
     """When this micro-batch was planned, in milliseconds since 1970: its current_timestamp(), which otherwise comes with a record only."""
     batch_id = int(batch.sparkSession.sparkContext.getLocalProperty("streaming.sql.batchId") or 0)
     offsets = cast(Any, query_of(batch))._jsq.streamingQuery().offsetLog().get(batch_id)

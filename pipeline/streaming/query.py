@@ -15,9 +15,9 @@ from pipeline.delta.locks import CONFLICTS
 from pipeline.delta.tables import TablePair
 from pipeline.spark.private import OUT_OF_MEMORY, protect_callbacks
 from pipeline.streaming.batches import Batches
-from pipeline.streaming.checkpoints import Start, check_places, check_start, damaged, exclusive, taken
+from pipeline.streaming.checkpoints import Start, check_start, damaged_message, in_use_message, lock_checkpoint, require_separate_places
 from pipeline.streaming.source import Source, SourceAwayError
-from pipeline.streaming.writer import TableWriter, Unwatched
+from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.arguments import location, port_number, table_location
 from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause
 from pipeline.terminal.messages import say
@@ -28,11 +28,11 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
-TO_ITS_END = {"availableNow": True}  # the trigger that ends when all is read that is there
+AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when all is read that is there
 NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
-MOST_FAILURES = 3  # in a row, each after a wait for the source
-RECOVERED = 600  # seconds that a query has run without records, after which its next failure is not in a row with earlier ones
-SET_BACK = 10  # seconds that the clock may go backwards, for which Spark begins no batch
+MAX_FAILURES = 3  # in a row, each after a wait for the source
+RECOVERED_SECONDS = 600  # seconds that a query has run without records, after which its next failure is not in a row with earlier ones
+MAX_SET_BACK_SECONDS = 10  # seconds that the clock may go backwards, for which Spark begins no batch
 
 
 class ClockSetBackError(Exception):
@@ -62,7 +62,7 @@ def _interval(value: str) -> str:
 
 def trigger_of(options: argparse.Namespace) -> dict[str, Any]:
     """The trigger that the options of `add_stream_options` ask for."""
-    return TO_ITS_END if options.once else {"processingTime": options.trigger}
+    return AVAILABLE_NOW if options.once else {"processingTime": options.trigger}
 
 
 def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, dict[str, Any]]], source: Source, tables: TablePair,
@@ -74,7 +74,7 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
     """
     stopping = StopFlag()
     on_stop_signal(stopping.set)
-    check_places(options)
+    require_separate_places(options)
 
     def check() -> Start:
         with tables.write_lock(stopping):
@@ -84,7 +84,7 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
         protect_callbacks(spark)
         with in_file(options.readings):
             contract.check_rules(spark)
-        with exclusive(options.checkpoint), suppress(Stopped):
+        with lock_checkpoint(options.checkpoint), suppress(Stopped):
             start = check()
             metrics = _metrics(options)
             say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
@@ -108,24 +108,24 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                         continue
                     if explanation := source.explain(error) or explain(error, tables.table, options.checkpoint):
                         raise PipelineError(explanation) from error
-                    failures = 1 if batches or time.monotonic() - began > RECOVERED else failures + 1
-                    if failures > MOST_FAILURES:
+                    failures = 1 if batches or time.monotonic() - began > RECOVERED_SECONDS else failures + 1
+                    if failures > MAX_FAILURES:
                         raise PipelineError(f"{source} failed {failures} times in a row, though it answers in between: "
                                             f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)) from error
-                    source.wait_out(error, stopping)
+                    source.wait_until_available(error, stopping)
     if not options.once:
         say("Stopped. The next start goes on from here.")
 
 
-def _metrics(options: argparse.Namespace) -> Unwatched:
+def _metrics(options: argparse.Namespace) -> NoMetrics:
     if not options.metrics_port:
-        return Unwatched()
+        return NoMetrics()
     from pipeline.streaming.metrics import Metrics
     return Metrics(options.metrics_host, options.metrics_port)
 
 
 def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, checkpoint: str, stopping: StopFlag,
-              metrics: Unwatched) -> tuple[int, Exception | None]:
+              metrics: NoMetrics) -> tuple[int, Exception | None]:
     """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
 
     Prints a line for each batch that has taken in records.
@@ -144,7 +144,7 @@ def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, c
                 writer.source.watch()
                 note("A batch is being written …" if batches.running_for() > 3 else "")
                 now = time.time() - time.monotonic()
-                if now < clock - SET_BACK:
+                if now < clock - MAX_SET_BACK_SECONDS:
                     set_back = ClockSetBackError(f"The clock was set back by {clock - now:,.0f} s.")
                     break
                 clock = max(clock, now)
@@ -169,9 +169,9 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
         return (f"Others changed {table} or its quarantine each time that a batch was to be written ({message}). Stop them while the "
                 f"stream runs, then start again. {NEXT_START}")
     if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
-        return taken(checkpoint)
+        return in_use_message(checkpoint)
     if re.search(r"[Ii]ncomplete log file|[Ll]og file was malformed", message):
-        return damaged(checkpoint, message)
+        return damaged_message(checkpoint, message)
     places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
     if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
@@ -179,7 +179,7 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
         return f"There is no space left for {fullest} ({message}). Free some and start again. {NEXT_START}"
     denied = re.search(r"(/.*): Permission denied", message)
     if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
-        return may_not_read(denied[1])
+        return unreadable_folder_message(denied[1])
     if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
                  message):
         closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
@@ -187,7 +187,7 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     return None
 
 
-def may_not_read(folder: str) -> str:
+def unreadable_folder_message(folder: str) -> str:
     return f"This user may not read the folder {folder}. Give it permission, or move the folder, and start again. {NEXT_START}"
 
 

@@ -13,7 +13,7 @@ class SourceAwayError(PipelineError):
     """The source does not answer, which may pass."""
 
 
-class Left(NamedTuple):
+class Backlog(NamedTuple):
     """What is left to read: so many of the `kind`, of which the last batch had `of_batch`."""
     amount: int
     kind: str
@@ -66,14 +66,14 @@ class Source:
         """Table properties that identify the source; a recreated one has others. {} if it has none, or can't say."""
         return {}
 
-    def is_made_anew(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
+    def require_same_source(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
         """Whether the source differs from the one in `written_from`, the properties of its table.
 
         Raises PipelineError if what the old one still had would be lost, unless that was accepted.
         """
         return False
 
-    def check_unread(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
+    def require_unread_records(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
                      last_records: str | None) -> str | None:
         """Raises PipelineError if the source no longer has the records after the offsets `unread` of the checkpoint, up to the end
         `planned` of a batch that was begun.
@@ -82,11 +82,11 @@ class Source:
         """
         return None
 
-    def check_read(self, spark: SparkSession) -> None:
+    def require_read_records(self, spark: SparkSession) -> None:
         """Raises PipelineError if the source no longer has the records that were read last before the running batch, but others."""
 
     def begin_at(self, place: str) -> None:
-        """Is told where a stream without a checkpoint begins: what `check_unread` has returned, or "" for the beginning."""
+        """Is told where a stream without a checkpoint begins: what `require_unread_records` has returned, or "" for the beginning."""
 
     def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
         """Removes from `tables` the records of a half-done batch, from `begin` to `end`, that the source has and a new checkpoint reads."""
@@ -98,20 +98,20 @@ class Source:
     def watch(self) -> None:
         """Called twice a second while the query runs: for a source that has to look after something."""
 
-    def wait_out(self, error: Exception, stopping: StopFlag) -> None:
+    def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
         """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
         raise error
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Warns of what a user should know of a batch, of which records are in the table `quarantine` for these `reasons`."""
 
-    def note(self, progress: dict[str, Any]) -> None:
+    def commit_offsets(self, progress: dict[str, Any]) -> None:
         """Tells the source how far the stream has come, after a batch of which Spark reports `progress`: for those who look there."""
 
     def lag(self, progress: dict[str, Any]) -> dict[int, int]:
         """Records left to read after a batch of which Spark reports `progress`, by partition; {} if that is not known."""
         return {}
 
-    def left(self, progress: dict[str, Any], rows: int) -> Left | None:
+    def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
         """What is left to read after a batch of so many rows, of which Spark reports `progress`; None if that is not known."""
         return None

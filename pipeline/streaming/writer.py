@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from pipeline.contract.contract import Contract
 from pipeline.contract.judge import parse
-from pipeline.delta.commits import AGAIN, NEWEST, Commits, contents_note, sync_commits
-from pipeline.delta.private import state_of
+from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
+from pipeline.delta.private import version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table
-from pipeline.spark.private import from_java_rows, number_of_tasks, observed
+from pipeline.spark.private import dataframe_of, number_of_tasks, observed
 from pipeline.streaming.checkpoints import Start, require_same_contents
 from pipeline.streaming.source import Source
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
@@ -26,10 +26,10 @@ from pyspark.sql import functions as F
 SMALL_BATCH = 10  # tasks to read it, up to which a batch becomes one file; above that, one file per core
 # Rejected records that are kept in memory while a batch is written, by all cores together: so many, of so many bytes at
 # most. Where there are more, the batch is read again for them.
-MOST_KEPT = 200_000
-LONGEST_KEPT = 500
-CLEAN_UP_AFTER = 1000  # batches, which are half an hour of the default trigger
-SEEN_WITHIN = 60  # seconds after a batch was written
+MAX_KEPT_ROWS = 200_000
+MAX_KEPT_BYTES = 500
+CLEAN_UP_EVERY = 1000  # batches, which are half an hour of the default trigger
+OBSERVATION_SECONDS = 60  # seconds after a batch was written
 
 
 class BatchReport(NamedTuple):
@@ -43,7 +43,7 @@ class BatchReport(NamedTuple):
     last_records: str | None = None
 
 
-class Unwatched:
+class NoMetrics:
     """Metrics that nobody asks for; pipeline/streaming/metrics.py has the others, and needs a library for them."""
 
     def working(self, works: bool) -> None:
@@ -73,7 +73,7 @@ class TableWriter:
             create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
             checkpoint.write_last_batch({"versions": self._synced_versions(spark, stream)})
         contents = self.source.contents(batch, end)
-        before, last_batch = state_of(spark, tables.table, stream)
+        before, last_batch = version_and_last_batch(spark, tables.table, stream)
         if batch_id <= last_batch:
             require_same_contents(Commits(spark, tables.table, before), checkpoint, batch_id, contents)
         try:
@@ -84,7 +84,7 @@ class TableWriter:
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
             raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names "
                                 f"the lost records, and takes back those of the new one.")
-        self.source.check_read(spark)
+        self.source.require_read_records(spark)
         if rejected is not None:
             has_changed, rows = rejected
             writer = f"{stream}{AGAIN}" if has_changed else stream  # the quarantine may have the batch already, by an earlier reading
@@ -95,7 +95,7 @@ class TableWriter:
         checkpoint.write_last_batch({"batch": batch_id, "end": end, "contents": contents,
                                      "versions": self._synced_versions(spark, stream),
                                      "last_records": self.source.remember(spark, report.last_records)})
-        if batch_id % CLEAN_UP_AFTER == CLEAN_UP_AFTER - 1:
+        if batch_id % CLEAN_UP_EVERY == CLEAN_UP_EVERY - 1:
             self._clean_up(spark)  # when the disk has what takes the place of the old files
         return report
 
@@ -105,8 +105,8 @@ class TableWriter:
 
     def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
         """Returns the version of a table once the disk has it."""
-        version, _ = state_of(spark, table, stream)
-        first = self.synced.get(table, version - NEWEST) + 1  # an earlier process may have been killed before it came here
+        version, _ = version_and_last_batch(spark, table, stream)
+        first = self.synced.get(table, version - NEWEST_COMMITS) + 1  # an earlier process may have been killed before it came here
         sync_commits(spark, table, range(max(0, first), version + 1))
         self.synced[table] = version
         return version
@@ -128,21 +128,21 @@ class TableWriter:
         spark = records.sparkSession
         cores = spark.sparkContext.defaultParallelism
         judged = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
-        rows, seen = self._observed(judged, kept_by_task=min(100_000, MOST_KEPT // cores))
-        is_repeated = batch_id <= state_of(spark, self.tables.table, stream)[1]  # it was written before a crash
+        rows, seen = self._observed(judged, kept_by_task=min(100_000, MAX_KEPT_ROWS // cores))
+        is_repeated = batch_id <= version_and_last_batch(spark, self.tables.table, stream)[1]  # it was written before a crash
         with _code_generation(spark):
             if is_repeated:
                 rows.where(_is_valid()).write.format("noop").mode("overwrite").save()
             else:
                 self._append(rows.where(_is_valid()), self.tables.table, self.tables.columns, batch_id, stream, contents)
-        found = observed(spark, seen, SEEN_WITHIN)
+        found = observed(spark, seen, OBSERVATION_SECONDS)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
         if not found:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
             everything, seen = self._observed(judged)
             everything.write.format("noop").mode("overwrite").save()
-            found = observed(spark, seen, SEEN_WITHIN) or {}
-        version, _ = state_of(spark, self.tables.table, stream)
+            found = observed(spark, seen, OBSERVATION_SECONDS) or {}
+        version, _ = version_and_last_batch(spark, self.tables.table, stream)
         # Rows that somebody has deleted since, on purpose, are none that a second reading has rejected.
         is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(stream, batch_id)
         of_table = self._accepted(spark, found, is_compared)
@@ -170,13 +170,13 @@ class TableWriter:
         if is_same and not found["rejected"]:
             return None
         if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
-            return False, from_java_rows(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
+            return False, dataframe_of(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
         # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or in none.
         again, seen = self._observed(judged)
         with _code_generation(judged.sparkSession):
             # A cache would hold a batch of rows in memory.
             rejected = again.where(~_is_valid()).select(*columns).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
-        figures = observed(judged.sparkSession, seen, SEEN_WITHIN) or {}
+        figures = observed(judged.sparkSession, seen, OBSERVATION_SECONDS) or {}
         if (figures.get("accepted"), figures.get("fingerprint")) == of_table:
             return False, rejected
         rejected.unpersist()
@@ -194,7 +194,7 @@ class TableWriter:
         names = F.transform(F.slice("_unknown_fields", 1, 20), lambda name: F.left(name, F.lit(50)))
         columns = self.tables.quarantine_columns
         binary = [F.coalesce(F.octet_length(name), F.lit(0)) for name, kind in columns.items() if kind == "BINARY"]
-        is_kept = ~is_valid & (sum(binary, F.lit(0)) <= LONGEST_KEPT)
+        is_kept = ~is_valid & (sum(binary, F.lit(0)) <= MAX_KEPT_BYTES)
         figures = {
             "accepted": F.count_if(is_valid),
             "rejected": F.count_if(~is_valid),

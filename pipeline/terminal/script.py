@@ -14,7 +14,7 @@ from pipeline.terminal.signals import Interrupt, ignore_stop_signals, on_stop_si
 from py4j.protocol import Py4JNetworkError
 
 
-def _broken_off(error: BaseException | None) -> bool:
+def _is_interrupted(error: BaseException | None) -> bool:
     """Whether Ctrl+C has led to an error: py4j sometimes closes the connection by which PySpark then tidies up."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -41,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if "--verbose" in sys.argv:
             traceback.print_exc()
-        if _broken_off(error):
+        if _is_interrupted(error):
             return
         message = str(error)
         if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):

@@ -2,7 +2,7 @@
 
 Each script imports this before all else, because the other imports take a second. What a signal does then changes with
 what there is to clean up: it ends the process at once while modules are imported, raises KeyboardInterrupt under
-`pipeline.terminal.arguments.run`, waits in `held_back`, and sets a StopFlag where a loop looks at one (`on_stop_signal(stopping.set)`).
+`pipeline.terminal.arguments.run`, waits in `delay_stop_signals`, and sets a StopFlag where a loop looks at one (`on_stop_signal(stopping.set)`).
 """
 
 import io
@@ -21,7 +21,7 @@ from pipeline.paths import REPOSITORY
 # The last comes when a terminal closes; nohup ignores it.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM,
                 *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
-SAME_PRESS = 2  # seconds within which a second signal means no more than the first
+SAME_PRESS_SECONDS = 2  # seconds within which a second signal means no more than the first
 
 
 def on_stop_signal(action: Callable[[], object]) -> None:
@@ -82,7 +82,7 @@ class Interrupt:
         sys.unraisablehook = self._unraisable
 
     def __call__(self) -> None:
-        if time.monotonic() - self.raised_at > SAME_PRESS:
+        if time.monotonic() - self.raised_at > SAME_PRESS_SECONDS:
             self.raised_at = time.monotonic()
             raise KeyboardInterrupt
 
@@ -101,7 +101,7 @@ class Interrupt:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def delay_stop_signals() -> Iterator[None]:
     """Holds the signals back while it lasts, then raises KeyboardInterrupt if there was one."""
     seen = []
     before = {stop_signal: signal.getsignal(stop_signal) for stop_signal in STOP_SIGNALS}
@@ -118,7 +118,7 @@ def held_back() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _speak_utf8() -> None:
+def _use_utf8() -> None:
     """File names, arguments and output are UTF-8 for Python and for the JVMs it starts, whatever the locale says."""
     if sys.getfilesystemencoding() != "utf-8":  # Python itself takes UTF-8 for the locales C and POSIX only
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
@@ -136,4 +136,4 @@ def _speak_utf8() -> None:
 
 if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:  # not in a test that imports a script
     on_stop_signal(lambda: os._exit(0))
-    _speak_utf8()
+    _use_utf8()

@@ -239,9 +239,9 @@ def test_records_that_are_lost_before_the_first_batch_is_done_are_said_with_the_
     source = KafkaSource(world.topic, accept_data_loss=False, group=topic)
     with pytest.raises((StreamingQueryException, Py4JJavaError)) as lost:
         world.consume()
-    source.wait_out(lost.value, StopFlag())  # the start looks at what is lost
+    source.wait_until_available(lost.value, StopFlag())  # the start looks at what is lost
     with pytest.raises(PipelineError, match="no longer has records of the topic .* Nothing was skipped. With --accept-data-loss"):
-        source.wait_out(lost.value, StopFlag())
+        source.wait_until_available(lost.value, StopFlag())
     assert world.consume(accept_data_loss=True) == (2, 0)
 
 
@@ -249,7 +249,7 @@ def test_records_that_are_lost_before_the_first_batch_is_done_are_said_with_the_
 def test_a_table_whose_store_does_not_answer_is_not_taken_for_a_broker_that_does_not(broker, problem):
     error = RuntimeError(problem)
     with pytest.raises(RuntimeError, match=problem):
-        KafkaSource(Topic(broker, "door_authorizations"), accept_data_loss=False, group="g").wait_out(error, StopFlag())
+        KafkaSource(Topic(broker, "door_authorizations"), accept_data_loss=False, group="g").wait_until_available(error, StopFlag())
 
 
 def test_another_topic_is_not_taken_for_the_old_one_made_again(world):

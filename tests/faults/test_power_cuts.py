@@ -12,7 +12,7 @@ from pipeline.contract.fields import Number
 from pipeline.delta.tables import silver_tables
 from pipeline.kafka.source import KafkaSource
 from pipeline.streaming.checkpoints import LAST_BATCH, Checkpoint, Start
-from pipeline.streaming.writer import LONGEST_KEPT, TableWriter
+from pipeline.streaming.writer import MAX_KEPT_BYTES, TableWriter
 from pipeline.terminal.errors import PipelineError
 
 import pytest
@@ -294,7 +294,7 @@ def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path
         F.format_string('{"value": %d}', "id").cast("binary").alias("raw"), F.format_string('{"value": %d}', "id").alias("raw_json"),
         F.lit("topic").alias("topic"), F.lit(0).alias("partition"), F.col("id").alias("offset"),
         F.when(F.col("id") % 3 > 0, F.timestamp_seconds("id")).alias("kafka_timestamp"),
-        F.repeat(F.lit("k"), F.lit(0 if crash else LONGEST_KEPT)).cast("binary").alias("kafka_key"),  # too long to be kept in memory
+        F.repeat(F.lit("k"), F.lit(0 if crash else MAX_KEPT_BYTES)).cast("binary").alias("kafka_key"),  # too long to be kept in memory
         F.timestamp_seconds(F.lit(1_795_000_000)).alias("ingest_time"))
     if crash:
         with monkeypatch.context() as patch:

@@ -1,11 +1,11 @@
-"""A live page of the tables for the browser: the newest readings, the readings over time, what was rejected and why, how far
-behind the streams are and how long their batches take, and how large each table is.
+"""A live page of the tables for the browser: the newest readings, the readings over time, what was rejected and why,
+how far behind the streams are and how long their batches take, and how large each table is.
 
     lake/*/* ──> http://127.0.0.1:8501
 
 It reads the Delta tables under --lake without Spark, whatever their contract, and refreshes by itself. It asks the
-broker how many records wait in Kafka. Only this machine sees the page, which loads nothing from elsewhere. Ctrl+C stops it.
-It needs more than the other scripts:
+broker how many records wait in Kafka. Only this machine sees the page, which loads nothing from elsewhere. Ctrl+C stops
+it. It needs more than the other scripts:
 
     pip install -r requirements-dashboard.txt
     python3 dashboard.py
@@ -42,15 +42,21 @@ STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/c
 def main() -> None:
     options = parse_options()
     if not is_installed():
-        raise PipelineError("The page needs libraries that are not installed: pip install -r requirements-dashboard.txt")
+        raise PipelineError(
+            "The page needs libraries that are not installed: pip install -r requirements-dashboard.txt"
+        )
     Topic.of(options)  # refuses a wrong --kafka-config here, where the user sees it
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
     say(f"http://127.0.0.1:{options.port} shows {options.lake}. Ctrl+C stops.")
     on_stop_signal(lambda: os._exit(0))  # until Streamlit has handlers of its own, there is nothing to end in order
     from streamlit.web.cli import main as streamlit
-    settings = [f"--{name}={value}" for name, values in (STREAMLIT | {"server.port": options.port}).items()
-                for value in (values if isinstance(values, list) else [values])]
+
+    settings = [
+        f"--{name}={value}"
+        for name, values in (STREAMLIT | {"server.port": options.port}).items()
+        for value in (values if isinstance(values, list) else [values])
+    ]
     streamlit(["run", str(REPOSITORY / "dashboard.py"), *settings, "--", *sys.argv[1:]], standalone_mode=False)
 
 
@@ -65,6 +71,7 @@ def parse_options() -> argparse.Namespace:
 if __name__ == "__main__":
     if "streamlit.runtime.scriptrunner" in sys.modules:  # somebody opens the page
         from pipeline.dashboard.page import show_page
+
         show_page(parse_options())
     else:
         run(main)

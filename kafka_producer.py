@@ -2,8 +2,8 @@
 
 A device keeps its place, type and unit, and its value drifts. The key of a message is the device id, so the readings of
 a device stay in order. Delivery is idempotent and acknowledged by all replicas: a message that is counted as
-acknowledged is in the topic, once. Ctrl+C delivers what was sent and prints the count; a message that can't be delivered
-is an error.
+acknowledged is in the topic, once. Ctrl+C delivers what was sent and prints the count; a message that can't be
+delivered is an error.
 
     python3 kafka_producer.py --create-topic
     python3 kafka_producer.py --rate 200 --invalid-fraction 0.05
@@ -55,16 +55,26 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_topic_options(parser)
-    parser.add_argument("--to-folder", type=local_folder, metavar="FOLDER", help="write files of JSON lines there, not to Kafka")
+    parser.add_argument(
+        "--to-folder", type=local_folder, metavar="FOLDER", help="write files of JSON lines there, not to Kafka"
+    )
     add_readings_option(parser)
-    parser.add_argument("--rate", type=at_least(0, float), default=1, metavar="PER_SECOND",
-                        help="messages per second; 0: unlimited")
+    parser.add_argument(
+        "--rate", type=at_least(0, float), default=1, metavar="PER_SECOND", help="messages per second; 0: unlimited"
+    )
     parser.add_argument("--count", type=at_least(0), metavar="N", help="stop after N messages")
     parser.add_argument("--devices", type=at_least(1), default=12, metavar="N", help="number of simulated devices")
     parser.add_argument("--seed", type=int, metavar="N", help="makes devices and values the same in each run")
-    parser.add_argument("--invalid-fraction", type=fraction, default=0, metavar="F",
-                        help="share of messages, 0 to 1, that break a rule, each kind of break in turn")
-    parser.add_argument("--create-topic", action="store_true", help="make the topic, with 3 partitions, if it is missing")
+    parser.add_argument(
+        "--invalid-fraction",
+        type=fraction,
+        default=0,
+        metavar="F",
+        help="share of messages, 0 to 1, that break a rule, each kind of break in turn",
+    )
+    parser.add_argument(
+        "--create-topic", action="store_true", help="make the topic, with 3 partitions, if it is missing"
+    )
     return parser.parse_args()
 
 
@@ -79,8 +89,9 @@ def ticks(rate: float, stopping: StopFlag) -> Iterator[None]:
         yield
 
 
-def write_files(messages: Iterator[tuple[str, bytes | None]], folder: Path, options: argparse.Namespace,
-                stopping: StopFlag) -> None:
+def write_files(
+    messages: Iterator[tuple[str, bytes | None]], folder: Path, options: argparse.Namespace, stopping: StopFlag
+) -> None:
     """Writes `messages` at the rate and up to the count asked for, or until `stopping` is set, as files of JSON lines.
 
     Once complete, a file gets its name: the time. A message without a value is no line. Raises PipelineError.
@@ -109,13 +120,17 @@ def write_files(messages: Iterator[tuple[str, bytes | None]], folder: Path, opti
         if lines:
             write()
     except OSError as error:
-        raise PipelineError(f"{folder} can't be written to: {error.strerror}. Give this user permission, make room, or name another "
-                            f"folder.") from error
+        raise PipelineError(
+            f"{folder} can't be written to: {error.strerror}. Give this user permission, make room, or name another "
+            f"folder."
+        ) from error
     say(f"{records:,} records in {files:,} file{'s' * (files != 1)} written.")
 
 
 class Producer(KafkaProducer):
-    """One that `send` closes, whatever happens. kafka-python's own would flush again at its end, and print that this fails."""
+    """One that `send` closes, whatever happens. kafka-python's own would flush again at its end, and print that this
+    fails.
+    """
 
     def __del__(self) -> None:
         pass
@@ -140,20 +155,29 @@ class Delivery:
         return f"{self.sent:,} sent, {self.acknowledged:,} acknowledged"
 
 
-def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: argparse.Namespace,
-         stopping: StopFlag) -> None:
+def send(
+    messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: argparse.Namespace, stopping: StopFlag
+) -> None:
     """Sends `messages` at the rate and up to the count asked for, or until `stopping` is set; delivers all it has sent.
 
     Raises PipelineError if one can't be delivered.
     """
-    producer = topic.client(Producer, enable_idempotence=True, acks="all", batch_size=128 * 1024,
-                            linger_ms=0 if options.rate and options.rate < 100 else 20, allow_auto_create_topics=False)
+    producer = topic.client(
+        Producer,
+        enable_idempotence=True,
+        acks="all",
+        batch_size=128 * 1024,
+        linger_ms=0 if options.rate and options.rate < 100 else 20,
+        allow_auto_create_topics=False,
+    )
     say(f"Sending to {topic}. Ctrl+C stops.")
     delivery, shown = Delivery(stopping), time.monotonic()
     try:
         # The tick comes first, so that the time in a message is the one at which it is sent.
         for _, (key, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
-            producer.send(topic.name, key=key.encode(), value=record).add_callback(delivery.count).add_errback(delivery.fail)
+            producer.send(topic.name, key=key.encode(), value=record).add_callback(delivery.count).add_errback(
+                delivery.fail
+            )
             delivery.sent += 1
             if time.monotonic() - shown >= SHOW_SECONDS or delivery.sent == 1:
                 shown = time.monotonic()
@@ -167,8 +191,10 @@ def send(messages: Iterator[tuple[str, bytes | None]], topic: Topic, options: ar
             producer.close(timeout=10)
     say(f"{delivery}.")
     if delivery.failure:
-        raise PipelineError(f"{delivery.sent - delivery.acknowledged:,} of {delivery.sent:,} messages could not be delivered to "
-                            f"{topic}: {delivery.failure}. Check that Kafka runs and has the topic, then start again.")
+        raise PipelineError(
+            f"{delivery.sent - delivery.acknowledged:,} of {delivery.sent:,} messages could not be delivered to "
+            f"{topic}: {delivery.failure}. Check that Kafka runs and has the topic, then start again."
+        )
 
 
 if __name__ == "__main__":

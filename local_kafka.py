@@ -34,7 +34,11 @@ COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
 # Which Kafka is inside Confluent's images: https://docs.confluent.io/platform/current/installation/versions-interoperability.html
 KAFKA_IN_CONFLUENT = {"7.9": "3.9.2"}
 # What the image makes of its ZOOKEEPER_… variables.
-ZOOKEEPER_PROPERTIES = {"CLIENT_PORT": "clientPort", "TICK_TIME": "tickTime", "ADMIN_ENABLE_SERVER": "admin.enableServer"}
+ZOOKEEPER_PROPERTIES = {
+    "CLIENT_PORT": "clientPort",
+    "TICK_TIME": "tickTime",
+    "ADMIN_ENABLE_SERVER": "admin.enableServer",
+}
 # A broker that was killed is turned away until ZooKeeper takes it for dead, which takes some starts.
 MAX_RESTARTS_PER_MINUTE = 8
 STOP_SECONDS = 50  # for each of the two; run_pipeline.py gives both two minutes
@@ -45,11 +49,14 @@ def main() -> None:
     options = parse_options()
     services = yaml.safe_load(COMPOSE_FILE.read_text(encoding="utf-8"))["services"]
     if not is_free(options.port):
-        raise PipelineError(f"Port {options.port} is in use, perhaps by a Kafka that is already running. "
-                            f"Stop it, or choose another with --port.")
+        raise PipelineError(
+            f"Port {options.port} is in use, perhaps by a Kafka that is already running. "
+            f"Stop it, or choose another with --port."
+        )
     if "," in options.data_dir:
-        raise PipelineError(f"Kafka can't use a folder with a comma in its path: choose another --data-dir than "
-                            f"{options.data_dir}.")
+        raise PipelineError(
+            f"Kafka can't use a folder with a comma in its path: choose another --data-dir than {options.data_dir}."
+        )
     os.makedirs(options.data_dir, exist_ok=True)
     require_own(options.data_dir, "--data-dir")
     jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
@@ -58,8 +65,13 @@ def main() -> None:
     environment = services["zookeeper"]["environment"]
     stopping = StopFlag()
     on_stop_signal(stopping.set)
-    with Server("ZooKeeper", [*java, "org.apache.zookeeper.server.quorum.QuorumPeerMain"], environment,
-                zookeeper_properties(environment, zookeeper_port, options.data_dir), options.data_dir) as zookeeper:
+    with Server(
+        "ZooKeeper",
+        [*java, "org.apache.zookeeper.server.quorum.QuorumPeerMain"],
+        environment,
+        zookeeper_properties(environment, zookeeper_port, options.data_dir),
+        options.data_dir,
+    ) as zookeeper:
         while is_free(zookeeper_port) and not stopping.wait(0.2):
             zookeeper.keep_running()
         environment = services["kafka"]["environment"]
@@ -68,7 +80,9 @@ def main() -> None:
             while not answers(options.port) and not stopping.wait(0.2):
                 kafka.keep_running()
             if not stopping.is_set():
-                say(f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops.")
+                say(
+                    f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops."
+                )
             while not stopping.wait(0.5):
                 zookeeper.keep_running()
                 kafka.keep_running()
@@ -78,8 +92,12 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--port", type=port_number, default=9092, help="local port that Kafka listens on")
-    parser.add_argument("--data-dir", type=location, default=str(REPOSITORY / "kafka-data"),
-                        help="where topics, messages and logs are kept")
+    parser.add_argument(
+        "--data-dir",
+        type=location,
+        default=str(REPOSITORY / "kafka-data"),
+        help="where topics, messages and logs are kept",
+    )
     return parser.parse_args()
 
 
@@ -87,29 +105,39 @@ def kafka_version(image: str) -> str:
     """The version of Apache Kafka inside a Confluent image ("confluentinc/cp-kafka:7.9.1")."""
     version = re.search(r":(\d+\.\d+)", image)
     if not version or version[1] not in KAFKA_IN_CONFLUENT:
-        raise PipelineError(f"{COMPOSE_FILE.name} has the image {image}, but local_kafka.py knows the Kafka of Confluent "
-                            f"{', '.join(KAFKA_IN_CONFLUENT)} only. Add it to KAFKA_IN_CONFLUENT.")
+        raise PipelineError(
+            f"{COMPOSE_FILE.name} has the image {image}, but local_kafka.py knows the Kafka of Confluent "
+            f"{', '.join(KAFKA_IN_CONFLUENT)} only. Add it to KAFKA_IN_CONFLUENT."
+        )
     return KAFKA_IN_CONFLUENT[version[1]]
 
 
 def zookeeper_properties(environment: dict, port: int, data_dir: str) -> dict[str, object]:
     """ZooKeeper's properties from the service's environment, with this machine's port and folder."""
-    settings = {ZOOKEEPER_PROPERTIES[name.removeprefix("ZOOKEEPER_")]: value
-                for name, value in environment.items() if name.startswith("ZOOKEEPER_")}
+    settings = {
+        ZOOKEEPER_PROPERTIES[name.removeprefix("ZOOKEEPER_")]: value
+        for name, value in environment.items()
+        if name.startswith("ZOOKEEPER_")
+    }
     return settings | {"clientPort": port, "clientPortAddress": "127.0.0.1", "dataDir": f"{data_dir}/zookeeper"}
 
 
-def kafka_properties(environment: dict, port: int, docker_port: int, zookeeper_port: int,
-                     data_dir: str) -> dict[str, object]:
+def kafka_properties(
+    environment: dict, port: int, docker_port: int, zookeeper_port: int, data_dir: str
+) -> dict[str, object]:
     """Kafka's properties from the service's environment, as the image makes them: KAFKA_BROKER_ID is broker.id.
 
     Host names of containers and 0.0.0.0 become localhost, and ports those of this machine.
     """
-    settings = {name.removeprefix("KAFKA_").lower().replace("_", "."): value
-                for name, value in environment.items() if name.startswith("KAFKA_") and not name.endswith("_OPTS")}
+    settings = {
+        name.removeprefix("KAFKA_").lower().replace("_", "."): value
+        for name, value in environment.items()
+        if name.startswith("KAFKA_") and not name.endswith("_OPTS")
+    }
     for name in ("listeners", "advertised.listeners"):
-        settings[name] = re.sub(r"//[^:]*:(\d+)", lambda match: f"//localhost:{port if match[1] == '9092' else docker_port}",
-                                settings[name])
+        settings[name] = re.sub(
+            r"//[^:]*:(\d+)", lambda match: f"//localhost:{port if match[1] == '9092' else docker_port}", settings[name]
+        )
     return settings | {"zookeeper.connect": f"localhost:{zookeeper_port}", "log.dirs": f"{data_dir}/kafka"}
 
 
@@ -141,7 +169,7 @@ class Server:
         if self.process.returncode < 0:
             reason = f"something killed it with signal {-self.process.returncode}"
         else:
-            lines = self.log.read_bytes()[self.log_begins:].decode(errors="replace").splitlines()
+            lines = self.log.read_bytes()[self.log_begins :].decode(errors="replace").splitlines()
             reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")
         now = time.monotonic()
         self.ends = [moment for moment in self.ends if now - moment < 60]

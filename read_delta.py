@@ -59,22 +59,34 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("table", type=table_location, nargs="?", metavar="TABLE", help="path of a Delta table")
-    parser.add_argument("--sql", metavar="QUERY",
-                        help='a query over all tables of the lake, as FOLDER.TABLE, with "_" for "-" and the like; it can read any file '
-                             "that you can, and call Java, so run none of a stranger")
+    parser.add_argument(
+        "--sql",
+        metavar="QUERY",
+        help='a query over all tables of the lake, as FOLDER.TABLE, with "_" for "-" and the like; it can read any file '
+        "that you can, and call Java, so run none of a stranger",
+    )
     parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
     parser.add_argument("--history", action="store_true", help="the table's commits, newest first")
     parser.add_argument("--optimize", action="store_true", help="merge the table's small files now")
-    parser.add_argument("--vacuum", action="store_true",
-                        help="remove files and log entries that are older than the table's time travel now")
+    parser.add_argument(
+        "--vacuum",
+        action="store_true",
+        help="remove files and log entries that are older than the table's time travel now",
+    )
     moment = parser.add_mutually_exclusive_group()
     moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
     moment.add_argument("--timestamp", metavar="T", help='the table as of this time, UTC: "2026-11-20 08:00:00"')
     parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, without TABLE")
     add_reader_options(parser)
     options = parser.parse_args()
-    if options.table is None and (options.history or options.optimize or options.vacuum or options.sort_by
-                                  or options.timestamp or options.version is not None):
+    if options.table is None and (
+        options.history
+        or options.optimize
+        or options.vacuum
+        or options.sort_by
+        or options.timestamp
+        or options.version is not None
+    ):
         parser.error("--history, --optimize, --vacuum, --sort-by, --version and --timestamp need a TABLE")
     if options.table and options.sql:
         parser.error("--sql takes no TABLE: the query names its tables, in the folder of --lake")
@@ -99,7 +111,7 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
         raise PipelineError(f"--sql takes one query, and Spark can't run this one: {problem}.") from error
     names: list[str] = []
     for name in rows.columns:  # a join may have two of one name
-        times = [each.lower() for each in rows.columns[:len(names)]].count(name.lower())
+        times = [each.lower() for each in rows.columns[: len(names)]].count(name.lower())
         names.append(f"{name}_{times + 1}" if times else name)
     return rows.toDF(*names)
 
@@ -128,9 +140,15 @@ def show_overview(spark: SparkSession, options: argparse.Namespace) -> None:
             table = DeltaTable.forPath(spark, path)
             [detail] = table.detail().collect()
             [commit] = table.history(1).select("version", "operation", F.col("timestamp").cast("string")).collect()
-            line = {"table": name, "rows": table.toDF().count(), "live_files": detail["numFiles"],
-                    "size_mb": round(detail["sizeInBytes"] / 1e6, 2), "version": commit["version"],
-                    "last_commit": commit["operation"], "last_commit_time": commit["timestamp"]}
+            line = {
+                "table": name,
+                "rows": table.toDF().count(),
+                "live_files": detail["numFiles"],
+                "size_mb": round(detail["sizeInBytes"] / 1e6, 2),
+                "version": commit["version"],
+                "last_commit": commit["operation"],
+                "last_commit_time": commit["timestamp"],
+            }
             overview.append(spark.range(1).select(*[F.lit(value).alias(name) for name, value in line.items()]))
     if overview:
         show(reduce(DataFrame.union, overview), len(overview), options.format)
@@ -140,12 +158,16 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
     """Merges small files and removes old ones, as asked for; a stream that writes to the table waits meanwhile."""
     read_table(spark, options.table, STREAMS)
     if local_path(options.table) is None:
-        warn(f"{options.table} has no lock. Make sure that no stream writes to it meanwhile: on S3, commits could be lost.")
+        warn(
+            f"{options.table} has no lock. Make sure that no stream writes to it meanwhile: on S3, commits could be lost."
+        )
     if options.optimize:
         with write_lock(options.table):
             table = DeltaTable.forPath(spark, options.table)
             [done] = with_retries(lambda: table.optimize().executeCompaction().collect())
-            sync_commits(spark, options.table, [newest_state(spark, options.table)[1]])  # before the merged files are removed
+            sync_commits(
+                spark, options.table, [newest_state(spark, options.table)[1]]
+            )  # before the merged files are removed
         say(f"Merged {done.metrics['numFilesRemoved']:,} files into {done.metrics['numFilesAdded']:,}.")
     if options.vacuum:
         with write_lock(options.table):
@@ -154,7 +176,9 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
 
 
 def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
-    """The Delta tables under the folder `lake`, on any file system that Spark reaches: their paths by those below `lake`."""
+    """The Delta tables under the folder `lake`, on any file system that Spark reaches: their paths by those below
+    `lake`.
+    """
     # The slash is for a whole bucket: s3a://bucket alone would be the user's home in it.
     files = FileSystem(spark, f"{lake}/")
 
@@ -172,9 +196,17 @@ def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
     read_table(spark, options.table, STREAMS)
     history = DeltaTable.forPath(spark, options.table).history(options.limit)
     # To the millisecond, as --timestamp takes it.
-    show(history.select("version", F.col("timestamp").cast("string"), "operation",
-                        F.expr("operationMetrics['numOutputRows']").alias("rows"),
-                        F.expr("operationMetrics['numFiles']").alias("files")), options.limit, options.format)
+    show(
+        history.select(
+            "version",
+            F.col("timestamp").cast("string"),
+            "operation",
+            F.expr("operationMetrics['numOutputRows']").alias("rows"),
+            F.expr("operationMetrics['numFiles']").alias("files"),
+        ),
+        options.limit,
+        options.format,
+    )
 
 
 def show_rows(spark: SparkSession, options: argparse.Namespace) -> None:

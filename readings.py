@@ -31,8 +31,9 @@ SENSOR_TYPES = {
 
 def for_its_type(condition: str) -> str:
     """SQL that is true where `condition`, filled with the SensorType of the reading's own type, is true."""
-    return " OR ".join(f"type = '{name}' AND {condition.format(**sensor_type._asdict())}"
-                       for name, sensor_type in SENSOR_TYPES.items())
+    return " OR ".join(
+        f"type = '{name}' AND {condition.format(**sensor_type._asdict())}" for name, sensor_type in SENSOR_TYPES.items()
+    )
 
 
 CONTRACT = Contract(

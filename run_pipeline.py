@@ -4,10 +4,10 @@
     kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ────────────────────────────────> lake/silver/sensor_data
 
 It uses the Kafka that answers on localhost:9092 (--port); if none does, it starts local_kafka.py. It makes the topic if
-it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py if what that
-needs is installed. On a terminal it shows what each does, in place; in a pipe, or with --plain, each line they print, marked
-with the script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the newest rows of both
-tables. If a part dies (not the page), it says which, stops the others and ends with exit code 1.
+it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py if what
+that needs is installed. On a terminal it shows what each does, in place; in a pipe, or with --plain, each line they
+print, marked with the script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the
+newest rows of both tables. If a part dies (not the page), it says which, stops the others and ends with exit code 1.
 
     python3 run_pipeline.py
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1
@@ -85,10 +85,16 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--duration", type=at_least(1, float), metavar="SECONDS", help="stop after this long")
-    parser.add_argument("--rate", type=at_least(0, float), default=1, metavar="PER_SECOND",
-                        help="messages per second of the producer")
-    parser.add_argument("--invalid-fraction", type=fraction, default=0, metavar="F",
-                        help="share of the producer's messages that break a rule")
+    parser.add_argument(
+        "--rate", type=at_least(0, float), default=1, metavar="PER_SECOND", help="messages per second of the producer"
+    )
+    parser.add_argument(
+        "--invalid-fraction",
+        type=fraction,
+        default=0,
+        metavar="F",
+        help="share of the producer's messages that break a rule",
+    )
     parser.add_argument("--port", type=port_number, default=9092, help="local port that Kafka listens on")
     parser.add_argument("--plain", action="store_true", help="print the parts' lines even on a terminal, as in a pipe")
     return parser.parse_args()
@@ -108,7 +114,9 @@ def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool)
     yield Part("streaming_files_to_delta_bronze.py", is_quiet=in_place)
     yield Part("spark_kafka_consumer.py", "--bootstrap-servers", broker, is_quiet=in_place)
     readings = ("--rate", str(options.rate), "--invalid-fraction", str(options.invalid_fraction))
-    yield Part("kafka_producer.py", "--to-folder", str(REPOSITORY / "input" / "sensor_data"), *readings, is_quiet=in_place)
+    yield Part(
+        "kafka_producer.py", "--to-folder", str(REPOSITORY / "input" / "sensor_data"), *readings, is_quiet=in_place
+    )
     yield Part("kafka_producer.py", "--bootstrap-servers", broker, *readings, is_quiet=in_place)
     if is_installed():
         port = next(filter(is_free, range(8501, 65_536)))
@@ -116,8 +124,9 @@ def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool)
 
 
 class Part:
-    """A script of the pipeline as a process of its own. Each line of its output is printed with its name, unless it `is_quiet`:
-    then it is what `overview` shows."""
+    """A script of the pipeline as a process of its own. Each line of its output is printed with its name, unless it
+    `is_quiet`: then it is what `overview` shows.
+    """
 
     def __init__(self, script: str, *arguments: str, is_quiet: bool):
         # Two producers run; the other one sends to Kafka.
@@ -128,11 +137,20 @@ class Part:
         self.warning = self.behind = ""  # the warning is the last line, if that is one
         self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()
         # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
-        command = [sys.executable, "-u", str(REPOSITORY / script), *arguments, *["--verbose"] * ("--verbose" in sys.argv)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-                                        start_new_session=True)
-        self.readers = [threading.Thread(target=self._read, args=[stream], daemon=True)
-                        for stream in (self.process.stdout, self.process.stderr)]
+        command = [
+            sys.executable,
+            "-u",
+            str(REPOSITORY / script),
+            *arguments,
+            *["--verbose"] * ("--verbose" in sys.argv),
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
+        self.readers = [
+            threading.Thread(target=self._read, args=[stream], daemon=True)
+            for stream in (self.process.stdout, self.process.stderr)
+        ]
         for reader in self.readers:
             reader.start()
 
@@ -146,7 +164,11 @@ class Part:
             if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
                 records, now = int(count[1].replace(",", "")), time.monotonic()
                 total = self.total + records if count[2] == "rows in" else records
-                self.per_second, self.total, self.counted_at = (total - self.total) / (now - self.counted_at), total, now
+                self.per_second, self.total, self.counted_at = (
+                    (total - self.total) / (now - self.counted_at),
+                    total,
+                    now,
+                )
             if behind := re.search(r"([\d,]+) behind", line):
                 self.behind = behind[1]
 
@@ -180,8 +202,14 @@ class Part:
 
 def overview(parts: list[Part]) -> Group:
     """What the parts do, what each of them said last, and their errors, to be shown in place."""
-    table = Table("part", "state", Column("a second", justify="right"), Column("behind", justify="right"), box=box.SIMPLE_HEAD,
-                  pad_edge=False)
+    table = Table(
+        "part",
+        "state",
+        Column("a second", justify="right"),
+        Column("behind", justify="right"),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     said = []
     for part in parts:
         table.add_row(part.name, part.state(), part.rate(), part.behind)
@@ -204,8 +232,10 @@ def require_alive(parts: list[Part]) -> None:
             part.wait_for_output()
             if part.is_quiet:
                 part.tell(part.lines)
-            raise PipelineError(f"{part.name} has ended with exit code {part.process.returncode}; its output is "
-                                f"above. The other parts are stopped.")
+            raise PipelineError(
+                f"{part.name} has ended with exit code {part.process.returncode}; its output is "
+                f"above. The other parts are stopped."
+            )
 
 
 if __name__ == "__main__":

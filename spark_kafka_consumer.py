@@ -3,12 +3,12 @@
     Kafka topic sensor_data ──> lake/silver/sensor_data
                           └───> lake/silver/sensor_data_quarantine
 
-Each record of the topic is checked against the contract in readings.py (--readings). A valid reading is appended to the table,
-any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two, exactly
-once, also when the script or the machine is killed: the checkpoint holds the offsets that were read, and a batch that is
-repeated is not written twice. The first start reads the topic from its earliest offset, each later one from where the
-last ended. Ctrl+C lets the running batch finish. If Kafka stops answering, it waits five minutes for it; if Kafka
-no longer has records that were not read, it stops and says which.
+Each record of the topic is checked against the contract in readings.py (--readings). A valid reading is appended to the
+table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two,
+exactly once, also when the script or the machine is killed: the checkpoint holds the offsets that were read, and a
+batch that is repeated is not written twice. The first start reads the topic from its earliest offset, each later one
+from where the last ended. Ctrl+C lets the running batch finish. If Kafka stops answering, it waits five minutes for it;
+if Kafka no longer has records that were not read, it stops and says which.
 
     python3 spark_kafka_consumer.py
     python3 spark_kafka_consumer.py --once
@@ -37,22 +37,39 @@ def main() -> None:
     topic.wait(options.wait)
     spark = build_spark("kafka-to-silver", verbose=options.verbose)
     source = KafkaSource(topic, options.accept_data_loss, options.group_id or topic.group_of(options.table))
-    run_until_stopped(spark, streams_of(spark, source, options), source, silver_tables(options.table, contract.columns), contract,
-                      options)
+    run_until_stopped(
+        spark,
+        streams_of(spark, source, options),
+        source,
+        silver_tables(options.table, contract.columns),
+        contract,
+        options,
+    )
 
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_topic_options(parser)
     add_stream_options(parser, SILVER, str(REPOSITORY / "checkpoints" / "silver_sensor_data"), trigger="2 seconds")
-    parser.add_argument("--max-offsets-per-trigger", type=at_least(1), metavar="N", default=2_000_000,
-                        help="the most records that one batch takes")
-    parser.add_argument("--group-id", metavar="NAME",
-                        help="consumer group under which Kafka's own tools show how far the stream is; it never reads that itself "
-                             "(default: group.id of --kafka-config, or pipeline- and the table's name)")
-    parser.add_argument("--accept-data-loss", action="store_true",
-                        help="go on though Kafka has lost records that were not read, or has a new topic of this name; what it "
-                             "loses later stops the stream again")
+    parser.add_argument(
+        "--max-offsets-per-trigger",
+        type=at_least(1),
+        metavar="N",
+        default=2_000_000,
+        help="the most records that one batch takes",
+    )
+    parser.add_argument(
+        "--group-id",
+        metavar="NAME",
+        help="consumer group under which Kafka's own tools show how far the stream is; it never reads that itself "
+        "(default: group.id of --kafka-config, or pipeline- and the table's name)",
+    )
+    parser.add_argument(
+        "--accept-data-loss",
+        action="store_true",
+        help="go on though Kafka has lost records that were not read, or has a new topic of this name; what it "
+        "loses later stops the stream again",
+    )
     return parser.parse_args()
 
 

@@ -4,14 +4,14 @@
                                       └───> lake/bronze/sensor_data_quarantine
 
 A file holds one JSON object per line; with --multiline it holds one JSON value, an object or an array of objects,
-pretty-printed or not. Each record is checked against the contract in readings.py (--readings): a valid reading is appended to the
-table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two,
-exactly once, whatever is killed. A broken .gz, or a file that has a line (with --multiline: or is itself) of more than 8 MB,
-is named and in the quarantine as a whole (unreadable_file), and the others go on. An error of the disk or the store stops the
-stream, and the next start reads the file.
+pretty-printed or not. Each record is checked against the contract in readings.py (--readings): a valid reading is
+appended to the table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in
+one of the two, exactly once, whatever is killed. A broken .gz, or a file that has a line (with --multiline: or is
+itself) of more than 8 MB, is named and in the quarantine as a whole (unreadable_file), and the others go on. An error
+of the disk or the store stops the stream, and the next start reads the file.
 
-Files are taken once, by name: what a file gains after it was read is not read, and such a file is named. So write a file
-elsewhere, or under a name that begins with "." or "_" or in such a folder, and rename it when it is complete.
+Files are taken once, by name: what a file gains after it was read is not read, and such a file is named. So write a
+file elsewhere, or under a name that begins with "." or "_" or in such a folder, and rename it when it is complete.
 
     python3 streaming_files_to_delta_bronze.py
     python3 streaming_files_to_delta_bronze.py --once
@@ -37,21 +37,46 @@ def main() -> None:
     spark = build_spark("files-to-bronze", verbose=options.verbose)
     new_files = list_new_files(spark, options)
     source = FileSource(spark, options)
-    run_until_stopped(spark, [(new_files, trigger_of(options))], source, bronze_tables(options.table, contract.columns), contract, options)
+    run_until_stopped(
+        spark,
+        [(new_files, trigger_of(options))],
+        source,
+        bronze_tables(options.table, contract.columns),
+        contract,
+        options,
+    )
 
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--input", type=location, default=str(REPOSITORY / "input" / "sensor_data"),
-                        help="folder that the files are put into")
+    parser.add_argument(
+        "--input",
+        type=location,
+        default=str(REPOSITORY / "input" / "sensor_data"),
+        help="folder that the files are put into",
+    )
     parser.add_argument("--multiline", action="store_true", help="a file is one JSON value, an object or an array")
-    parser.add_argument("--archive", type=location, metavar="FOLDER",
-                        help="move files there, under their whole path, some time after their records are in the tables")
+    parser.add_argument(
+        "--archive",
+        type=location,
+        metavar="FOLDER",
+        help="move files there, under their whole path, some time after their records are in the tables",
+    )
     add_stream_options(parser, BRONZE, str(REPOSITORY / "checkpoints" / "bronze_sensor"), trigger="5 seconds")
-    parser.add_argument("--max-files-per-trigger", type=at_least(1), metavar="N", default=1000,
-                        help="the most files that one batch takes")
-    parser.add_argument("--max-unpacked", type=at_least(1), metavar="MB", default=1000,
-                        help="size of a .gz file, unpacked, beyond which it goes to the quarantine as unreadable_file")
+    parser.add_argument(
+        "--max-files-per-trigger",
+        type=at_least(1),
+        metavar="N",
+        default=1000,
+        help="the most files that one batch takes",
+    )
+    parser.add_argument(
+        "--max-unpacked",
+        type=at_least(1),
+        metavar="MB",
+        default=1000,
+        help="size of a .gz file, unpacked, beyond which it goes to the quarantine as unreadable_file",
+    )
     return parser.parse_args()
 
 

@@ -39,9 +39,14 @@ SIMULATOR.breaks = {name: SIMULATOR.breaks[name] for name in READABLE_BREAKS}
 @contextmanager
 def running(script: str, *arguments) -> Iterator[subprocess.Popen]:
     """A script as a process, which is stopped at the end."""
-    process = subprocess.Popen([sys.executable, "-u", REPOSITORY / script, *map(str, arguments)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                               env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    process = subprocess.Popen(
+        [sys.executable, "-u", REPOSITORY / script, *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
     try:
         yield process
     finally:
@@ -70,6 +75,7 @@ def seconds(command: Sequence) -> float:
 
 class Live(NamedTuple):
     """A stream that was watched: seconds from produced to visible, seconds of its batches, CPU in % of a core."""
+
     p50: float
     p99: float
     batch: float
@@ -88,8 +94,10 @@ class Bench:
     def on_own_broker(cls, scale: float) -> Iterator["Bench"]:
         """With the broker of docker-compose.yml, by local_kafka.py."""
         [port] = free_ports(1)
-        with (tempfile.TemporaryDirectory(prefix="benchmark") as folder,
-              running("local_kafka.py", "--port", port, "--data-dir", f"{folder}/kafka") as process):
+        with (
+            tempfile.TemporaryDirectory(prefix="benchmark") as folder,
+            running("local_kafka.py", "--port", port, "--data-dir", f"{folder}/kafka") as process,
+        ):
             while "ready" not in process.stdout.readline():
                 if process.poll() is not None:
                     raise PipelineError("There is no Kafka for the benchmarks; python3 local_kafka.py says why.")
@@ -119,7 +127,9 @@ class Bench:
         """A folder of JSON lines; `size`: of a file, in bytes at most."""
         folder = self.new("input")
         folder.mkdir()
-        records = [record for _, record in itertools.islice(SIMULATOR.messages(DEVICES, INVALID_FRACTION, seed=1), 7000)]
+        records = [
+            record for _, record in itertools.islice(SIMULATOR.messages(DEVICES, INVALID_FRACTION, seed=1), 7000)
+        ]
         content = (b"\n".join(records) + b"\n")[:size].rpartition(b"\n")[0] + b"\n"
         for number in range(files):
             (folder / f"{number:05}.json").write_bytes(content)
@@ -127,17 +137,43 @@ class Bench:
 
     def stream(self, topic: str, *arguments) -> list:
         """The Kafka stream's command for a topic, with a new table and checkpoint."""
-        return ["spark_kafka_consumer.py", "--bootstrap-servers", self.broker, "--topic", topic, "--table", self.new("silver"),
-                "--checkpoint", self.new("checkpoint"), *arguments]
+        return [
+            "spark_kafka_consumer.py",
+            "--bootstrap-servers",
+            self.broker,
+            "--topic",
+            topic,
+            "--table",
+            self.new("silver"),
+            "--checkpoint",
+            self.new("checkpoint"),
+            *arguments,
+        ]
 
     def shortest(self, topic: str, *arguments) -> list:
         """The command of Spark's shortest job for the same."""
-        return ["benchmarks/shortest_job.py", "kafka", self.broker, topic, self.new("table"), self.new("checkpoint"), *arguments]
+        return [
+            "benchmarks/shortest_job.py",
+            "kafka",
+            self.broker,
+            topic,
+            self.new("table"),
+            self.new("checkpoint"),
+            *arguments,
+        ]
 
     def bronze(self, folder: Path, *arguments) -> list:
         """The command of the stream of files for a folder, with a new table and checkpoint."""
-        return ["streaming_files_to_delta_bronze.py", "--input", folder, "--table", self.new("bronze"),
-                "--checkpoint", self.new("checkpoint"), *arguments]
+        return [
+            "streaming_files_to_delta_bronze.py",
+            "--input",
+            folder,
+            "--table",
+            self.new("bronze"),
+            "--checkpoint",
+            self.new("checkpoint"),
+            *arguments,
+        ]
 
     def shortest_bronze(self, folder: Path, *arguments) -> list:
         """The command of Spark's shortest job for the same."""
@@ -145,7 +181,18 @@ class Bench:
 
     def produce(self, topic: str, rate: float, *arguments) -> list:
         """The producer's command for a topic."""
-        return ["kafka_producer.py", "--bootstrap-servers", self.broker, "--topic", topic, "--rate", rate, "--devices", DEVICES, *arguments]
+        return [
+            "kafka_producer.py",
+            "--bootstrap-servers",
+            self.broker,
+            "--topic",
+            topic,
+            "--rate",
+            rate,
+            "--devices",
+            DEVICES,
+            *arguments,
+        ]
 
     def watch(self, command: list, topic: str, rate: float, duration: int) -> Live:
         """Runs a stream's command for so many seconds, the first of which warm it up, while messages come at a rate."""
@@ -156,7 +203,9 @@ class Bench:
             begin = time.time()
             cpu = cpu_percent(process.pid, self.size(duration))
         delays = sorted(visible_after(table, begin))
-        return Live(delays[len(delays) // 2], delays[len(delays) * 99 // 100], statistics.median(batch_seconds(checkpoint)), cpu)
+        return Live(
+            delays[len(delays) // 2], delays[len(delays) * 99 // 100], statistics.median(batch_seconds(checkpoint)), cpu
+        )
 
 
 def send(broker: str, topic: str, messages: Iterator[tuple[str, bytes]]) -> None:
@@ -214,6 +263,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 def cpu_percent(pid: int, duration: float) -> float:
     """What a process and its children take of a core meanwhile."""
+
     def used() -> float:
         times = [process.cpu_times() for process in family(pid)]
         return sum(time.user + time.system + time.children_user + time.children_system for time in times)

@@ -44,11 +44,21 @@ PATIENCE = 900  # seconds; a limit for what hangs, far above what any step takes
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--backlog", type=at_least(10_000), default=2_000_000, metavar="N",
-                        help="messages that the throughput is measured with")
+    parser.add_argument(
+        "--backlog",
+        type=at_least(10_000),
+        default=2_000_000,
+        metavar="N",
+        help="messages that the throughput is measured with",
+    )
     options = parser.parse_args()
-    os.environ |= {"AWS_ACCESS_KEY_ID": "sensors", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
-                   "SPARK_LOCAL_IP": "127.0.0.1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "sensors",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     with tempfile.TemporaryDirectory(prefix="cluster-") as folder:
         cluster = Cluster(Path(folder))
         try:
@@ -62,8 +72,10 @@ def main() -> None:
     say(f"\n{'stream':<20}" + "".join(f"{name:>12}" for name in ("sent", "table", "quarantine", "missing", "twice")))
     for stream, counts in account.items():
         say(f"{stream:<20}" + "".join(f"{count:>12,}" for count in counts))
-    say(f"\nKafka -> Silver: {rates[2]:,.0f} rows/s on two workers, {rates[1]:,.0f} on one: "
-        f"{rates[2] / rates[1]:.2f} times as many.")
+    say(
+        f"\nKafka -> Silver: {rates[2]:,.0f} rows/s on two workers, {rates[1]:,.0f} on one: "
+        f"{rates[2] / rates[1]:.2f} times as many."
+    )
     if any(missing or twice for *_, missing, twice in account.values()):
         raise PipelineError("Records are missing or there twice; see the account above.")
 
@@ -79,14 +91,26 @@ class Cluster:
         self.broker = f"localhost:{self.kafka_port}"
         settings = re.search(r"^spark\.master .*?(?=^```)", PAGE, re.MULTILINE | re.DOTALL)[0]
         self.settings = folder / "cluster.conf"
-        self.settings.write_text(settings.replace("spark://127.0.0.1:7077", self.master)
-                                 .replace("http://127.0.0.1:9000", self.s3))
+        self.settings.write_text(
+            settings.replace("spark://127.0.0.1:7077", self.master).replace("http://127.0.0.1:9000", self.s3)
+        )
 
     def start_servers(self) -> None:
         self.start("s3", "moto_server", "-H", "127.0.0.1", "-p", self.s3_port)
         self.start("kafka", "python3", "local_kafka.py", "--port", self.kafka_port, "--data-dir", self.folder / "kafka")
-        self.start("master", "spark-class", "org.apache.spark.deploy.master.Master", "--host", "127.0.0.1",
-                   "--port", self.master_port, "--webui-port", 0, "--properties-file", self.settings)
+        self.start(
+            "master",
+            "spark-class",
+            "org.apache.spark.deploy.master.Master",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            self.master_port,
+            "--webui-port",
+            0,
+            "--properties-file",
+            self.settings,
+        )
         for name, port in (("s3", self.s3_port), ("kafka", self.kafka_port), ("master", self.master_port)):
             while is_free(port):
                 if self.processes[name].poll() is not None:
@@ -98,14 +122,36 @@ class Cluster:
 
     def start_worker(self, number: int) -> None:
         name = f"worker {number}"
-        self.start(name, "taskset", "-c", number - 1, "spark-class", "org.apache.spark.deploy.worker.Worker",
-                   "--host", "127.0.0.1", "--webui-port", 0, "--cores", 1, "--memory", "2g",
-                   "--work-dir", self.folder / f"{name} files", "--properties-file", self.settings, self.master)
+        self.start(
+            name,
+            "taskset",
+            "-c",
+            number - 1,
+            "spark-class",
+            "org.apache.spark.deploy.worker.Worker",
+            "--host",
+            "127.0.0.1",
+            "--webui-port",
+            0,
+            "--cores",
+            1,
+            "--memory",
+            "2g",
+            "--work-dir",
+            self.folder / f"{name} files",
+            "--properties-file",
+            self.settings,
+            self.master,
+        )
 
     def start(self, name: str, *command, **options) -> subprocess.Popen:
         with self.log(name).open("w") as log:
-            self.processes[name] = subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, start_new_session=True,
-                                                    **{"stdout": log, "stderr": log} | options)
+            self.processes[name] = subprocess.Popen(
+                list(map(str, command)),
+                cwd=REPOSITORY,
+                start_new_session=True,
+                **{"stdout": log, "stderr": log} | options,
+            )
         return self.processes[name]
 
     def log(self, name: str) -> Path:
@@ -135,8 +181,22 @@ class Cluster:
         """Sends `count` messages, a twentieth of them invalid, to a new topic."""
         with KafkaAdminClient(bootstrap_servers=self.broker) as admin:
             admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1}})
-        self.run("producer", "python3", "kafka_producer.py", "--bootstrap-servers", self.broker, "--topic", topic,
-                 "--rate", 0, "--count", count, "--invalid-fraction", 0.05, see=lambda line: None)
+        self.run(
+            "producer",
+            "python3",
+            "kafka_producer.py",
+            "--bootstrap-servers",
+            self.broker,
+            "--topic",
+            topic,
+            "--rate",
+            0,
+            "--count",
+            count,
+            "--invalid-fraction",
+            0.05,
+            see=lambda line: None,
+        )
 
     def documented_line(self, script: str) -> list[str]:
         """The command by which docs/cluster.md runs a script on a cluster, with the settings of this one."""
@@ -148,20 +208,34 @@ def read_files(cluster: Cluster) -> tuple[int, ...]:
     """Puts files into the bucket and reads them into Bronze; the account of their lines."""
     files = [f"2026-11-20T08:{number:02}:00Z.json" for number in range(FILES)]  # as gateways name them
     for file in files:
-        lines = [{"timestamp": "2026-11-20T08:00:00Z", "device_id": f"line-{line}", "building": "A", "type": "humidity",
-                  "value": 43.5 if line % 20 else 101, "unit": "%"} for line in range(LINES)]  # 101 % is out of range
+        lines = [
+            {
+                "timestamp": "2026-11-20T08:00:00Z",
+                "device_id": f"line-{line}",
+                "building": "A",
+                "type": "humidity",
+                "value": 43.5 if line % 20 else 101,
+                "unit": "%",
+            }
+            for line in range(LINES)
+        ]  # 101 % is out of range
         cluster.bucket.put_object(Key=f"input/{file}", Body="\n".join(map(json.dumps, lines)).encode())
     table = run_with_a_kill(cluster, BRONZE, "--max-files-per-trigger", 2)
     sent = {(f"s3a://lake/input/{file}", f"line-{line}") for file in files for line in range(LINES)}
-    return balance(cluster, table, sent, lambda row: (
-        row["source_file"], row.get("device_id") or json.loads(row["raw"])["device_id"]))
+    return balance(
+        cluster,
+        table,
+        sent,
+        lambda row: (row["source_file"], row.get("device_id") or json.loads(row["raw"])["device_id"]),
+    )
 
 
 def read_messages(cluster: Cluster) -> tuple[int, ...]:
     """Sends messages to Kafka and reads them into Silver; the account of their offsets."""
     cluster.produce("sensor_data", 3, MESSAGES)
-    table = run_with_a_kill(cluster, CONSUMER, "--bootstrap-servers", cluster.broker,
-                            "--max-offsets-per-trigger", MESSAGES // 6)
+    table = run_with_a_kill(
+        cluster, CONSUMER, "--bootstrap-servers", cluster.broker, "--max-offsets-per-trigger", MESSAGES // 6
+    )
     with KafkaConsumer(bootstrap_servers=cluster.broker) as consumer:
         ends = consumer.end_offsets([TopicPartition("sensor_data", partition) for partition in range(3)])
     sent = {(place.topic, place.partition, offset) for place, end in ends.items() for offset in range(end)}
@@ -188,18 +262,35 @@ def run_with_a_kill(cluster: Cluster, script: str, *options) -> str:
 def balance(cluster: Cluster, table: str, sent: set, origin: Callable[[dict], tuple]) -> tuple[int, ...]:
     """How many records were sent, are in the table, in the quarantine, are missing, are there twice or unknown."""
     store = {"AWS_ENDPOINT_URL": cluster.s3, "AWS_ALLOW_HTTP": "true"}
-    accepted, rejected = ([origin(row) for row in DeltaTable(path.replace("s3a:", "s3:"), storage_options=store)
-                           .to_pyarrow_table().to_pylist()] for path in (table, quarantine_of(table)))
+    accepted, rejected = (
+        [
+            origin(row)
+            for row in DeltaTable(path.replace("s3a:", "s3:"), storage_options=store).to_pyarrow_table().to_pylist()
+        ]
+        for path in (table, quarantine_of(table))
+    )
     arrived = Counter(accepted + rejected)
-    return (len(sent), len(accepted), len(rejected), len(sent - arrived.keys()),
-            sum(times > 1 for times in arrived.values()) + len(arrived.keys() - sent))
+    return (
+        len(sent),
+        len(accepted),
+        len(rejected),
+        len(sent - arrived.keys()),
+        sum(times > 1 for times in arrived.values()) + len(arrived.keys() - sent),
+    )
 
 
 def run_readers(cluster: Cluster, account: dict[str, tuple[int, ...]]) -> None:
-    """Runs the lines of the readers in docs/cluster.md. The numbers of rows that they print have to be those of the account."""
+    """Runs the lines of the readers in docs/cluster.md. The numbers of rows that they print have to be those of the
+    account.
+    """
     bronze, silver = (counts[1:3] for counts in account.values())
-    for line, expected in {"read_bronze.py": bronze, "read_silver.py": silver, "read_delta.py --lake": bronze + silver,
-                           "read_delta.py .* --history": (), "read_delta.py .* --version": ()}.items():
+    for line, expected in {
+        "read_bronze.py": bronze,
+        "read_silver.py": silver,
+        "read_delta.py --lake": bronze + silver,
+        "read_delta.py .* --history": (),
+        "read_delta.py .* --version": (),
+    }.items():
         command = cluster.documented_line(line)
         say(f"\n{' '.join(command[3:])}")
         output = cluster.run("reader", *command).replace(",", "")
@@ -214,9 +305,21 @@ def measure(cluster: Cluster, backlog: int) -> dict[int, float]:
     rates = {}
     for workers in (2, 1):
         say(f"A backlog of {backlog:,} messages, {workers} of the workers:")
-        output = cluster.run(CONSUMER, *cluster.documented_line(CONSUMER), "--once", "--bootstrap-servers", cluster.broker,
-                             "--topic", "backlog", "--max-offsets-per-trigger", batch,
-                             "--table", f"s3a://lake/by_{workers}", "--checkpoint", f"s3a://lake/checkpoint_{workers}")
+        output = cluster.run(
+            CONSUMER,
+            *cluster.documented_line(CONSUMER),
+            "--once",
+            "--bootstrap-servers",
+            cluster.broker,
+            "--topic",
+            "backlog",
+            "--max-offsets-per-trigger",
+            batch,
+            "--table",
+            f"s3a://lake/by_{workers}",
+            "--checkpoint",
+            f"s3a://lake/checkpoint_{workers}",
+        )
         warm = re.findall(r"^batch \d+: ([\d,]+) rows in.*, ([\d.]+) s, ", output, re.MULTILINE)[1:]
         rates[workers] = sum(int(rows.replace(",", "")) for rows, _ in warm) / sum(float(took) for _, took in warm)
         if workers == 2:

@@ -1,6 +1,6 @@
 """Makes a Silver table of so many rows and its quarantine, in batches of a million as the stream writes them.
 
-    PYTHONPATH=. python3 benchmarks/make_table.py TABLE ROWS
+PYTHONPATH=. python3 benchmarks/make_table.py TABLE ROWS
 """
 
 import sys
@@ -24,17 +24,31 @@ spark = build_spark("make-table")
 
 class Made(Source):
     """Records as if from a topic."""
+
     mode = "made"
 
 
 begun = int(time.time() - 10 * rows / BATCH) * 1_000_000  # ten seconds for each batch, until now
-writer = TableWriter(silver_tables(table, CONTRACT.columns), CONTRACT, Made(), Start(Checkpoint(spark, f"{table}_checkpoint"), {}, {}))
+writer = TableWriter(
+    silver_tables(table, CONTRACT.columns), CONTRACT, Made(), Start(Checkpoint(spark, f"{table}_checkpoint"), {}, {})
+)
 for number, begin in enumerate(range(0, rows, BATCH)):
     records = spark.range(begin, min(begin + BATCH, rows), numPartitions=4).select(
-        F.format_string('{"timestamp": "2026-11-20T08:00:00.%03dZ", "device_id": "sensor-%03d", "building": "A", "floor": %d, '
-                        '"type": "co2", "value": %d.5, "unit": "ppm"}', F.col("id") % 1000, F.col("id") % 997,
-                        F.col("id") % 6, F.col("id") % 9000).cast("binary").alias("raw"),
-        F.lit("sensor_data").alias("topic"), (F.col("id") % 3).cast("int").alias("partition"), F.col("id").alias("offset"),
-        F.current_timestamp().alias("kafka_timestamp"), F.lit(b"sensor").alias("kafka_key"),
-        F.timestamp_micros(F.lit(begun + number * 10_000_000)).alias("ingest_time"))
+        F.format_string(
+            '{"timestamp": "2026-11-20T08:00:00.%03dZ", "device_id": "sensor-%03d", "building": "A", "floor": %d, '
+            '"type": "co2", "value": %d.5, "unit": "ppm"}',
+            F.col("id") % 1000,
+            F.col("id") % 997,
+            F.col("id") % 6,
+            F.col("id") % 9000,
+        )
+        .cast("binary")
+        .alias("raw"),
+        F.lit("sensor_data").alias("topic"),
+        (F.col("id") % 3).cast("int").alias("partition"),
+        F.col("id").alias("offset"),
+        F.current_timestamp().alias("kafka_timestamp"),
+        F.lit(b"sensor").alias("kafka_key"),
+        F.timestamp_micros(F.lit(begun + number * 10_000_000)).alias("ingest_time"),
+    )
     writer.write(records.withColumn("raw_json", F.col("raw").cast("string")), number, "made")

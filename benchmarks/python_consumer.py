@@ -3,8 +3,8 @@
     python3 -m benchmarks.python_consumer localhost:9092 sensor_data TABLE COUNT
 
 It checks each record by the rules of readings.py, appends the valid ones to TABLE and the others with their reason to
-TABLE_quarantine, and notes the number of the batch in both commits. It prints "N rows" after each batch, of 200,000 at most, and ends
-after COUNT. It does less than the stream where msgspec does: a name that a record has twice goes unseen.
+TABLE_quarantine, and notes the number of the batch in both commits. It prints "N rows" after each batch, of 200,000 at
+most, and ends after COUNT. It does less than the stream where msgspec does: a name that a record has twice goes unseen.
 """
 
 import json
@@ -24,7 +24,13 @@ BATCH = 200_000
 AHEAD = timedelta(days=1)
 REQUIRED = [field.name for field in CONTRACT.fields if field.required]
 MICROSECONDS = pa.timestamp("us", "UTC")
-ARROW_TYPES = {"TIMESTAMP": MICROSECONDS, "STRING": pa.string(), "INT": pa.int32(), "DOUBLE": pa.float64(), "BINARY": pa.binary()}
+ARROW_TYPES = {
+    "TIMESTAMP": MICROSECONDS,
+    "STRING": pa.string(),
+    "INT": pa.int32(),
+    "DOUBLE": pa.float64(),
+    "BINARY": pa.binary(),
+}
 
 
 class Reading(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -34,15 +40,22 @@ class Reading(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     type: str
     value: float
     unit: str
-    floor: Annotated[int, msgspec.Meta(ge=-2**31, lt=2**31)] | None = None
+    floor: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
 
 
 decode = msgspec.json.Decoder(Reading).decode
 
 
 def main(broker: str, topic: str, table: str, count: int) -> None:
-    consumer = Consumer({"bootstrap.servers": broker, "group.id": table, "auto.offset.reset": "earliest",
-                         "enable.auto.commit": False, "isolation.level": "read_committed"})
+    consumer = Consumer(
+        {
+            "bootstrap.servers": broker,
+            "group.id": table,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+        }
+    )
     consumer.subscribe([topic])
     rows = number = 0
     while rows < count:
@@ -73,11 +86,17 @@ def check(messages: list[Message], now: datetime) -> tuple[pa.Table, pa.Table]:
         readings.append(reading)
         rests.append(rest)
         reasons.append(reason)
-    columns = {field.column: pa.array([reading and getattr(reading, field.name) for reading in readings], ARROW_TYPES[field.type])
-               for field in CONTRACT.fields}
+    columns = {
+        field.column: pa.array(
+            [reading and getattr(reading, field.name) for reading in readings], ARROW_TYPES[field.type]
+        )
+        for field in CONTRACT.fields
+    }
     columns["ingest_time"] = pa.repeat(pa.scalar(now, MICROSECONDS), len(raws))
     columns |= origin(messages)
-    rules = {f"missing_{field.name}": blank(columns[field.column]) for field in CONTRACT.fields if field.type == "STRING"}
+    rules = {
+        f"missing_{field.name}": blank(columns[field.column]) for field in CONTRACT.fields if field.type == "STRING"
+    }
     rules["invalid_timestamp"] = pc.greater(columns["event_time"], pa.scalar(now + AHEAD, MICROSECONDS))
     rules["unknown_type"] = pc.invert(pc.is_in(columns["type"], pa.array(list(SENSOR_TYPES))))
     wrong_unit = out_of_range = pa.repeat(False, len(raws))
@@ -87,7 +106,9 @@ def check(messages: list[Message], now: datetime) -> tuple[pa.Table, pa.Table]:
         is_outside = pc.or_(pc.less(columns["value"], sensor.low), pc.greater(columns["value"], sensor.high))
         out_of_range = pc.or_(out_of_range, pc.and_(is_type, is_outside))
     rules |= {"wrong_unit": wrong_unit, "out_of_range": out_of_range}
-    reason = pc.coalesce(pa.array(reasons, pa.string()), *(pc.if_else(broken, name, None) for name, broken in rules.items()))
+    reason = pc.coalesce(
+        pa.array(reasons, pa.string()), *(pc.if_else(broken, name, None) for name, broken in rules.items())
+    )
     raw = pa.array(raws, pa.binary())
     is_accepted = pc.is_null(reason)
     rejected = pa.table({"reject_reason": reason, "raw": raw, "ingest_time": columns["ingest_time"]} | origin(messages))
@@ -128,7 +149,9 @@ def origin(messages: list[Message]) -> dict[str, pa.Array]:
         "topic": pa.repeat(messages[0].topic(), len(messages)),
         "partition": pa.array([message.partition() for message in messages], pa.int32()),
         "offset": pa.array([message.offset() for message in messages], pa.int64()),
-        "kafka_timestamp": pa.array([message.timestamp()[1] for message in messages], pa.timestamp("ms", "UTC")).cast(MICROSECONDS),
+        "kafka_timestamp": pa.array([message.timestamp()[1] for message in messages], pa.timestamp("ms", "UTC")).cast(
+            MICROSECONDS
+        ),
         "kafka_key": pa.array([message.key() for message in messages], pa.binary()),
     }
 

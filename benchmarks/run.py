@@ -4,9 +4,9 @@
     python3 -m benchmarks.run sustained cold
     python3 -m benchmarks.run --full
 
-Without a name it measures all but the soak, which takes 40 minutes; --full has the soak too, an hour more. Each prints its
-lines when it is done. Ratios can be compared between machines, times can't. What is measured, and against what, says each
-function here.
+Without a name it measures all but the soak, which takes 40 minutes; --full has the soak too, an hour more. Each prints
+its lines when it is done. Ratios can be compared between machines, times can't. What is measured, and against what,
+says each function here.
 """
 
 import itertools
@@ -46,8 +46,13 @@ SETTLED = 30  # seconds after which a stream with nothing to do is at rest
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MEASURES))
-    parser.add_argument("--scale", type=at_least(0.1, float), default=1, metavar="F",
-                        help="records, seconds and batches, as a multiple of what the lines of the table say")
+    parser.add_argument(
+        "--scale",
+        type=at_least(0.1, float),
+        default=1,
+        metavar="F",
+        help="records, seconds and batches, as a multiple of what the lines of the table say",
+    )
     parser.add_argument("--full", action="store_true", help="the soak, too")
     options = parser.parse_args()
     if unknown := set(options.names) - set(MEASURES):
@@ -63,18 +68,31 @@ def main() -> None:
 def live(bench: Bench) -> Iterator[tuple]:
     """A stream as its user starts it: at one message a second, at a thousand, and without a pause between batches."""
     for rate, duration in ((1, 150), (1000, 50)):
-        ours, shortest = (bench.watch(command(topic), topic, rate, duration)
-                          for command in (bench.stream, bench.shortest) for topic in [bench.topic(1)])
+        ours, shortest = (
+            bench.watch(command(topic), topic, rate, duration)
+            for command in (bench.stream, bench.shortest)
+            for topic in [bench.topic(1)]
+        )
         if rate == 1:
-            yield compared("seconds of the median batch, 1 message a second | shortest job", [ours.batch], [shortest.batch],
-                           "at most 0.12")
+            yield compared(
+                "seconds of the median batch, 1 message a second | shortest job",
+                [ours.batch],
+                [shortest.batch],
+                "at most 0.12",
+            )
             yield compared("% of a core, 1 message a second | shortest job", [ours.cpu], [shortest.cpu], "at most 0.2")
         for name, our, other, goal in (("p50", ours.p50, shortest.p50, 0.25), ("p99", ours.p99, shortest.p99, 0.2)):
-            yield compared(f"{name} of the seconds from produced to visible, {rate:,} a second | shortest job", [our], [other],
-                           f"at most {goal}")
+            yield compared(
+                f"{name} of the seconds from produced to visible, {rate:,} a second | shortest job",
+                [our],
+                [other],
+                f"at most {goal}",
+            )
     topic = bench.topic(1)
     at_once = bench.watch(bench.stream(topic, "--trigger", "0 seconds"), topic, 1, 60)
-    yield alone('p50 of the seconds from produced to visible, 1 a second, --trigger "0 seconds"', at_once.p50, "at most 0.7")
+    yield alone(
+        'p50 of the seconds from produced to visible, 1 a second, --trigger "0 seconds"', at_once.p50, "at most 0.7"
+    )
     yield alone('% of a core, 1 message a second, --trigger "0 seconds"', at_once.cpu, "stated")
 
 
@@ -82,7 +100,9 @@ def partitions(bench: Bench) -> Iterator[tuple]:
     """Small batches of many partitions."""
     few, *many = alternate(*(lambda count=count: median_batch(bench, count) for count in (3, 50, 200)), rounds=1)
     for count, figures, goal in zip((50, 200), many, ("at most 2", "at most 4")):
-        yield compared(f"seconds of the median batch, 500 messages a second, {count} partitions | 3 partitions", figures, few, goal)
+        yield compared(
+            f"seconds of the median batch, 500 messages a second, {count} partitions | 3 partitions", figures, few, goal
+        )
 
 
 def median_batch(bench: Bench, partitions: int) -> float:
@@ -103,7 +123,9 @@ def start(bench: Bench) -> Iterator[tuple]:
             return time.monotonic() - begin
 
     ours, shortest = alternate(lambda: first_rows(bench.stream(topic)), lambda: first_rows(bench.shortest(topic)))
-    yield compared("seconds from the start of the script to its first rows | shortest job", ours, shortest, "at most 0.4")
+    yield compared(
+        "seconds from the start of the script to its first rows | shortest job", ours, shortest, "at most 0.4"
+    )
 
     def burst(command, topic: str) -> float:
         with running(*command):
@@ -114,13 +136,25 @@ def start(bench: Bench) -> Iterator[tuple]:
             wait_for_rows(places(command)[0], 20 + bench.size(100_000))
             return time.monotonic() - begin
 
-    ours, shortest = alternate(*(lambda command=command: burst(command(topic := bench.topic(20, invalid_fraction=0)), topic)
-                                 for command in (bench.stream, bench.shortest)), rounds=1)
-    yield compared("seconds for a burst of 100,000 in a stream that idles, until all is visible | shortest job", ours, shortest, "stated")
+    ours, shortest = alternate(
+        *(
+            lambda command=command: burst(command(topic := bench.topic(20, invalid_fraction=0)), topic)
+            for command in (bench.stream, bench.shortest)
+        ),
+        rounds=1,
+    )
+    yield compared(
+        "seconds for a burst of 100,000 in a stream that idles, until all is visible | shortest job",
+        ours,
+        shortest,
+        "stated",
+    )
 
 
 def sustained(bench: Bench) -> Iterator[tuple]:
-    """A backlog of 5 million records, after the first batch and as a whole, against a Python consumer that does the same work."""
+    """A backlog of 5 million records, after the first batch and as a whole, against a Python consumer that does the
+    same work.
+    """
     records = bench.size(5_000_000)
     first = records * 2 // 5  # the stream's default of two million
     topic = bench.topic(records)
@@ -138,21 +172,33 @@ def sustained(bench: Bench) -> Iterator[tuple]:
 
     ours, python = alternate(
         lambda: rate_and_seconds(*bench.stream(topic, "--once", "--max-offsets-per-trigger", first)),
-        lambda: rate_and_seconds("benchmarks/python_consumer.py", bench.broker, topic, bench.new("python"), records))
-    for what, goal, our, other in zip(("records a second, of a backlog of 5 million, rules and quarantine included",
-                                       "seconds for 5 million records from a cold start"),
-                                      ("at least 1.1", "at most 1.3"), zip(*ours), zip(*python)):
+        lambda: rate_and_seconds("benchmarks/python_consumer.py", bench.broker, topic, bench.new("python"), records),
+    )
+    for what, goal, our, other in zip(
+        (
+            "records a second, of a backlog of 5 million, rules and quarantine included",
+            "seconds for 5 million records from a cold start",
+        ),
+        ("at least 1.1", "at most 1.3"),
+        zip(*ours),
+        zip(*python),
+    ):
         yield compared(f"{what} | Python consumer of the same work", our, other, goal)
 
 
 def cold(bench: Bench) -> Iterator[tuple]:
-    """A million from the start of the process, against Spark's shortest job; two million that are all invalid, against as many
-    that are valid."""
+    """A million from the start of the process, against Spark's shortest job; two million that are all invalid, against
+    as many that are valid.
+    """
     topic = bench.topic(bench.size(1_000_000))
-    ours, shortest = alternate(lambda: seconds(bench.stream(topic, "--once")), lambda: seconds(bench.shortest(topic, "--once")))
+    ours, shortest = alternate(
+        lambda: seconds(bench.stream(topic, "--once")), lambda: seconds(bench.shortest(topic, "--once"))
+    )
     yield compared("seconds for a million records from a cold start | shortest job", ours, shortest, "at most 0.7")
     topics = [bench.topic(bench.size(2_000_000), invalid_fraction=fraction) for fraction in (1, 0)]
-    invalid, valid = alternate(*(lambda topic=topic: seconds(bench.stream(topic, "--once")) for topic in topics), rounds=1)
+    invalid, valid = alternate(
+        *(lambda topic=topic: seconds(bench.stream(topic, "--once")) for topic in topics), rounds=1
+    )
     yield compared("seconds for two million records that are all invalid | all valid", invalid, valid, "stated")
 
 
@@ -170,17 +216,27 @@ def idle_percent(bench: Bench, command: list) -> float:
 
 
 def files(bench: Bench) -> Iterator[tuple]:
-    """Large files and small ones, from the start of the process, against Spark's shortest job from files; then the CPU of a stream
-    before the folder of small ones, which it has taken."""
-    for what, count, size, rounds, goal in (("1 GB of JSON lines in 1,000 files", 1000, 1_000_000, 2, 1.0),
-                                            ("30,000 files of one line", 30_000, 200, 1, 0.6)):
+    """Large files and small ones, from the start of the process, against Spark's shortest job from files; then the CPU
+    of a stream before the folder of small ones, which it has taken.
+    """
+    for what, count, size, rounds, goal in (
+        ("1 GB of JSON lines in 1,000 files", 1000, 1_000_000, 2, 1.0),
+        ("30,000 files of one line", 30_000, 200, 1, 0.6),
+    ):
         folder = bench.folder_of_files(bench.size(count), size)
         commands = [bench.bronze(folder) for _ in range(rounds)]
         unused = iter(commands)
-        ours, shortest = alternate(lambda: seconds([*next(unused), "--once"]),  # noqa: B023 # measured here and now
-                                   lambda: seconds(bench.shortest_bronze(folder, "--once")), rounds=rounds)  # noqa: B023
+        ours, shortest = alternate(
+            lambda: seconds([*next(unused), "--once"]),  # noqa: B023 # measured here and now
+            lambda: seconds(bench.shortest_bronze(folder, "--once")),  # noqa: B023
+            rounds=rounds,
+        )
         yield compared(f"seconds for {what} | shortest job", ours, shortest, f"at most {goal}")
-    yield alone("% of a core, idle before a folder of 30,000 files that were taken", idle_percent(bench, commands[-1]), "at most 10")
+    yield alone(
+        "% of a core, idle before a folder of 30,000 files that were taken",
+        idle_percent(bench, commands[-1]),
+        "at most 10",
+    )
 
 
 def readers(bench: Bench) -> Iterator[tuple]:
@@ -188,11 +244,14 @@ def readers(bench: Bench) -> Iterator[tuple]:
     tables = [bench.new("large"), bench.new("small")]
     for table, rows in zip(tables, (bench.size(20_000_000), 20_000)):
         run("benchmarks/make_table.py", table, rows)
-    large, small, bare = alternate(*(lambda table=table: seconds(["read_silver.py", "--table", table, "--limit", 20])
-                                     for table in tables),
-                                   lambda: seconds(["benchmarks/shortest_job.py", "row", tables[1]]))
+    large, small, bare = alternate(
+        *(lambda table=table: seconds(["read_silver.py", "--table", table, "--limit", 20]) for table in tables),
+        lambda: seconds(["benchmarks/shortest_job.py", "row", tables[1]]),
+    )
     yield compared("seconds of read_silver.py on 20 million rows | on 20 thousand", large, small, "at most 1.2")
-    yield compared("seconds of read_silver.py on 20 thousand rows | a session that prints one row", small, bare, "at most 0.25")
+    yield compared(
+        "seconds of read_silver.py on 20 thousand rows | a session that prints one row", small, bare, "at most 0.25"
+    )
 
 
 def producer(bench: Bench) -> Iterator[tuple]:
@@ -210,14 +269,16 @@ def producer(bench: Bench) -> Iterator[tuple]:
         times = [second for second, line in lines if " sent, " in line]
         return count / (times[-1] - times[0])
 
-    yield compared("messages a second of kafka_producer.py --rate 0 | confluent-kafka", *alternate(ours, confluent), "stated")
+    yield compared(
+        "messages a second of kafka_producer.py --rate 0 | confluent-kafka", *alternate(ours, confluent), "stated"
+    )
 
 
 def soak(bench: Bench) -> Iterator[tuple]:
     """3,000 small batches in a row: how long they take, and what they leave on the disk and in the memory.
 
-    The tables keep five minutes of their past, not two hours: the run, of an hour, then shows what the clean-ups leave, one
-    after each thousand batches.
+    The tables keep five minutes of their past, not two hours: the run, of an hour, then shows what the clean-ups leave,
+    one after each thousand batches.
     """
     batches, records = bench.size(3000), 200
     topic = bench.topic(records)
@@ -225,30 +286,53 @@ def soak(bench: Bench) -> Iterator[tuple]:
     table, checkpoint = places(command)
     run(*command)
     for path in (table, quarantine_of(str(table))):
-        DeltaTable(path).alter.set_table_properties({"delta.logRetentionDuration": "interval 5 minutes",
-                                                     "delta.deletedFileRetentionDuration": "interval 5 minutes"})
+        DeltaTable(path).alter.set_table_properties(
+            {
+                "delta.logRetentionDuration": "interval 5 minutes",
+                "delta.deletedFileRetentionDuration": "interval 5 minutes",
+            }
+        )
     bench.fill(topic, batches * records)
     taken, samples = [], []
     with running(*command) as process:
         for second in batch_lines(process):
             taken.append(second)
             if len(taken) % (batches // 60) == 0:
-                samples.append([size_of(table / "_delta_log"), size_of(checkpoint), size_of(table),
-                                len(DeltaTable(table).file_uris()), memory_of(process.pid)])
+                samples.append(
+                    [
+                        size_of(table / "_delta_log"),
+                        size_of(checkpoint),
+                        size_of(table),
+                        len(DeltaTable(table).file_uris()),
+                        memory_of(process.pid),
+                    ]
+                )
     # The first 10 warm up.
     first, last = [statistics.mean(part) for part in (taken[10:110], taken[-100:])]
     yield compared(f"seconds of the last 100 of {batches:,} batches | of the first 100", [last], [first], "at most 1.2")
-    *sizes, live_files, memory = zip(*samples)  # sixty of each: twenty to a third, the sixth after a tenth of the batches
+    *sizes, live_files, memory = zip(
+        *samples
+    )  # sixty of each: twenty to a third, the sixth after a tenth of the batches
     for name, size in zip(("_delta_log", "the checkpoint", "the table's folder"), sizes):
-        yield compared(f"most bytes in {name} in the last third of {batches:,} batches | in the third before",
-                       [max(size[40:])], [max(size[20:40])], "bounded")
+        yield compared(
+            f"most bytes in {name} in the last third of {batches:,} batches | in the third before",
+            [max(size[40:])],
+            [max(size[20:40])],
+            "bounded",
+        )
     yield alone(f"most live files in {batches:,} batches", max(live_files), "under 100")
-    yield compared(f"MB of memory of the consumer's processes after {batches:,} batches | after {batches // 10:,}",
-                   [memory[-1]], [memory[5]], "flat")
+    yield compared(
+        f"MB of memory of the consumer's processes after {batches:,} batches | after {batches // 10:,}",
+        [memory[-1]],
+        [memory[5]],
+        "flat",
+    )
 
 
-MEASURES = {measure.__name__: measure for measure in (
-    live, idle, partitions, start, sustained, cold, files, readers, producer, soak)}
+MEASURES = {
+    measure.__name__: measure
+    for measure in (live, idle, partitions, start, sustained, cold, files, readers, producer, soak)
+}
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,7 +1,8 @@
-"""The pipeline, in rooms. Imports go one way: kafka, files -> streaming -> delta -> contract -> spark -> terminal -> paths; readers
-use delta and the rooms below it, and dashboard Kafka, too.
+"""The pipeline, in rooms. Imports go one way: kafka, files -> streaming -> delta -> contract -> spark -> terminal ->
+paths; readers use delta and the rooms below it, and dashboard Kafka, too.
 
-Importing any of it first makes Ctrl+C clean, which is why the scripts import it before the slower libraries (pyproject.toml, isort).
+Importing any of it first makes Ctrl+C clean, which is why the scripts import it before the slower libraries
+(pyproject.toml, isort).
 """
 
 import pipeline.terminal.signals  # noqa: F401

@@ -7,9 +7,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def local_path(path: str) -> str | None:
-    """The path as this machine's own tools take it, however it is written (/data, file:/data, file:///data); None for another store's."""
+    """The path as this machine's own tools take it, however it is written (/data, file:/data, file:///data); None for
+    another store's.
+    """
     path = re.sub("^file:(//)?(?=/)", "", path)
     return None if "://" in path else path
+
 
 LAKE = REPOSITORY / "lake"
 BRONZE = str(LAKE / "bronze" / "sensor_data")

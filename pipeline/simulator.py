@@ -17,13 +17,17 @@ BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
 # What breaks a rule of readings.py; how to break another one is not known here.
 WRONG_VALUES: dict[str, dict[str, Any]] = {
-    "unknown_type": {"type": "pressure"}, "wrong_unit": {"unit": "K"}, "out_of_range": {"value": 1e6}}
+    "unknown_type": {"type": "pressure"},
+    "wrong_unit": {"unit": "K"},
+    "out_of_range": {"value": 1e6},
+}
 
 
 class Simulator:
     """Makes readings by `contract`. `sensor_types`: those of readings.py, where the contract has such.
 
-    `breaks`: a way to break a reading for each of the contract's reasons, by the reason, but for rules that are unknown here.
+    `breaks`: a way to break a reading for each of the contract's reasons, by the reason, but for rules that are unknown
+    here.
     """
 
     def __init__(self, contract: Contract, sensor_types: dict[str, Any]):
@@ -34,8 +38,11 @@ class Simulator:
             "malformed_json": lambda reading: to_json(reading)[:-1],
             **{f"missing_{field.name}": changing(field, lambda _: None) for field in contract.fields if field.required},
             **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in contract.fields},
-            **{reason: having(wrong) for reason, wrong in WRONG_VALUES.items()
-               if reason in contract.rules and wrong.keys() <= {field.name for field in contract.fields}},
+            **{
+                reason: having(wrong)
+                for reason, wrong in WRONG_VALUES.items()
+                if reason in contract.rules and wrong.keys() <= {field.name for field in contract.fields}
+            },
         }
 
     @classmethod
@@ -44,7 +51,9 @@ class Simulator:
         names = load_readings(readings)
         return cls(names["CONTRACT"], names.get("SENSOR_TYPES", {}))
 
-    def messages(self, devices: int, invalid_fraction: float = 0, seed: int | None = None) -> Iterator[tuple[str, bytes | None]]:
+    def messages(
+        self, devices: int, invalid_fraction: float = 0, seed: int | None = None
+    ) -> Iterator[tuple[str, bytes | None]]:
         """Endless messages (device id, record) of `devices` devices in turn, the time in them being the present.
 
         A record has the contract's fields in their order; those that are unknown here have any value of their kind.
@@ -55,7 +64,8 @@ class Simulator:
         for device in itertools.cycle(fleet):
             if sensor := self.sensor_types.get(device.get("type", "")):
                 step = (sensor.typical[1] - sensor.typical[0]) / 50
-                # A random walk that is drawn back to where the device started, so that it never leaves the sanity range.
+                # A random walk that is drawn back to where the device started, so that it never leaves the sanity
+                # range.
                 device["exact"] += rng.gauss(0, step) + (device["usual"] - device["exact"]) / 20
                 device["value"] = round(device["exact"], 2)
             reading: dict[str, Any] = {}
@@ -84,8 +94,11 @@ def is_of(field: Field, value: Any) -> bool:
 def any_value(field: Field, rng: random.Random) -> Any:
     if isinstance(field, Timestamp):
         now = datetime.now(timezone.utc)
-        return {"rfc3339": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "epoch_s": round(now.timestamp(), 3),
-                "epoch_ms": int(now.timestamp() * 1000)}[field.format]
+        return {
+            "rfc3339": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "epoch_s": round(now.timestamp(), 3),
+            "epoch_ms": int(now.timestamp() * 1000),
+        }[field.format]
     if isinstance(field, Boolean):
         return rng.random() < 0.5
     if isinstance(field, (Integer, Number)):
@@ -105,10 +118,12 @@ def to_json(reading: dict[str, Any]) -> bytes:
 
 def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], bytes]:
     """A way to break a reading: by what `change` makes of the field's value."""
+
     def break_reading(reading: dict[str, Any]) -> bytes:
         broken = copy.deepcopy(reading)
         put(broken, field, change(reduce(getitem, field.path, reading)))
         return to_json(broken)
+
     return break_reading
 
 

@@ -1,6 +1,7 @@
-"""A short run of the pipeline, so that all that it needs of Java is in the archive of classes (pipeline/spark/class_archive.py).
+"""A short run of the pipeline, so that all that it needs of Java is in the archive of classes
+(pipeline/spark/class_archive.py).
 
-    python3 -m pipeline.training_run -XX:ArchiveClassesAtExit FILE
+python3 -m pipeline.training_run -XX:ArchiveClassesAtExit FILE
 """
 
 import argparse
@@ -27,7 +28,9 @@ from pipeline.terminal.signals import StopFlag
 from pyspark.sql import functions as F
 
 # Of all kinds, and not the user's, which may change.
-CONTRACT = Contract((Timestamp("time"), Text("device_id"), Integer("floor", required=False), Number("value")), {"below_0": "value < 0"})
+CONTRACT = Contract(
+    (Timestamp("time"), Text("device_id"), Integer("floor", required=False), Number("value")), {"below_0": "value < 0"}
+)
 
 
 def main(make: str, archive: str) -> None:
@@ -39,10 +42,19 @@ def main(make: str, archive: str) -> None:
         messages = Simulator(CONTRACT, {}).messages(devices=12, invalid_fraction=0.2, seed=1)
         for name in ("1.json", "2.json"):
             (files / name).write_bytes(b"\n".join(record or b"" for _, record in itertools.islice(messages, 20)))
-        options = argparse.Namespace(input=str(files), checkpoint=f"{folder}/checkpoint", once=True, max_files_per_trigger=1,
-                                     max_unpacked=1, archive=None, multiline=False)
+        options = argparse.Namespace(
+            input=str(files),
+            checkpoint=f"{folder}/checkpoint",
+            once=True,
+            max_files_per_trigger=1,
+            max_unpacked=1,
+            archive=None,
+            multiline=False,
+        )
         tables = bronze_tables(f"{folder}/table", CONTRACT.columns)
-        writer = TableWriter(tables, CONTRACT, FileSource(spark, options), Start(Checkpoint(spark, options.checkpoint), {}, {}))
+        writer = TableWriter(
+            tables, CONTRACT, FileSource(spark, options), Start(Checkpoint(spark, options.checkpoint), {}, {})
+        )
         run_query(list_new_files(spark, options), AVAILABLE_NOW, writer, options.checkpoint, StopFlag(), NoMetrics())
         for table in (tables.table, tables.quarantine):
             newest_since(spark, table, 5)

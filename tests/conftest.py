@@ -55,11 +55,23 @@ def until(holds: Callable) -> None:
 class Script:
     """A script of the project as a process of its own, whose output can be waited for."""
 
-    def __init__(self, name: str, *arguments, folder: Path = REPOSITORY, env: dict | None = None,
-                 interpreter: Iterable = (sys.executable, "-u")):
-        self.process = subprocess.Popen([*map(str, interpreter), str(folder / name), *map(str, arguments)], env=env,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
-                                        start_new_session=True)
+    def __init__(
+        self,
+        name: str,
+        *arguments,
+        folder: Path = REPOSITORY,
+        env: dict | None = None,
+        interpreter: Iterable = (sys.executable, "-u"),
+    ):
+        self.process = subprocess.Popen(
+            [*map(str, interpreter), str(folder / name), *map(str, arguments)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd="/",
+            start_new_session=True,
+        )
         self.lines = []
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self.reader.start()
@@ -92,8 +104,12 @@ class Script:
 
 def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subprocess.CompletedProcess:
     """Runs a script, by the command `prefix` if told, to its end; its exit code, stdout and stderr."""
-    return subprocess.run([*prefix, sys.executable, str(REPOSITORY / name), *map(str, arguments)], capture_output=True, text=True,
-                          **{"cwd": "/", "timeout": PATIENCE, "stdin": subprocess.DEVNULL} | options)
+    return subprocess.run(
+        [*prefix, sys.executable, str(REPOSITORY / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **{"cwd": "/", "timeout": PATIENCE, "stdin": subprocess.DEVNULL} | options,
+    )
 
 
 @functools.cache
@@ -105,7 +121,9 @@ def manual(script: str) -> str:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more kills, larger files and more hostile records, for half an hour")
+    parser.addoption(
+        "--long", action="store_true", help="more kills, larger files and more hostile records, for half an hour"
+    )
 
 
 def pytest_configure(config):
@@ -121,14 +139,20 @@ def pytest_sessionstart(session):
 
 
 def pytest_terminal_summary(terminalreporter):
-    lines = [line for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed") if report.when == "call"
-             for name, line in report.user_properties if name == "account"]
+    lines = [
+        line
+        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+        if report.when == "call"
+        for name, line in report.user_properties
+        if name == "account"
+    ]
     if not lines:
         return
     terminalreporter.section("nothing lost, nothing twice")
     for line in [("fault", "sent", "table", "quarantine", "missing", "duplicates"), *lines]:
-        terminalreporter.write_line(f"{line[0]:<96}" + "".join(f"{cell:>12,}" if type(cell) is int else f"{cell:>12}"
-                                                              for cell in line[1:]))
+        terminalreporter.write_line(
+            f"{line[0]:<96}" + "".join(f"{cell:>12,}" if type(cell) is int else f"{cell:>12}" for cell in line[1:])
+        )
 
 
 def pytest_collection_modifyitems(items: list) -> None:
@@ -138,7 +162,8 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 @pytest.fixture
 def account(record_property):
-    """Notes what became of the records that were sent, prints it at the end of the run, and lets none be lost or doubled.
+    """Notes what became of the records that were sent, prints it at the end of the run, and lets none be lost or
+    doubled.
 
     A record goes by its origin: (topic, partition, offset) or (file, line).
     """
@@ -194,7 +219,10 @@ def spark():
 
 @pytest.fixture
 def run_here(request, capsys):
-    """As `run_script`, in this process and in the session of the tests: for what a script does, where its start is not the point."""
+    """As `run_script`, in this process and in the session of the tests: for what a script does, where its start is not
+    the point.
+    """
+
     def run(name: str, *arguments) -> subprocess.CompletedProcess:
         def session(*_, **__):
             session = request.getfixturevalue("spark")
@@ -242,7 +270,9 @@ def run_streams(spark, streams: Iterable, source, tables, options, writer_type=T
     spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # as in a new process
     start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
     for stream, trigger in streams:
-        _, error = run_query(stream, trigger, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), NoMetrics())
+        _, error = run_query(
+            stream, trigger, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), NoMetrics()
+        )
         if isinstance(source, KafkaSource) and source.reader:
             source.reader.close()
             source.reader = None
@@ -255,17 +285,32 @@ def ingest(spark, tmp_path):
     """A folder, and a function that runs the stream over all that is new in it: the rows that came to each table."""
     folder = tmp_path / "input"
     folder.mkdir()
-    options = argparse.Namespace(input=str(folder), table=str(tmp_path / "bronze"), checkpoint=str(tmp_path / "checkpoint"),
-                                 once=True, max_files_per_trigger=1000, max_unpacked=1000, archive=None, multiline=False)
+    options = argparse.Namespace(
+        input=str(folder),
+        table=str(tmp_path / "bronze"),
+        checkpoint=str(tmp_path / "checkpoint"),
+        once=True,
+        max_files_per_trigger=1000,
+        max_unpacked=1000,
+        archive=None,
+        multiline=False,
+    )
 
     def rows():
-        return [spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0
-                for path in (options.table, quarantine_of(options.table))]
+        return [
+            spark.read.format("delta").load(path).count() if Path(path, "_delta_log").exists() else 0
+            for path in (options.table, quarantine_of(options.table))
+        ]
 
     def stream(multiline: bool = False) -> None:
         options.multiline = multiline
-        run_streams(spark, [(list_new_files(spark, options), AVAILABLE_NOW)], FileSource(spark, options),
-                    bronze_tables(options.table, CONTRACT.columns), options)
+        run_streams(
+            spark,
+            [(list_new_files(spark, options), AVAILABLE_NOW)],
+            FileSource(spark, options),
+            bronze_tables(options.table, CONTRACT.columns),
+            options,
+        )
 
     def run(multiline: bool = False, **others: object) -> tuple[int, int]:
         before = rows()
@@ -282,7 +327,9 @@ def ingest(spark, tmp_path):
 def broker(tmp_path_factory):
     """The address of a running local_kafka.py."""
     [port] = free_ports(1)
-    kafka = Script("local_kafka.py", "--port", port, "--data-dir", tmp_path_factory.mktemp("kafka") / "größe é 'q\" \\ =:#")
+    kafka = Script(
+        "local_kafka.py", "--port", port, "--data-dir", tmp_path_factory.mktemp("kafka") / "größe é 'q\" \\ =:#"
+    )
     try:
         kafka.wait_for("Kafka is ready")
         yield f"localhost:{port}"
@@ -319,8 +366,10 @@ def origins(spark, broker: str, options: list) -> tuple[list, list, list]:
     topic = options[options.index("--topic") + 1]
     first, end = (topic_offsets(broker, topic, end) for end in (False, True))
     sent = [(topic, partition, offset) for partition in end for offset in range(first[partition], end[partition])]
-    return sent, *([tuple(row) for row in table.select("topic", "partition", "offset").collect()]
-                   for table in tables(spark, options))
+    return sent, *(
+        [tuple(row) for row in table.select("topic", "partition", "offset").collect()]
+        for table in tables(spark, options)
+    )
 
 
 class World:
@@ -328,12 +377,22 @@ class World:
 
     def __init__(self, spark, topic: Topic, table: Path, checkpoint: Path):
         self.spark, self.topic, self.broker = spark, topic, topic.servers
-        self.options = argparse.Namespace(table=str(table), checkpoint=str(checkpoint), once=True, max_offsets_per_trigger=100)
+        self.options = argparse.Namespace(
+            table=str(table), checkpoint=str(checkpoint), once=True, max_offsets_per_trigger=100
+        )
 
     def make(self, partitions: int = 1, **configs: str) -> None:
         with KafkaAdminClient(bootstrap_servers=self.broker) as admin:
-            admin.create_topics({self.topic.name: {"num_partitions": partitions, "replication_factor": 1, "configs": {
-                name.replace("_", "."): value for name, value in configs.items()}}}, wait_for_metadata=True)
+            admin.create_topics(
+                {
+                    self.topic.name: {
+                        "num_partitions": partitions,
+                        "replication_factor": 1,
+                        "configs": {name.replace("_", "."): value for name, value in configs.items()},
+                    }
+                },
+                wait_for_metadata=True,
+            )
 
     def send(self, *records: bytes | None, partition: int = 0, key: bytes | None = None, **settings) -> None:
         with KafkaProducer(bootstrap_servers=self.broker, **settings) as producer:
@@ -352,21 +411,36 @@ class World:
         before = self.rows()
         self.options.accept_data_loss = accept_data_loss
         source = KafkaSource(self.topic, accept_data_loss, group=self.topic.name)
-        run_streams(self.spark, streams_of(self.spark, source, self.options), source,
-                    silver_tables(self.options.table, CONTRACT.columns), self.options, writer_type)
+        run_streams(
+            self.spark,
+            streams_of(self.spark, source, self.options),
+            source,
+            silver_tables(self.options.table, CONTRACT.columns),
+            self.options,
+            writer_type,
+        )
         accepted, rejected = (len(now) - len(then) for now, then in zip(self.rows(), before))
         return accepted, rejected
 
     def rows(self) -> tuple[list, list]:
         """(partition, offset) of the rows of both tables."""
         paths = (self.options.table, quarantine_of(self.options.table))
-        return tuple([tuple(row) for row in self.spark.read.format("delta").load(path).select("partition", "offset").collect()]
-                     if Path(path, "_delta_log").exists() else [] for path in paths)
+        return tuple(
+            [tuple(row) for row in self.spark.read.format("delta").load(path).select("partition", "offset").collect()]
+            if Path(path, "_delta_log").exists()
+            else []
+            for path in paths
+        )
 
     def kept(self) -> list[tuple[int, int]]:
         """(partition, offset) of what a plain consumer finds in the topic."""
-        with KafkaConsumer(self.topic.name, bootstrap_servers=self.broker, auto_offset_reset="earliest",
-                           isolation_level=self.topic.isolation_level, consumer_timeout_ms=2000) as consumer:
+        with KafkaConsumer(
+            self.topic.name,
+            bootstrap_servers=self.broker,
+            auto_offset_reset="earliest",
+            isolation_level=self.topic.isolation_level,
+            consumer_timeout_ms=2000,
+        ) as consumer:
             return [(message.partition, message.offset) for message in consumer]
 
     def check(self, account, what: str) -> None:

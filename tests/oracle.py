@@ -13,7 +13,7 @@ from pipeline.contract.contract import Contract
 from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Timestamp
 
 SENSORS = {"temperature": ("°C", -40, 120), "humidity": ("%", 0, 100), "co2": ("ppm", 0, 10_000)}
-WHITE_SPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
+WHITE_SPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 DAY = 86_400_000_000
 AHEAD = {"1 day": DAY, "1 hour": 3_600_000_000, "10 minutes": 600_000_000}
 FIRST_MICROS, END_MICROS = -62_167_219_200_000_000, 253_402_300_800_000_000
@@ -41,6 +41,7 @@ class Whole(int):
 
 class Real(float):
     """Any other number, which knows its text."""
+
     text: str
 
 
@@ -70,8 +71,13 @@ def parse(raw: bytes | None) -> dict:
     if depth_of(text) > 990:
         raise Invalid("deeper than JSON readers go")
     try:
-        reading = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=real,
-                             parse_int=lambda digits: Whole(digits) if len(digits) < 300 else real(digits))
+        reading = json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_constant=no_constant,
+            parse_float=real,
+            parse_int=lambda digits: Whole(digits) if len(digits) < 300 else real(digits),
+        )
     except (ValueError, RecursionError):
         raise Invalid("no JSON") from None
     if not isinstance(reading, dict):
@@ -83,8 +89,11 @@ def parse(raw: bytes | None) -> dict:
 
 def micros_of(timestamp: str) -> int:
     """Microseconds since 1970 of an RFC 3339 time, at any year from 0 on."""
-    found = re.fullmatch(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})(\.[0-9]+)?"
-                         r"(Z|[+-][0-9]{2}(?::?[0-9]{2})?)", timestamp)
+    found = re.fullmatch(
+        r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})(\.[0-9]+)?"
+        r"(Z|[+-][0-9]{2}(?::?[0-9]{2})?)",
+        timestamp,
+    )
     if not found:
         raise Invalid("timestamp")
     year, month, day, hour, minute, second = map(int, found.groups()[:6])
@@ -134,7 +143,11 @@ def read_value(field: Field, value, arrival_micros: int):
         return value
     if isinstance(field, Number) and isinstance(value, (Whole, Real)) and math.isfinite(float(value)):
         return float(value) + 0.0  # for -0.0, which is 0
-    if isinstance(field, Integer) and isinstance(value, Whole) and -2**(field.bits - 1) <= value < 2**(field.bits - 1):
+    if (
+        isinstance(field, Integer)
+        and isinstance(value, Whole)
+        and -(2 ** (field.bits - 1)) <= value < 2 ** (field.bits - 1)
+    ):
         return int(value)
     if isinstance(field, Timestamp):
         micros = read_time(field.format, value)
@@ -191,7 +204,9 @@ def as_rescued(value):
 
 
 def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[str | None, dict | None, dict | None]:
-    """The reason to reject a record but for the contract's rules, or None; its values by column; what is not in the contract."""
+    """The reason to reject a record but for the contract's rules, or None; its values by column; what is not in the
+    contract.
+    """
     if raw is None or is_blank(raw.decode(errors="replace")):
         return "empty_record", None, None
     try:

@@ -22,9 +22,24 @@ from delta.exceptions import ConcurrentTransactionException, MetadataChangedExce
 from pyspark.sql import functions as F
 from test_rules import reading
 
-# Two commits meet only once in some hundreds, because Delta renames right after it has looked: this makes each rename late.
-LATE_RENAMES = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", "trace=rename,renameat,renameat2",
-                "-e", "inject=rename,renameat,renameat2:delay_enter=300000"] if shutil.which("strace") else []
+# Two commits meet only once in some hundreds, because Delta renames right after it has looked: this makes each rename
+# late.
+LATE_RENAMES = (
+    [
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=rename,renameat,renameat2",
+        "-e",
+        "inject=rename,renameat,renameat2:delay_enter=300000",
+    ]
+    if shutil.which("strace")
+    else []
+)
 APPENDS = 15 if LATE_RENAMES else 300
 SESSION = """
 import argparse, sys
@@ -50,8 +65,14 @@ while True:
 @contextmanager
 def session(code: str, table: Path, name: str):
     """A process with a session of its own, whose renames are late; it waits for a line before it begins."""
-    with subprocess.Popen([*LATE_RENAMES, sys.executable, "-c", code, table, name], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        [*LATE_RENAMES, sys.executable, "-c", code, table, name],
+        cwd=REPOSITORY,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
         try:
             yield process
         finally:
@@ -99,8 +120,15 @@ def test_a_stream_at_full_speed_beside_maintenance_loses_no_record(spark, ingest
 def test_a_stream_that_waits_for_another_writer_stops_when_asked_to(tmp_path, start):
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "1.json").write_bytes(reading())
-    options = ["streaming_files_to_delta_bronze.py", "--input", tmp_path / "input", "--table", tmp_path / "bronze", "--checkpoint",
-               tmp_path / "checkpoint"]
+    options = [
+        "streaming_files_to_delta_bronze.py",
+        "--input",
+        tmp_path / "input",
+        "--table",
+        tmp_path / "bronze",
+        "--checkpoint",
+        tmp_path / "checkpoint",
+    ]
     stream = start(*options, "--trigger", "0 seconds")
     stream.wait_for("batch 0: 1 rows in, 1 accepted")
     for number in (2, 3):  # in a batch, then at its start
@@ -141,7 +169,13 @@ def is_locked(table: str) -> bool:
 def test_a_table_has_one_lock_by_whatever_path_it_is_named(tmp_path):
     (tmp_path / "table").mkdir()
     (tmp_path / "link").symlink_to("table")
-    names = [f"{tmp_path}/table", f"{tmp_path}/table/", f"{tmp_path}/link", f"file:{tmp_path}/table", f"file://{tmp_path}/link"]
+    names = [
+        f"{tmp_path}/table",
+        f"{tmp_path}/table/",
+        f"{tmp_path}/link",
+        f"file:{tmp_path}/table",
+        f"file://{tmp_path}/link",
+    ]
     for name in names:
         with write_lock(name):
             assert all(map(is_locked, names))
@@ -154,7 +188,9 @@ def test_a_killed_process_leaves_no_lock_and_a_replaced_folder_is_locked_anew(tm
     table = tmp_path / "table"
     table.mkdir()
     code = "import sys; from pipeline.delta.locks import write_lock\nwith write_lock(sys.argv[1]): print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, table], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, table], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         process.stdout.readline()
         assert is_locked(str(table))
         process.kill()
@@ -180,8 +216,11 @@ def test_a_batch_that_meets_a_change_of_the_table_by_somebody_else_is_written_on
 
     def records(origin):
         raw = [F.lit(record).cast("binary") for record in (reading(), b"{")]
-        return spark.range(1).select(F.explode(F.array(*raw)).alias("raw"), F.current_timestamp().alias("ingest_time"),
-                                     origin.alias("source_file"))
+        return spark.range(1).select(
+            F.explode(F.array(*raw)).alias("raw"),
+            F.current_timestamp().alias("ingest_time"),
+            origin.alias("source_file"),
+        )
 
     def change() -> None:
         until(begun.exists)
@@ -202,8 +241,10 @@ def test_a_batch_that_meets_a_change_of_the_table_by_somebody_else_is_written_on
     assert batches.reports[1].rows == {None: 1, "malformed_json": 1}
 
 
-@pytest.mark.parametrize("error, attempts", [(MetadataChangedException("x"), MAX_ATTEMPTS), (ConcurrentTransactionException("x"), 1),
-                                             (OSError("x"), 1)])
+@pytest.mark.parametrize(
+    "error, attempts",
+    [(MetadataChangedException("x"), MAX_ATTEMPTS), (ConcurrentTransactionException("x"), 1), (OSError("x"), 1)],
+)
 def test_only_conflicts_are_retried_and_not_for_ever(monkeypatch, error, attempts):
     made = []
 

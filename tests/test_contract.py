@@ -1,4 +1,6 @@
-"""Contracts of any kind: how their records are read, what can't be one, and what becomes of the tables when one changes."""
+"""Contracts of any kind: how their records are read, what can't be one, and what becomes of the tables when one
+changes.
+"""
 
 import itertools
 import json
@@ -30,31 +32,84 @@ CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "st
 
 # --- How records are read
 
-KINDS = [Text, Boolean, Number, Integer, lambda name, **options: Integer(name, bits=32, **options), Timestamp,
-         lambda name, **options: Timestamp(name, at_most_ahead="10 minutes", **options),
-         *[lambda name, form=form, **options: Timestamp(name, format=form, at_most_ahead="1 day", **options)
-           for form in ("rfc3339", "epoch_s", "epoch_ms")]]
-NAMES = ["a", "b", "a b", "größe", "it's", 'say "so"', "back\\slash", "$1", "SELECT", "n.a", "n.b.c", "n.b.d", "o.x y", "o.'q'",
-         "text", "json", "value", "type", "seen", "{", "\\E", "\\Q", "`", "%s", "A"]
+KINDS = [
+    Text,
+    Boolean,
+    Number,
+    Integer,
+    lambda name, **options: Integer(name, bits=32, **options),
+    Timestamp,
+    lambda name, **options: Timestamp(name, at_most_ahead="10 minutes", **options),
+    *[
+        lambda name, form=form, **options: Timestamp(name, format=form, at_most_ahead="1 day", **options)
+        for form in ("rfc3339", "epoch_s", "epoch_ms")
+    ],
+]
+NAMES = [
+    "a",
+    "b",
+    "a b",
+    "größe",
+    "it's",
+    'say "so"',
+    "back\\slash",
+    "$1",
+    "SELECT",
+    "n.a",
+    "n.b.c",
+    "n.b.d",
+    "o.x y",
+    "o.'q'",
+    "text",
+    "json",
+    "value",
+    "type",
+    "seen",
+    "{",
+    "\\E",
+    "\\Q",
+    "`",
+    "%s",
+    "A",
+]
 VALUES = {
     Text: st.text(min_size=1, max_size=8) | st.sampled_from(["", " ", "\u3000", "x", "7", "true", "{}", "\x00", "😀"]),
     Boolean: st.booleans(),
-    Number: st.floats(allow_nan=False) | st.integers(-10**20, 10**20) | st.sampled_from([0, -0.0, 1e300, 0.1, 10**15, 10**40]),
-    Integer: st.integers(-2**64, 2**64) | st.sampled_from([0, 2**31 - 1, 2**31, -2**31, 2**63 - 1, 2**63, -2**63, 10**18]),
-    "rfc3339": st.sampled_from(["2026-11-20T10:00:00Z", "2026-11-20T12:30:00.5+00:20", "2026-11-20T12:10:00.000001Z",
-                                "0000-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z", "0000-01-01T10:00:00+14:00",
-                                "9999-12-31T10:00:00-14:00", "2026-11-20", "1763632800"]),
-    "epoch_s": st.integers(-62167219201, 253402300800) | st.floats(1.7e9, 1.8e9) | st.sampled_from(
-        [0, 1795176000, 1795262400, 1795262400.000001, 1763632800.123456789, -0.0000001, 1e9, 253402300799.9999999]),
-    "epoch_ms": st.integers(-62167219200001, 253402300800000) | st.sampled_from([0, 1795262400000, 1795262400001, 1.5, 1e12]),
+    Number: st.floats(allow_nan=False)
+    | st.integers(-(10**20), 10**20)
+    | st.sampled_from([0, -0.0, 1e300, 0.1, 10**15, 10**40]),
+    Integer: st.integers(-(2**64), 2**64)
+    | st.sampled_from([0, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, 2**63, -(2**63), 10**18]),
+    "rfc3339": st.sampled_from(
+        [
+            "2026-11-20T10:00:00Z",
+            "2026-11-20T12:30:00.5+00:20",
+            "2026-11-20T12:10:00.000001Z",
+            "0000-01-01T00:00:00Z",
+            "9999-12-31T23:59:59.999999Z",
+            "0000-01-01T10:00:00+14:00",
+            "9999-12-31T10:00:00-14:00",
+            "2026-11-20",
+            "1763632800",
+        ]
+    ),
+    "epoch_s": st.integers(-62167219201, 253402300800)
+    | st.floats(1.7e9, 1.8e9)
+    | st.sampled_from(
+        [0, 1795176000, 1795262400, 1795262400.000001, 1763632800.123456789, -0.0000001, 1e9, 253402300799.9999999]
+    ),
+    "epoch_ms": st.integers(-62167219200001, 253402300800000)
+    | st.sampled_from([0, 1795262400000, 1795262400001, 1.5, 1e12]),
 }
 
 
 @st.composite
 def contracts(draw) -> Contract:
     names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=7, unique=True))
-    fields = tuple(draw(st.sampled_from(KINDS))(name, column=f"c{number}", required=draw(st.booleans()))
-                   for number, name in enumerate(names))
+    fields = tuple(
+        draw(st.sampled_from(KINDS))(name, column=f"c{number}", required=draw(st.booleans()))
+        for number, name in enumerate(names)
+    )
     return Contract(fields)
 
 
@@ -75,20 +130,29 @@ def records(draw, contract: Contract) -> bytes:
         place[field.path[-1]] = value
     if draw(st.integers(0, 5)) == 0:
         record |= draw(st.dictionaries(st.sampled_from(["n", "o", "new", "a"]) | st.text(max_size=3), JSON, max_size=2))
-    text = json.dumps(record, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([(",", ":"), (", ", ": ")])))
+    text = json.dumps(
+        record, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([(",", ":"), (", ", ": ")]))
+    )
     raw = text.encode("utf-8", "surrogatepass")
     return mutate(raw, random.Random(draw(st.integers()))) if draw(st.integers(0, 15)) == 0 else raw
 
 
 def read(spark, contract: Contract, raws: list[bytes | None]) -> list:
     rows = spark.createDataFrame(list(enumerate(raws)), "number INT, raw BINARY").withColumn(
-        "ingest_time", F.lit(ARRIVAL).cast("timestamp"))
+        "ingest_time", F.lit(ARRIVAL).cast("timestamp")
+    )
     times = {field.column: F.unix_micros(field.column) for field in contract.fields if isinstance(field, Timestamp)}
     return parse(rows, contract).withColumns(times).orderBy("number").collect()
 
 
-@settings(max_examples=30, database=None, derandomize=True, deadline=None, phases=[Phase.generate],
-          suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=30,
+    database=None,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 @given(st.data())
 def test_records_of_any_contract_are_read_as_plain_python_reads_them(spark, data):
     contract = data.draw(contracts())
@@ -102,33 +166,67 @@ def test_records_of_any_contract_are_read_as_plain_python_reads_them(spark, data
 
 
 KIND_CASES = [  # a field, what stands there in the record, the reason or the value
-    (Integer("x"), "7", 7), (Integer("x"), "-0", 0), (Integer("x"), "9223372036854775807", 2**63 - 1),
-    (Integer("x"), "9223372036854775808", "invalid_x"), (Integer("x"), "1.0", "invalid_x"), (Integer("x"), "1e2", "invalid_x"),
-    (Integer("x"), '"7"', "invalid_x"), (Integer("x"), "true", "invalid_x"), (Integer("x"), "[7]", "invalid_x"),
-    (Integer("x", bits=32), "2147483647", 2**31 - 1), (Integer("x", bits=32), "2147483648", "invalid_x"),
-    (Number("x"), "7", 7.0), (Number("x"), "1e2", 100.0), (Number("x"), "1e999", "invalid_x"), (Number("x"), "NaN", "malformed_json"),
-    (Number("x"), '"7"', "invalid_x"), (Number("x"), "false", "invalid_x"), (Number("x"), "{}", "invalid_x"),
-    (Boolean("x"), "true", True), (Boolean("x"), "1", "invalid_x"), (Boolean("x"), '"true"', "invalid_x"),
-    (Boolean("x"), "null", "missing_x"), (Boolean("x"), '" "', "missing_x"), (Boolean("x", required=False), '" "', "invalid_x"),
-    (Text("x"), '"7"', "7"), (Text("x"), "7", "invalid_x"), (Text("x"), '"\u00a0"', "missing_x"),
-    (Text("x", required=False), '""', ""), (Text("x", required=False), "null", None),
-    (Timestamp("x"), '"1970-01-01T00:00:00.000001Z"', 1), (Timestamp("x"), "0", "invalid_x"),
-    (Timestamp("x", format="epoch_s"), "1.5", 1_500_000), (Timestamp("x", format="epoch_s"), "1e2", 100_000_000),
-    (Timestamp("x", format="epoch_s"), "-1.0000009", -1_000_001), (Timestamp("x", format="epoch_s"), '"1"', "invalid_x"),
-    (Timestamp("x", format="epoch_s"), "253402300800", "invalid_x"), (Timestamp("x", format="epoch_s"), "1e300", "invalid_x"),
-    (Timestamp("x", format="epoch_ms"), "1763632800123", 1_763_632_800_123_000), (Timestamp("x", format="epoch_ms"), "1.0", "invalid_x"),
+    (Integer("x"), "7", 7),
+    (Integer("x"), "-0", 0),
+    (Integer("x"), "9223372036854775807", 2**63 - 1),
+    (Integer("x"), "9223372036854775808", "invalid_x"),
+    (Integer("x"), "1.0", "invalid_x"),
+    (Integer("x"), "1e2", "invalid_x"),
+    (Integer("x"), '"7"', "invalid_x"),
+    (Integer("x"), "true", "invalid_x"),
+    (Integer("x"), "[7]", "invalid_x"),
+    (Integer("x", bits=32), "2147483647", 2**31 - 1),
+    (Integer("x", bits=32), "2147483648", "invalid_x"),
+    (Number("x"), "7", 7.0),
+    (Number("x"), "1e2", 100.0),
+    (Number("x"), "1e999", "invalid_x"),
+    (Number("x"), "NaN", "malformed_json"),
+    (Number("x"), '"7"', "invalid_x"),
+    (Number("x"), "false", "invalid_x"),
+    (Number("x"), "{}", "invalid_x"),
+    (Boolean("x"), "true", True),
+    (Boolean("x"), "1", "invalid_x"),
+    (Boolean("x"), '"true"', "invalid_x"),
+    (Boolean("x"), "null", "missing_x"),
+    (Boolean("x"), '" "', "missing_x"),
+    (Boolean("x", required=False), '" "', "invalid_x"),
+    (Text("x"), '"7"', "7"),
+    (Text("x"), "7", "invalid_x"),
+    (Text("x"), '"\u00a0"', "missing_x"),
+    (Text("x", required=False), '""', ""),
+    (Text("x", required=False), "null", None),
+    (Timestamp("x"), '"1970-01-01T00:00:00.000001Z"', 1),
+    (Timestamp("x"), "0", "invalid_x"),
+    (Timestamp("x", format="epoch_s"), "1.5", 1_500_000),
+    (Timestamp("x", format="epoch_s"), "1e2", 100_000_000),
+    (Timestamp("x", format="epoch_s"), "-1.0000009", -1_000_001),
+    (Timestamp("x", format="epoch_s"), '"1"', "invalid_x"),
+    (Timestamp("x", format="epoch_s"), "253402300800", "invalid_x"),
+    (Timestamp("x", format="epoch_s"), "1e300", "invalid_x"),
+    (Timestamp("x", format="epoch_ms"), "1763632800123", 1_763_632_800_123_000),
+    (Timestamp("x", format="epoch_ms"), "1.0", "invalid_x"),
     (Timestamp("x", format="epoch_ms"), "9223372036854775807", "invalid_x"),
     (Timestamp("x", format="epoch_ms", at_most_ahead="10 minutes"), "1795176600000", 1_795_176_600_000_000),
     (Timestamp("x", format="epoch_ms", at_most_ahead="10 minutes"), "1795176600001", "invalid_x"),
     # -0 is 0
-    *[(Number("x"), zero, 0.0) for zero in ("-0", "-0.0", "-0.000", "-0e0", "-0E+5", "-1e-999", "0")], (Integer("x", bits=32), "-0", 0),
+    *[(Number("x"), zero, 0.0) for zero in ("-0", "-0.0", "-0.000", "-0e0", "-0E+5", "-1e-999", "0")],
+    (Integer("x", bits=32), "-0", 0),
     *[(Timestamp("x", format=form), "-0", 0) for form in ("epoch_s", "epoch_ms")],
     # Jackson's limits
-    (Number("x"), "1" * 1000, "invalid_x"), (Number("x"), "1" * 1001, "malformed_json"), (Number("x"), "0." + "1" * 1000, 1 / 9),
+    (Number("x"), "1" * 1000, "invalid_x"),
+    (Number("x"), "1" * 1001, "malformed_json"),
+    (Number("x"), "0." + "1" * 1000, 1 / 9),
     (Number("x"), "1." + "1" * 1001, "malformed_json"),
     # the years 0 to 9999 in UTC
-    *[(Timestamp("x"), f'"{text}"', "invalid_x") for text in (
-        "0000-01-01T00:00:00+14:00", "0000-01-01T00:00:59.999999+00:01", "9999-12-31T23:59:59-14:00", "9999-12-31T23:59:00-00:01")],
+    *[
+        (Timestamp("x"), f'"{text}"', "invalid_x")
+        for text in (
+            "0000-01-01T00:00:00+14:00",
+            "0000-01-01T00:00:59.999999+00:01",
+            "9999-12-31T23:59:59-14:00",
+            "9999-12-31T23:59:00-00:01",
+        )
+    ],
     (Timestamp("x"), '"0000-01-01T00:00:00-00:00"', oracle.FIRST_MICROS),
     (Timestamp("x"), '"0000-01-01T14:00:00+14:00"', oracle.FIRST_MICROS),
     (Timestamp("x"), '"9999-12-31T23:59:59.9999999Z"', oracle.END_MICROS - 1),
@@ -154,21 +252,31 @@ def test_a_value_is_of_its_fields_kind_or_the_record_is_rejected(spark, escape):
 
 def test_a_time_is_ahead_of_its_arrival_where_that_is_known_and_else_of_its_batch(spark):
     contract = Contract((Timestamp("x", format="epoch_s", at_most_ahead="10 minutes"),))
-    arrivals = [(b'{"x": 1795176601}', None), (b'{"x": 1795176600}', None), (b'{"x": 1795176600}', "2026-11-20T11:00:00Z"),
-                (b'{"\\u0078": 1795176600}', "2026-11-20T11:00:00Z"), (b'{"x": 1795180200}', "2026-11-20T13:00:00Z"),
-                (b'{"\\u0078": 1795180201}', "2026-11-20T13:00:00Z")]
+    arrivals = [
+        (b'{"x": 1795176601}', None),
+        (b'{"x": 1795176600}', None),
+        (b'{"x": 1795176600}', "2026-11-20T11:00:00Z"),
+        (b'{"\\u0078": 1795176600}', "2026-11-20T11:00:00Z"),
+        (b'{"x": 1795180200}', "2026-11-20T13:00:00Z"),
+        (b'{"\\u0078": 1795180201}', "2026-11-20T13:00:00Z"),
+    ]
     rows = spark.createDataFrame(arrivals, "raw BINARY, arrival STRING").selectExpr(
-        "raw", "CAST(arrival AS TIMESTAMP) AS arrival_time", f"TIMESTAMP '{ARRIVAL}' AS ingest_time")
+        "raw", "CAST(arrival AS TIMESTAMP) AS arrival_time", f"TIMESTAMP '{ARRIVAL}' AS ingest_time"
+    )
     reasons = [row.reject_reason for row in parse(rows, contract).collect()]
     assert reasons == ["invalid_x", None, "invalid_x", "invalid_x", None, "invalid_x"]
 
 
 def test_a_plain_record_has_the_same_values_in_any_order_and_among_unknown_fields(spark):
-    contract = Contract((Text("t", required=False), Integer("i", required=False), Number("x"), Boolean("b", required=False)))
+    contract = Contract(
+        (Text("t", required=False), Integer("i", required=False), Number("x"), Boolean("b", required=False))
+    )
     pairs = ['"t":"7"', '"i":11', '"x":2.5', '"b":true']
     raws = []
     for order in itertools.permutations(pairs):
-        for count, extra in itertools.product((2, 3, 4), ([], ['"T":1.50'], ['"u":"é"', '"v":null'], ['"u":1', '"u":1'], ['"x":1'])):
+        for count, extra in itertools.product(
+            (2, 3, 4), ([], ['"T":1.50'], ['"u":"é"', '"v":null'], ['"u":1', '"u":1'], ['"x":1'])
+        ):
             for place in range(count + 1):
                 raws.append(f"{{{','.join((*order[:place], *extra, *order[place:count]))}}}".encode())
     raws = list(dict.fromkeys(raws))
@@ -176,37 +284,60 @@ def test_a_plain_record_has_the_same_values_in_any_order_and_among_unknown_field
         reason, values, rest = oracle.read(contract, raw, ARRIVAL_MICROS)
         assert row.reject_reason == reason, raw
         if not reason:
-            assert ({column: row[column] for column in contract.columns}, json.loads(row["_rescued_data"] or "{}")) == (values, rest), raw
+            assert ({column: row[column] for column in contract.columns}, json.loads(row["_rescued_data"] or "{}")) == (
+                values,
+                rest,
+            ), raw
             assert list(row["_unknown_fields"] or []) == list(rest), raw
 
 
-NESTED = Contract((Text("device.id"), Text("device.model", required=False), Number("device.at.lat", required=False), Number("value")))
+NESTED = Contract(
+    (Text("device.id"), Text("device.model", required=False), Number("device.at.lat", required=False), Number("value"))
+)
 
 
-@pytest.mark.parametrize("record, reason, rest, unknown", [
-    ({"device": {"id": "a"}, "value": 1}, None, None, []),
-    ({"device": {"id": "a", "fw": "2", "at": {"lat": 1.5, "lon": 2}}, "value": 1, "rssi": -7}, None,
-     {"rssi": -7, "device": {"fw": "2", "at": {"lon": 2}}}, ["device.at.lon", "device.fw", "rssi"]),
-    ({"device": {"id": "a", "at": None}, "value": 1, "a": None}, None, {"a": None}, ["a"]),
-    ({"value": 1}, "missing_device.id", None, []),
-    ({"device": None, "value": "x"}, "missing_device.id", None, []),
-    ({"device": "a", "value": 1}, "invalid_device.id", None, []),
-    ({"device": {"id": {"id": "a"}}, "value": 1}, "invalid_device.id", None, []),
-    ({"device": {"id": "a", "at": [1]}, "value": 1}, "invalid_device.at.lat", None, []),
-    ({"device": "a"}, "missing_value", None, []),
-    ({"device": {"id": 7, "model": 8}, "value": "x"}, "invalid_device.id", None, []),
-])
+@pytest.mark.parametrize(
+    "record, reason, rest, unknown",
+    [
+        ({"device": {"id": "a"}, "value": 1}, None, None, []),
+        (
+            {"device": {"id": "a", "fw": "2", "at": {"lat": 1.5, "lon": 2}}, "value": 1, "rssi": -7},
+            None,
+            {"rssi": -7, "device": {"fw": "2", "at": {"lon": 2}}},
+            ["device.at.lon", "device.fw", "rssi"],
+        ),
+        ({"device": {"id": "a", "at": None}, "value": 1, "a": None}, None, {"a": None}, ["a"]),
+        ({"value": 1}, "missing_device.id", None, []),
+        ({"device": None, "value": "x"}, "missing_device.id", None, []),
+        ({"device": "a", "value": 1}, "invalid_device.id", None, []),
+        ({"device": {"id": {"id": "a"}}, "value": 1}, "invalid_device.id", None, []),
+        ({"device": {"id": "a", "at": [1]}, "value": 1}, "invalid_device.at.lat", None, []),
+        ({"device": "a"}, "missing_value", None, []),
+        ({"device": {"id": 7, "model": 8}, "value": "x"}, "invalid_device.id", None, []),
+    ],
+)
 def test_fields_of_nested_objects_are_read_and_what_is_unknown_is_kept(spark, record, reason, rest, unknown):
     [row] = read(spark, NESTED, [json.dumps(record).encode()])
     assert row.reject_reason == reason
-    assert (json.loads(row["_rescued_data"]) if row["_rescued_data"] else None, sorted(row["_unknown_fields"])) == (rest, unknown)
+    assert (json.loads(row["_rescued_data"]) if row["_rescued_data"] else None, sorted(row["_unknown_fields"])) == (
+        rest,
+        unknown,
+    )
 
 
 def test_a_contract_of_a_hundred_fields_is_read(spark):
     contract = Contract(tuple(Number(f"n{number}", required=number % 2 == 0) for number in range(100)))
     record = {f"n{number}": number for number in range(100)}
-    rows = read(spark, contract, [json.dumps(record).encode(), json.dumps(dict(reversed(record.items()))).encode(),
-                                  json.dumps(record | {"n98": None}).encode(), json.dumps(record | {"n99": None}).encode()])
+    rows = read(
+        spark,
+        contract,
+        [
+            json.dumps(record).encode(),
+            json.dumps(dict(reversed(record.items()))).encode(),
+            json.dumps(record | {"n98": None}).encode(),
+            json.dumps(record | {"n99": None}).encode(),
+        ],
+    )
     assert [row.reject_reason for row in rows] == [None, None, "missing_n98", None]
     assert [(row.n1, row.n99) for row in rows if not row.reject_reason] == [(1, 99), (1, 99), (1, None)]
 
@@ -214,7 +345,9 @@ def test_a_contract_of_a_hundred_fields_is_read(spark):
 def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_names_of_its_own_with_other_kinds():
     kinds = (Text, Boolean, Number, Integer, Timestamp)
     for kind in kinds:
-        contract = Contract(tuple(kind(name) for name in ("device_id", "building", "floor", "type", "unit", "value", "usual", "exact")))
+        contract = Contract(
+            tuple(kind(name) for name in ("device_id", "building", "floor", "type", "unit", "value", "usual", "exact"))
+        )
         for sensor_types in ({}, SENSOR_TYPES):
             for _, record in itertools.islice(Simulator(contract, sensor_types).messages(3, seed=1), 20):
                 assert oracle.read(contract, record, time.time_ns() // 1000)[0] is None, record
@@ -222,32 +355,48 @@ def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_na
 
 # --- What can't be a contract
 
-@pytest.mark.parametrize("source, complaint", [
-    ("", "has no CONTRACT"),
-    ("CONTRACT = 7", "has no CONTRACT"),
-    ("CONTRACT = Contract(", "is not valid Python in line 2"),
-    ("CONTRACT = Contract((Text('a', bits=3),))", "fails in line 2: TypeError"),
-    ("import nowhere", "fails in line 2: ModuleNotFoundError"),
-    ("CONTRACT = Contract(())", "it needs at least one field, of the kinds"),
-    ("CONTRACT = Contract(('a',))", "it needs at least one field, of the kinds"),
-    ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a appears twice"),
-    ("CONTRACT = Contract((Text('a'), Number('A')))", "the fields a and A have one column, A"),
-    ("CONTRACT = Contract((Text('a.b'), Number('a_b')))", "the fields a.b and a_b have one column, a_b"),
-    ("CONTRACT = Contract((Text('a'), Number('a.b')))", "the field a has a value, so a.b can't be in it"),
-    ("CONTRACT = Contract((Number('a.b.c'), Text('a.b')))", "the field a.b has a value, so a.b.c can't be in it"),
-    ("CONTRACT = Contract((Text('a b'),))", "the field a b can't have the column 'a b'"),
-    ("CONTRACT = Contract((Text('offset'),))", "the field offset can't have the column offset, which the tables need"),
-    ("CONTRACT = Contract((Text('t', column='Ingest_Time'),))", "the field t can't have the column Ingest_Time"),
-    ("CONTRACT = Contract((Text('_rescued_data'),))", "the field _rescued_data can't have the column"),
-    ("CONTRACT = Contract((Text('.a'),))", "the field '.a' needs a name"),
-    ("CONTRACT = Contract((Text(''),))", "the field '' needs a name"),
-    ("CONTRACT = Contract((Integer('a', bits=16),))", "the field a has bits=16"),
-    ("CONTRACT = Contract((Timestamp('a', format='iso'),))", "the field a has format='iso', which must be one of rfc3339"),
-    ("CONTRACT = Contract((Timestamp('a', at_most_ahead='soon'),))", "the field a has at_most_ahead='soon'"),
-    ("CONTRACT = Contract((Text('a'),), {'missing_a': 'true'})", "the rule missing_a has the name of another reason"),
-    ("CONTRACT = Contract((Text('a'),), {'unreadable_file': 'true'})", "the rule unreadable_file has the name of another"),
-    ("CONTRACT = Contract((Text('a'),), {'r': 7})", "the rule 'r' must be a name and its SQL"),
-])
+
+@pytest.mark.parametrize(
+    "source, complaint",
+    [
+        ("", "has no CONTRACT"),
+        ("CONTRACT = 7", "has no CONTRACT"),
+        ("CONTRACT = Contract(", "is not valid Python in line 2"),
+        ("CONTRACT = Contract((Text('a', bits=3),))", "fails in line 2: TypeError"),
+        ("import nowhere", "fails in line 2: ModuleNotFoundError"),
+        ("CONTRACT = Contract(())", "it needs at least one field, of the kinds"),
+        ("CONTRACT = Contract(('a',))", "it needs at least one field, of the kinds"),
+        ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a appears twice"),
+        ("CONTRACT = Contract((Text('a'), Number('A')))", "the fields a and A have one column, A"),
+        ("CONTRACT = Contract((Text('a.b'), Number('a_b')))", "the fields a.b and a_b have one column, a_b"),
+        ("CONTRACT = Contract((Text('a'), Number('a.b')))", "the field a has a value, so a.b can't be in it"),
+        ("CONTRACT = Contract((Number('a.b.c'), Text('a.b')))", "the field a.b has a value, so a.b.c can't be in it"),
+        ("CONTRACT = Contract((Text('a b'),))", "the field a b can't have the column 'a b'"),
+        (
+            "CONTRACT = Contract((Text('offset'),))",
+            "the field offset can't have the column offset, which the tables need",
+        ),
+        ("CONTRACT = Contract((Text('t', column='Ingest_Time'),))", "the field t can't have the column Ingest_Time"),
+        ("CONTRACT = Contract((Text('_rescued_data'),))", "the field _rescued_data can't have the column"),
+        ("CONTRACT = Contract((Text('.a'),))", "the field '.a' needs a name"),
+        ("CONTRACT = Contract((Text(''),))", "the field '' needs a name"),
+        ("CONTRACT = Contract((Integer('a', bits=16),))", "the field a has bits=16"),
+        (
+            "CONTRACT = Contract((Timestamp('a', format='iso'),))",
+            "the field a has format='iso', which must be one of rfc3339",
+        ),
+        ("CONTRACT = Contract((Timestamp('a', at_most_ahead='soon'),))", "the field a has at_most_ahead='soon'"),
+        (
+            "CONTRACT = Contract((Text('a'),), {'missing_a': 'true'})",
+            "the rule missing_a has the name of another reason",
+        ),
+        (
+            "CONTRACT = Contract((Text('a'),), {'unreadable_file': 'true'})",
+            "the rule unreadable_file has the name of another",
+        ),
+        ("CONTRACT = Contract((Text('a'),), {'r': 7})", "the rule 'r' must be a name and its SQL"),
+    ],
+)
 def test_a_contract_that_cannot_be_is_one_sentence(tmp_path, source, complaint):
     file = tmp_path / "mine.py"
     file.write_text(f"from pipeline.contract import *\n{source}\n")
@@ -262,60 +411,137 @@ def test_a_contract_that_is_not_there_is_one_sentence(tmp_path):
             load_contract(str(path))
 
 
-@pytest.mark.parametrize("sql", ["colour = 'red'", "a b c", "", "a", "sum(n) > 1", "explode(array(1))", "rand() > 0.5", "n + 1",
-                                 "raw IS NULL", "ingest_time < now()", "n < unix_timestamp()", "a > CAST(current_date AS STRING)",
-                                 "ingest_time < TIMESTAMP 'today'", "ingest_time < CAST('yesterday ' AS DATE)", "a = uuid()", "a) OR (n",
-                                 "n > 1 /* too much", "true THEN 'r' WHEN n > 1"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "colour = 'red'",
+        "a b c",
+        "",
+        "a",
+        "sum(n) > 1",
+        "explode(array(1))",
+        "rand() > 0.5",
+        "n + 1",
+        "raw IS NULL",
+        "ingest_time < now()",
+        "n < unix_timestamp()",
+        "a > CAST(current_date AS STRING)",
+        "ingest_time < TIMESTAMP 'today'",
+        "ingest_time < CAST('yesterday ' AS DATE)",
+        "a = uuid()",
+        "a) OR (n",
+        "n > 1 /* too much",
+        "true THEN 'r' WHEN n > 1",
+    ],
+)
 def test_a_rule_that_cannot_be_is_one_sentence(spark, sql):
     with pytest.raises(ContractError, match="the rule r ") as refused:
         Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("sql", [
-    "ingest_time > 'now'", "ingest_time > ' NOW '", "ingest_time > to_date('today')", "ingest_time > to_timestamp('now')",
-    "ingest_time > CAST(trim('today') AS DATE)", "ingest_time > CAST('no' || 'w' AS TIMESTAMP)", "'now'::timestamp > ingest_time",
-    "ingest_time > DATE 'today'", r"ingest_time > DATE /**/ 'toda\u0079'", "ingest_time > TIMESTAMP_NTZ 'now'", "now() > '2026'",
-    "ingest_time > try_to_timestamp('now')", "ingest_time > try_to_date('now')", "datediff('today', ingest_time) > 1",
-    "transform(array(1), x -> timestamp('tomorrow'))[0] > ingest_time", "ingest_time BETWEEN '2026' AND 'today'",
-    "year('now') > n", "date_format('now', 'y') = a", "a = input_file_name()", "spark_partition_id() = n", "a = current_user()",
-    "reflect('java.util.UUID', 'randomUUID') = a", "hex(aes_encrypt(a, '0000111122223333')) = a", "uniform(1, 10) > n",
-    "shuffle(array(n, 1))[0] = 1", "monotonically_increasing_id() = n", "current_time() > TIME '10:00'", "ingest_time > curdate()"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "ingest_time > 'now'",
+        "ingest_time > ' NOW '",
+        "ingest_time > to_date('today')",
+        "ingest_time > to_timestamp('now')",
+        "ingest_time > CAST(trim('today') AS DATE)",
+        "ingest_time > CAST('no' || 'w' AS TIMESTAMP)",
+        "'now'::timestamp > ingest_time",
+        "ingest_time > DATE 'today'",
+        r"ingest_time > DATE /**/ 'toda\u0079'",
+        "ingest_time > TIMESTAMP_NTZ 'now'",
+        "now() > '2026'",
+        "ingest_time > try_to_timestamp('now')",
+        "ingest_time > try_to_date('now')",
+        "datediff('today', ingest_time) > 1",
+        "transform(array(1), x -> timestamp('tomorrow'))[0] > ingest_time",
+        "ingest_time BETWEEN '2026' AND 'today'",
+        "year('now') > n",
+        "date_format('now', 'y') = a",
+        "a = input_file_name()",
+        "spark_partition_id() = n",
+        "a = current_user()",
+        "reflect('java.util.UUID', 'randomUUID') = a",
+        "hex(aes_encrypt(a, '0000111122223333')) = a",
+        "uniform(1, 10) > n",
+        "shuffle(array(n, 1))[0] = 1",
+        "monotonically_increasing_id() = n",
+        "current_time() > TIME '10:00'",
+        "ingest_time > curdate()",
+    ],
+)
 def test_a_rule_that_may_differ_for_the_same_record_is_refused(spark, sql):
     with pytest.raises(ContractError, match="the rule r can give different results for the same record"):
         Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
     assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
 
 
-@pytest.mark.parametrize("sql", ["n IN (SELECT id FROM range(3))", "EXISTS (SELECT 1)", "n > (SELECT max(id) FROM range(3))",
-                                 "n > 1 OR a NOT IN (SELECT path FROM delta.`/nowhere`)",
-                                 "window(ingest_time, '1 hour').start > ingest_time", "session_window(ingest_time, '1 s').end IS NULL"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "n IN (SELECT id FROM range(3))",
+        "EXISTS (SELECT 1)",
+        "n > (SELECT max(id) FROM range(3))",
+        "n > 1 OR a NOT IN (SELECT path FROM delta.`/nowhere`)",
+        "window(ingest_time, '1 hour').start > ingest_time",
+        "session_window(ingest_time, '1 s').end IS NULL",
+    ],
+)
 def test_a_rule_that_asks_more_than_the_record_is_refused(spark, sql):
     with pytest.raises(ContractError, match="the rule r (reads more than the record itself|is not a condition)"):
         Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
 
 
-@pytest.mark.parametrize("sql", [
-    "t > '2026-01-01'", "t > DATE '2026-11-28'", "t > current", "t > TIMESTAMP '2026-11-28 00:00:00'", "t > 'epoch'", "n > 1 -- too 'now'",
-    "t > TIMESTAMP '2026-11-28 00:00:00Z' AND t < TIMESTAMP '2027-01-01 00:00:00'", "t > TIMESTAMP_NTZ '2026-11-28 00:00:00'",
-    "a = 'now' AND t > DATE '2026-11-28'", "a = 'DATE \\'today\\''", "n > 1 --", "/* in °C */ n > 1", "n > 1\n OR n < 0 -- x\n",
-    "dayofweek(t) = 1 AND t > make_date(2026, 1, 1)", "version() = a"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "t > '2026-01-01'",
+        "t > DATE '2026-11-28'",
+        "t > current",
+        "t > TIMESTAMP '2026-11-28 00:00:00'",
+        "t > 'epoch'",
+        "n > 1 -- too 'now'",
+        "t > TIMESTAMP '2026-11-28 00:00:00Z' AND t < TIMESTAMP '2027-01-01 00:00:00'",
+        "t > TIMESTAMP_NTZ '2026-11-28 00:00:00'",
+        "a = 'now' AND t > DATE '2026-11-28'",
+        "a = 'DATE \\'today\\''",
+        "n > 1 --",
+        "/* in °C */ n > 1",
+        "n > 1\n OR n < 0 -- x\n",
+        "dayofweek(t) = 1 AND t > make_date(2026, 1, 1)",
+        "version() = a",
+    ],
+)
 def test_a_rule_with_constant_times_or_comments_is_taken(spark, sql):
     Contract((Text("a"), Number("n"), Timestamp("t"), Timestamp("current")), {"r": sql}).check_rules(spark)
 
 
 def test_rules_that_end_with_a_comment_run_as_they_are_checked(spark):
-    contract = Contract((Number("n"),), {"low": "n < 0 -- the sensor is broken", "high": "n > 1 OR\n n > 2 --", "odd": "n = 1"})
+    contract = Contract(
+        (Number("n"),), {"low": "n < 0 -- the sensor is broken", "high": "n > 1 OR\n n > 2 --", "odd": "n = 1"}
+    )
     contract.check_rules(spark)
     rows = read(spark, contract, [b'{"n": -1}', b'{"n": 2}', b'{"n": 1}', b'{"n": 0.5}'])
     assert [row.reject_reason for row in rows] == ["low", "high", "odd", None]
 
 
 def test_a_rule_may_use_all_columns_and_the_time_of_arrival(spark):
-    contract = Contract((Timestamp("t"), Number("n", required=False)), {"old": "t < ingest_time - INTERVAL 1 DAY", "low": "n < 0"})
+    contract = Contract(
+        (Timestamp("t"), Number("n", required=False)), {"old": "t < ingest_time - INTERVAL 1 DAY", "low": "n < 0"}
+    )
     contract.check_rules(spark)
-    rows = read(spark, contract, [b'{"t": "2026-11-18T00:00:00Z", "n": -1}', b'{"t": "2026-11-20T00:00:00Z", "n": -1}',
-                                  b'{"t": "2026-11-20T00:00:00Z"}'])
+    rows = read(
+        spark,
+        contract,
+        [
+            b'{"t": "2026-11-18T00:00:00Z", "n": -1}',
+            b'{"t": "2026-11-20T00:00:00Z", "n": -1}',
+            b'{"t": "2026-11-20T00:00:00Z"}',
+        ],
+    )
     assert [row.reject_reason for row in rows] == ["old", "low", None]
 
 
@@ -328,19 +554,31 @@ def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, 
     wrong.write_text("from pipeline.contract import *\nCONTRACT = Contract((Text('a'),), {'red': 'colour = 1'})\n")
     run = run_here(script, *source, *options[4:], "--readings", wrong, "--once")
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and not run.stdout
-    assert run.stderr.startswith(f"error: Invalid contract in {wrong}: the rule red is not a condition over a, ingest_time: ")
+    assert run.stderr.startswith(
+        f"error: Invalid contract in {wrong}: the rule red is not a condition over a, ingest_time: "
+    )
     assert not (tmp_path / "silver").exists() and not (tmp_path / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("rule, record", [
-    ("n + 1 > 100", {"n": 2**31 - 1}), ("1 / n > 3", {"n": 0}), ("CAST(a AS INT) > 5", {"a": "x"}),
-    ("CAST(a AS DATE) > '2026'", {"a": "x"}),
-    ("split(a, '-')[3] = 'x'", {"a": "x"}), ("to_timestamp(a) > ingest_time", {"a": "yesterday"}),
-    ("timestamp_millis(l) > ingest_time", {"l": 2**62}),
-    ("timestamp_seconds(l) > ingest_time OR timestamp_seconds(l) IS NULL", {"l": -2**62}),
-    ("ingest_time - l * INTERVAL 1 HOUR > '2020'", {"l": 2**62}), ("timestampadd(YEAR, n, ingest_time) > '3000'", {"n": 2**31 - 1}),
-    ("parse_json(a) IS NOT NULL", {"a": "{"}), ("url_decode(a) = 'x'", {"a": "%zz"}), ("'x' RLIKE a", {"a": "("}),
-    ("exists(array(l), x -> timestamp_millis(x) IS NULL)", {"l": 2**62})])
+@pytest.mark.parametrize(
+    "rule, record",
+    [
+        ("n + 1 > 100", {"n": 2**31 - 1}),
+        ("1 / n > 3", {"n": 0}),
+        ("CAST(a AS INT) > 5", {"a": "x"}),
+        ("CAST(a AS DATE) > '2026'", {"a": "x"}),
+        ("split(a, '-')[3] = 'x'", {"a": "x"}),
+        ("to_timestamp(a) > ingest_time", {"a": "yesterday"}),
+        ("timestamp_millis(l) > ingest_time", {"l": 2**62}),
+        ("timestamp_seconds(l) > ingest_time OR timestamp_seconds(l) IS NULL", {"l": -(2**62)}),
+        ("ingest_time - l * INTERVAL 1 HOUR > '2020'", {"l": 2**62}),
+        ("timestampadd(YEAR, n, ingest_time) > '3000'", {"n": 2**31 - 1}),
+        ("parse_json(a) IS NOT NULL", {"a": "{"}),
+        ("url_decode(a) = 'x'", {"a": "%zz"}),
+        ("'x' RLIKE a", {"a": "("}),
+        ("exists(array(l), x -> timestamp_millis(x) IS NULL)", {"l": 2**62}),
+    ],
+)
 def test_a_rule_that_cannot_be_computed_does_not_hold_and_stops_nothing(spark, rule, record):
     fields = (Text("a", required=False), Integer("n", required=False, bits=32), Integer("l", required=False))
     contract = Contract(fields, {"odd": rule, "short": "a = 'x' AND l IS NULL"})
@@ -361,7 +599,7 @@ def test_a_pattern_and_a_long_text_end_no_jvm(spark):
 
 
 def test_a_rule_may_speak_of_now_and_not_ask_for_it(spark):
-    rules = {"a": "mode = 'right now' OR mode = 'today'", "b": "now > 3", "c": "`now` < 0 OR mode = \"now()\""}
+    rules = {"a": "mode = 'right now' OR mode = 'today'", "b": "now > 3", "c": '`now` < 0 OR mode = "now()"'}
     contract = Contract((Text("mode"), Number("now")), rules)
     contract.check_rules(spark)
     [row] = read(spark, contract, [b'{"mode": "x", "now": 4}'])
@@ -370,10 +608,14 @@ def test_a_rule_may_speak_of_now_and_not_ask_for_it(spark):
 
 # --- What becomes of the tables
 
+
 def one_line_more(tmp_path: Path, line: str) -> Path:
     """readings.py with a line more after that of its floor."""
     file = tmp_path / "my readings.py"
-    text, floor = (REPOSITORY / "readings.py").read_text(encoding="utf-8"), '        Integer("floor", required=False, bits=32),\n'
+    text, floor = (
+        (REPOSITORY / "readings.py").read_text(encoding="utf-8"),
+        '        Integer("floor", required=False, bits=32),\n',
+    )
     assert floor in text
     file.write_text(text.replace(floor, floor + line), encoding="utf-8")
     return file
@@ -392,7 +634,9 @@ def test_an_optional_field_is_one_line_by_both_roads(spark, broker, silver, tmp_
         with KafkaProducer(bootstrap_servers=broker) as producer:
             for record in records:
                 producer.send(topic[3], record)
-        return [run_here(script, *options, "--once", *readings) for script, options in ((BRONZE, files), (CONSUMER, kafka))]
+        return [
+            run_here(script, *options, "--once", *readings) for script, options in ((BRONZE, files), (CONSUMER, kafka))
+        ]
 
     readings: list = []
     for run in send("1.json", reading(value=1), reading(value=2, battery=90, rssi=-70)):
@@ -404,7 +648,11 @@ def test_an_optional_field_is_one_line_by_both_roads(spark, broker, silver, tmp_
         accepted, rejected = tables(spark, options)
         rows = accepted.select("value", "floor", "battery", "_rescued_data").orderBy("value").collect()
         assert [tuple(row) for row in rows] == [
-            (1, 2, None, None), (2, 2, None, '{"battery":90,"rssi":-70}'), (3, 2, 80.5, None), (4, 2, None, None)]
+            (1, 2, None, None),
+            (2, 2, None, '{"battery":90,"rssi":-70}'),
+            (3, 2, 80.5, None),
+            (4, 2, None, None),
+        ]
         assert [row.reject_reason for row in rejected.collect()] == ["invalid_battery"]
 
 
@@ -428,7 +676,8 @@ def begin(spark, folder: Path, contract: Contract, done: int):
 
 def batch_of(spark, *raws: str):
     return spark.createDataFrame([(raw.encode(),) for raw in raws], "raw BINARY").selectExpr(
-        "raw", "'f' AS source_file", f"timestamp '{ARRIVAL}' AS ingest_time")
+        "raw", "'f' AS source_file", f"timestamp '{ARRIVAL}' AS ingest_time"
+    )
 
 
 def test_a_table_that_was_killed_while_it_gained_a_column_goes_on(spark, tmp_path, monkeypatch):
@@ -455,13 +704,21 @@ def test_a_field_that_is_dropped_stays_a_column_and_comes_back(spark, tmp_path):
     begin(spark, tmp_path, NEW, 0).write(batch_of(spark, '{"a": 1, "b": 1}'), 0, "test")
     begin(spark, tmp_path, OLD, 1).write(batch_of(spark, '{"a": 2, "b": 2}'), 1, "test")
     begin(spark, tmp_path, NEW, 2).write(batch_of(spark, '{"a": 3, "b": 3}'), 2, "test")
-    rows = spark.read.format("delta").load(str(tmp_path / "bronze")).select("a", "b", "_rescued_data").orderBy("a").collect()
+    rows = (
+        spark.read.format("delta")
+        .load(str(tmp_path / "bronze"))
+        .select("a", "b", "_rescued_data")
+        .orderBy("a")
+        .collect()
+    )
     assert [tuple(row) for row in rows] == [(1, 1, None), (2, None, '{"b":2}'), (3, 3, None)]
 
 
 def test_a_field_of_another_type_is_refused_and_nothing_is_changed(spark, tmp_path):
     begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
-    with pytest.raises(PipelineError, match="The column a of .* is DOUBLE, and the contract makes it STRING. Name another"):
+    with pytest.raises(
+        PipelineError, match="The column a of .* is DOUBLE, and the contract makes it STRING. Name another"
+    ):
         begin(spark, tmp_path, Contract((Text("a"), Text("new"))), 1)
     assert "new" not in spark.read.format("delta").load(str(tmp_path / "bronze")).columns
     begin(spark, tmp_path, Contract((Number("a", required=False), Text("a2", required=False))), 1)
@@ -471,10 +728,14 @@ def test_a_column_whose_name_differs_in_capitals_alone_is_the_same_one(spark, tm
     begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
     renamed = Contract((Number("A"),))
     begin(spark, tmp_path, renamed, 1).write(batch_of(spark, '{"A": 2}'), 1, "test")
-    assert sorted(row.a for row in spark.read.format("delta").load(str(tmp_path / "bronze")).select("a").collect()) == [1, 2]
+    assert sorted(row.a for row in spark.read.format("delta").load(str(tmp_path / "bronze")).select("a").collect()) == [
+        1,
+        2,
+    ]
 
 
 # --- Contracts of the world
+
 
 def test_the_contract_of_the_docs_can_be(spark, tmp_path):
     docs = (REPOSITORY / "docs" / "readings.md").read_text(encoding="utf-8")
@@ -482,42 +743,89 @@ def test_the_contract_of_the_docs_can_be(spark, tmp_path):
     file.write_text(docs.split("```python\n")[1].split("```")[0], encoding="utf-8")
     contract = load_contract(str(file))
     contract.check_rules(spark)
-    rows = read(spark, contract, [b'{"ts": 1795176000000, "device": {"id": "a"}, "temperature": 151}',
-                                  b'{"ts": 1795176000000, "device": {"id": "a"}, "rssi": 1.0}', b'{"ts": 0, "device": {"id": "a"}}'])
+    rows = read(
+        spark,
+        contract,
+        [
+            b'{"ts": 1795176000000, "device": {"id": "a"}, "temperature": 151}',
+            b'{"ts": 1795176000000, "device": {"id": "a"}, "rssi": 1.0}',
+            b'{"ts": 0, "device": {"id": "a"}}',
+        ],
+    )
     assert [row.reject_reason for row in rows] == ["too_hot", "invalid_rssi", "too_old"]
 
 
-# An uplink as https://www.thethingsindustries.com/docs/integrations/data-formats/ describes it, less what a sensor does not need.
+# An uplink as https://www.thethingsindustries.com/docs/integrations/data-formats/ describes it, less what a sensor does
+# not need.
 UPLINK = Contract(
-    (Text("end_device_ids.device_id"), Text("end_device_ids.application_ids.application_id", column="application"),
-     Timestamp("received_at", at_most_ahead="10 minutes"), Integer("uplink_message.f_port", column="port", required=False, bits=32),
-     Integer("uplink_message.f_cnt", column="counter"), Number("uplink_message.decoded_payload.temperature", column="temperature")),
-    {"too_cold": "temperature < -50"})
+    (
+        Text("end_device_ids.device_id"),
+        Text("end_device_ids.application_ids.application_id", column="application"),
+        Timestamp("received_at", at_most_ahead="10 minutes"),
+        Integer("uplink_message.f_port", column="port", required=False, bits=32),
+        Integer("uplink_message.f_cnt", column="counter"),
+        Number("uplink_message.decoded_payload.temperature", column="temperature"),
+    ),
+    {"too_cold": "temperature < -50"},
+)
 
 
 def uplink(temperature: object, **message: object) -> str:
-    return json.dumps({
-        "end_device_ids": {"device_id": "dev1", "application_ids": {"application_id": "app1"}, "dev_addr": "00BCB929"},
-        "correlation_ids": ["as:up:01E0WZ"], "received_at": "2026-11-20T11:15:45.787121551Z",
-        "uplink_message": {"f_port": 1, "f_cnt": 42, "decoded_payload": {"temperature": temperature, "luminosity": 0.64}} | message})
+    return json.dumps(
+        {
+            "end_device_ids": {
+                "device_id": "dev1",
+                "application_ids": {"application_id": "app1"},
+                "dev_addr": "00BCB929",
+            },
+            "correlation_ids": ["as:up:01E0WZ"],
+            "received_at": "2026-11-20T11:15:45.787121551Z",
+            "uplink_message": {
+                "f_port": 1,
+                "f_cnt": 42,
+                "decoded_payload": {"temperature": temperature, "luminosity": 0.64},
+            }
+            | message,
+        }
+    )
 
 
 def test_an_uplink_of_the_things_stack_is_read_and_its_contract_may_grow(spark, tmp_path):
-    sent = batch_of(spark, uplink(21.5), uplink(-70), uplink("cold"), uplink(3, f_cnt=None), uplink(4, decoded_payload="AQ=="))
+    sent = batch_of(
+        spark, uplink(21.5), uplink(-70), uplink("cold"), uplink(3, f_cnt=None), uplink(4, decoded_payload="AQ==")
+    )
     report = begin(spark, tmp_path, UPLINK, 0).write(sent, 0, "test")
-    assert report.rows == {None: 1, "too_cold": 1, "invalid_uplink_message.decoded_payload.temperature": 2,
-                           "missing_uplink_message.f_cnt": 1}
+    assert report.rows == {
+        None: 1,
+        "too_cold": 1,
+        "invalid_uplink_message.decoded_payload.temperature": 2,
+        "missing_uplink_message.f_cnt": 1,
+    }
     assert report.unknown == ["correlation_ids", "end_device_ids.dev_addr", "uplink_message.decoded_payload.luminosity"]
     luminosity = Number("uplink_message.decoded_payload.luminosity", column="luminosity", required=False)
-    begin(spark, tmp_path, Contract((*UPLINK.fields, luminosity), UPLINK.rules), 1).write(batch_of(spark, uplink(22)), 1, "test")
-    rows = spark.read.format("delta").load(str(tmp_path / "bronze")).selectExpr(
-        "end_device_ids_device_id", "application", "unix_micros(received_at)", "port", "counter", "temperature",
-        "luminosity").orderBy("temperature")
+    begin(spark, tmp_path, Contract((*UPLINK.fields, luminosity), UPLINK.rules), 1).write(
+        batch_of(spark, uplink(22)), 1, "test"
+    )
+    rows = (
+        spark.read.format("delta")
+        .load(str(tmp_path / "bronze"))
+        .selectExpr(
+            "end_device_ids_device_id",
+            "application",
+            "unix_micros(received_at)",
+            "port",
+            "counter",
+            "temperature",
+            "luminosity",
+        )
+        .orderBy("temperature")
+    )
     same = ("dev1", "app1", 1795173345787121, 1, 42)
     assert [tuple(row) for row in rows.collect()] == [(*same, 21.5, None), (*same, 22.0, 0.64)]
     rejected = spark.read.format("delta").load(str(tmp_path / "bronze_quarantine"))
-    assert sorted(row.raw.decode() for row in rejected.collect()) == sorted([
-        uplink(-70), uplink("cold"), uplink(3, f_cnt=None), uplink(4, decoded_payload="AQ==")])
+    assert sorted(row.raw.decode() for row in rejected.collect()) == sorted(
+        [uplink(-70), uplink("cold"), uplink(3, f_cnt=None), uplink(4, decoded_payload="AQ==")]
+    )
 
 
 def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tmp_path, run_here):
@@ -528,15 +836,29 @@ def test_the_example_of_zigbee2mqtt_goes_by_both_roads(spark, broker, silver, tm
     with KafkaProducer(bootstrap_servers=broker) as producer:
         for record in sample:
             producer.send(topic[3], record)
-    files = ["--input", example / "zigbee2mqtt", "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "bronze_checkpoint"]
+    files = [
+        "--input",
+        example / "zigbee2mqtt",
+        "--table",
+        tmp_path / "bronze",
+        "--checkpoint",
+        tmp_path / "bronze_checkpoint",
+    ]
     for script, options in ((BRONZE, files), (CONSUMER, kafka)):
         run = run_here(script, *options, "--readings", example / "zigbee2mqtt.py", "--once")
         assert run.returncode == 0, run.stderr
-        assert ("7 rows in, 4 accepted, 3 rejected (invalid_last_seen 1, missing_device.friendlyName 1, "
-                "percentage_out_of_range 1)") in run.stdout
+        assert (
+            "7 rows in, 4 accepted, 3 rejected (invalid_last_seen 1, missing_device.friendlyName 1, "
+            "percentage_out_of_range 1)"
+        ) in run.stdout
         assert "4 with fields unknown to the contract: device.powerSource, device.type, state, update\n" in run.stdout
         accepted, _ = tables(spark, options)
-        rows = accepted.selectExpr("device", "unix_millis(last_seen)", "temperature", "contact", "linkquality").orderBy("last_seen")
+        rows = accepted.selectExpr("device", "unix_millis(last_seen)", "temperature", "contact", "linkquality").orderBy(
+            "last_seen"
+        )
         assert [tuple(row) for row in rows.collect()] == [
-            ("living room", 1763625600123, 21.43, None, 120), ("front door", 1763625604870, None, True, 84),
-            ("stairs", 1763625611004, None, None, 65), ("kitchen plug", 1763625615500, None, None, None)]
+            ("living room", 1763625600123, 21.43, None, 120),
+            ("front door", 1763625604870, None, True, 84),
+            ("stairs", 1763625611004, None, None, 65),
+            ("kitchen plug", 1763625615500, None, None, None),
+        ]

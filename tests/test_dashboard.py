@@ -26,8 +26,11 @@ HOSTILE = '<script>document.title="gone"</script> **bold** $x$ [a](http://exampl
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        # As root, in a container, Chromium has no sandbox; what it asks of Google's hosts by itself is of no interest here.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
+        # As root, in a container, Chromium has no sandbox; what it asks of Google's hosts by itself is of no interest
+        # here.
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
+        )
         yield browser
         browser.close()
 
@@ -35,11 +38,13 @@ def browser():
 @pytest.fixture
 def visit(browser, start):
     """Opens the page of a lake: the page, and the hosts that it has asked for something."""
+
     def open_page(lake):
         [port] = free_ports(1)
         dashboard = start("dashboard.py", "--lake", lake, "--port", port, "--bootstrap-servers", "localhost:1")
         dashboard.wait_for(f"http://127.0.0.1:{port} shows {lake}.")
         return visit_page(browser, port)
+
     return open_page
 
 
@@ -58,9 +63,18 @@ def visit_page(browser, port: int):
 def handshake(port: int, host: str) -> int:
     """The status that a web page gets which reaches the port under the name `host`, and asks for the data."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("GET", "/_stcore/stream", headers={
-        "Host": f"{host}:{port}", "Origin": f"http://{host}:{port}", "Upgrade": "websocket", "Connection": "Upgrade",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"})
+    connection.request(
+        "GET",
+        "/_stcore/stream",
+        headers={
+            "Host": f"{host}:{port}",
+            "Origin": f"http://{host}:{port}",
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+            "Sec-WebSocket-Version": "13",
+        },
+    )
     return connection.getresponse().status
 
 
@@ -70,8 +84,11 @@ def answers(port: int) -> bool:
 
 
 def write(spark, writer, batch: int, *records: bytes) -> None:
-    rows = spark.range(1).select(F.explode(F.array(*map(F.lit, map(bytearray, records)))).alias("raw"), F.lit("f").alias("source_file"),
-                                 F.current_timestamp().alias("ingest_time"))
+    rows = spark.range(1).select(
+        F.explode(F.array(*map(F.lit, map(bytearray, records)))).alias("raw"),
+        F.lit("f").alias("source_file"),
+        F.current_timestamp().alias("ingest_time"),
+    )
     writer.write(rows, batch, "test")
 
 
@@ -106,7 +123,12 @@ def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_
     expect_in_table(page, overview, "größe 'q\" é/readings_quarantine", "1000", "WRITE")
     assert page.title() == "Sensor pipeline" and len(hosts) == 1
     port = int(page.url.rstrip("/").rpartition(":")[2])
-    assert [handshake(port, host) for host in ("localhost", "127.0.0.1", "rebound.example", "localhost.example")] == [101, 101, 403, 403]
+    assert [handshake(port, host) for host in ("localhost", "127.0.0.1", "rebound.example", "localhost.example")] == [
+        101,
+        101,
+        403,
+        403,
+    ]
 
 
 def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):
@@ -122,7 +144,12 @@ def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):
 def test_records_without_a_time_count_by_their_arrival_and_long_texts_are_cut(spark, tmp_path):
     contract = load_contract(f"{REPOSITORY}/examples/zigbee2mqtt.py")
     records = [{"device": {"friendlyName": name * 1000}, "temperature": number} for number, name in enumerate("aab")]
-    write(spark, bronze_writer(spark, tmp_path / "home", contract), 0, *(json.dumps(record).encode() for record in records))
+    write(
+        spark,
+        bronze_writer(spark, tmp_path / "home", contract),
+        0,
+        *(json.dumps(record).encode() for record in records),
+    )
     lake = Lake(Choice(str(tmp_path / "home"), 900, "temperature", "device", None, "last_seen"))
     points, _ = lake.course("temperature", "device")
     assert sorted(points["value"]) == [0.5, 2]
@@ -157,8 +184,9 @@ def test_a_broken_table_is_named_and_the_others_are_shown(spark, tmp_path, visit
 
 def test_a_query_reaches_no_file_whatever_a_column_is_called(spark, tmp_path):
     name = "a\"FROM'x'--"
-    spark.range(3).select(F.col("id").alias(name), F.current_timestamp().alias("ingest_time")).write.format("delta").save(
-        str(tmp_path / "other"))
+    spark.range(3).select(F.col("id").alias(name), F.current_timestamp().alias("ingest_time")).write.format(
+        "delta"
+    ).save(str(tmp_path / "other"))
     lake = Lake(Choice(str(tmp_path / "other"), None, name, name, None, "ingest_time"))
     assert sorted(lake.newest_of_each()[name]) == [0, 1, 2]
     with pytest.raises(duckdb.PermissionException):
@@ -166,7 +194,12 @@ def test_a_query_reaches_no_file_whatever_a_column_is_called(spark, tmp_path):
 
 
 def test_a_page_that_takes_long_to_draw_is_drawn_less_often():
-    assert [refresh_every(300, 0.1), refresh_every(300, 9), refresh_every(None, 9), refresh_every(None, 20)] == [2, 45, 60, 100]
+    assert [refresh_every(300, 0.1), refresh_every(300, 9), refresh_every(None, 9), refresh_every(None, 20)] == [
+        2,
+        45,
+        60,
+        100,
+    ]
 
 
 def test_a_port_in_use_is_said_with_the_way_out():

@@ -51,7 +51,7 @@ def test_files_of_all_kinds_arrive_and_broken_ones_hurt_nobody_else(spark, bronz
     put(folder, "packed.json.gz", reading(value=3))
     put(folder, "broken.json.gz", *[reading(value=n) for n in range(40)])
     packed = (folder / "broken.json.gz").read_bytes()
-    (folder / "broken.json.gz").write_bytes(packed[:len(packed) // 2])
+    (folder / "broken.json.gz").write_bytes(packed[: len(packed) // 2])
     (folder / "empty.json").touch()
     put(folder, "blank.jsonl", b"", reading(value=4))
     put(folder, "garbage.json", b"\xff\xfe\x00", b"{", reading(value=5) + b" {}", reading(value=500))
@@ -65,16 +65,31 @@ def test_files_of_all_kinds_arrive_and_broken_ones_hurt_nobody_else(spark, bronz
     assert (run.returncode, "Traceback" in run.stderr) == (0, False), run.stderr
     assert f"{folder}/broken.json.gz can't be read" in run.stderr
     accepted = rows_of(spark, tmp_path / "bronze", ["value", "source_file"])
-    assert accepted == sorted([(float(value), f"file:{folder}/{file}") for value, file in [
-        (1, name), (2, name), (3, "packed.json.gz"), (4, "blank.jsonl"), (6, "sub/deep.ndjson")]], key=str)
+    assert accepted == sorted(
+        [
+            (float(value), f"file:{folder}/{file}")
+            for value, file in [(1, name), (2, name), (3, "packed.json.gz"), (4, "blank.jsonl"), (6, "sub/deep.ndjson")]
+        ],
+        key=str,
+    )
     rejected = rows_of(spark, tmp_path / "bronze_quarantine", ["reject_reason", "raw", "source_file"])
-    assert rejected == sorted([(reason, raw, f"file:{folder}/{file}") for reason, raw, file in [
-        ("invalid_encoding", b"\xff\xfe\x00", "garbage.json"),
-        ("malformed_json", b"{", "garbage.json"),
-        ("malformed_json", reading(value=5) + b" {}", "garbage.json"),
-        ("out_of_range", reading(value=500), "garbage.json"),
-        ("unreadable_file", None, "broken.json.gz")]], key=str)
-    assert "10 rows in, 5 accepted, 5 rejected (malformed_json 2, invalid_encoding 1, out_of_range 1 and 1 more), " in run.stdout
+    assert rejected == sorted(
+        [
+            (reason, raw, f"file:{folder}/{file}")
+            for reason, raw, file in [
+                ("invalid_encoding", b"\xff\xfe\x00", "garbage.json"),
+                ("malformed_json", b"{", "garbage.json"),
+                ("malformed_json", reading(value=5) + b" {}", "garbage.json"),
+                ("out_of_range", reading(value=500), "garbage.json"),
+                ("unreadable_file", None, "broken.json.gz"),
+            ]
+        ],
+        key=str,
+    )
+    assert (
+        "10 rows in, 5 accepted, 5 rejected (malformed_json 2, invalid_encoding 1, out_of_range 1 and 1 more), "
+        in run.stdout
+    )
 
 
 def test_the_tables_have_the_columns_of_the_design_and_nobody_elses(spark, bronze, tmp_path, run_here):
@@ -83,15 +98,29 @@ def test_the_tables_have_the_columns_of_the_design_and_nobody_elses(spark, bronz
     assert run_here(SCRIPT, *options, "--once").returncode == 0
     pair = bronze_tables(str(tmp_path / "bronze"), CONTRACT.columns)
     for table, columns in ((pair.table, pair.columns), (pair.quarantine, pair.quarantine_columns)):
-        assert [(name, kind.upper()) for name, kind in spark.read.format("delta").load(table).dtypes] == list(columns.items())
+        assert [(name, kind.upper()) for name, kind in spark.read.format("delta").load(table).dtypes] == list(
+            columns.items()
+        )
 
 
 def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path, run_here):
     folder, options = bronze
     pretty = {"indent": 2, "ensure_ascii": False}
     put(folder, "object.json", json.dumps(VALID | {"value": 1.0}, **pretty).encode())
-    put(folder, "array.json", json.dumps([VALID | {"value": 2.0}, VALID | {"value": 500}, 7, VALID | {"floor": 2.0},
-                                          VALID | {"device_id": "Ärger {[,]}", "value": 3.0}], **pretty).encode())
+    put(
+        folder,
+        "array.json",
+        json.dumps(
+            [
+                VALID | {"value": 2.0},
+                VALID | {"value": 500},
+                7,
+                VALID | {"floor": 2.0},
+                VALID | {"device_id": "Ärger {[,]}", "value": 3.0},
+            ],
+            **pretty,
+        ).encode(),
+    )
     put(folder, "escaped.json.gz", json.dumps([VALID | {"building": "😀", "value": 4.0}]).encode())
     put(folder, "none.json", b"[]")
     tail = json.dumps([VALID], **pretty).encode() + b',"x":1'
@@ -100,19 +129,29 @@ def test_multiline_files_hold_an_object_or_an_array(spark, bronze, tmp_path, run
     put(folder, "disguised.json", disguised)
     put(folder, "surrogate.json", b"[" + reading(building="@").replace(b"@", rb"\ud800") + b"]")
     put(folder, "lines.json", reading(), reading())
-    put(folder, "latin1.json", "[{\"building\":\"é\"}]".encode("latin-1"))
+    put(folder, "latin1.json", '[{"building":"é"}]'.encode("latin-1"))
 
     assert run_here(SCRIPT, *options, "--multiline", "--once").returncode == 0
 
     accepted = rows_of(spark, tmp_path / "bronze", ["value", "device_id", "building"])
-    assert accepted == [(1.0, "sensor-001", "A"), (2.0, "sensor-001", "A"), (3.0, "Ärger {[,]}", "A"),
-                        (4.0, "sensor-001", "😀")]
+    assert accepted == [
+        (1.0, "sensor-001", "A"),
+        (2.0, "sensor-001", "A"),
+        (3.0, "Ärger {[,]}", "A"),
+        (4.0, "sensor-001", "😀"),
+    ]
     rejected = spark.read.format("delta").load(str(tmp_path / "bronze_quarantine")).collect()
     reasons = sorted((os.path.basename(row.source_file), row.reject_reason) for row in rejected)
-    assert reasons == [("array.json", "invalid_floor"), ("array.json", "malformed_json"), ("array.json", "out_of_range"),
-                       ("disguised.json", "malformed_json"), ("latin1.json", "invalid_encoding"),
-                       ("lines.json", "malformed_json"), ("surrogate.json", "malformed_json"),
-                       ("tail.json", "malformed_json")]
+    assert reasons == [
+        ("array.json", "invalid_floor"),
+        ("array.json", "malformed_json"),
+        ("array.json", "out_of_range"),
+        ("disguised.json", "malformed_json"),
+        ("latin1.json", "invalid_encoding"),
+        ("lines.json", "malformed_json"),
+        ("surrogate.json", "malformed_json"),
+        ("tail.json", "malformed_json"),
+    ]
     whole = {os.path.basename(row.source_file): bytes(row.raw) for row in rejected}
     assert (whole["tail.json"], whole["disguised.json"]) == (tail + b"\n", disguised + b"\n")
 
@@ -136,14 +175,27 @@ def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bron
 
 
 def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path, start, run_here):
-    run = run_here("kafka_producer.py", "--to-folder", tmp_path / "new" / "folder", "--rate", 0, "--count", 25_000, "--seed", 1,
-                     "--invalid-fraction", 0.1)
+    run = run_here(
+        "kafka_producer.py",
+        "--to-folder",
+        tmp_path / "new" / "folder",
+        "--rate",
+        0,
+        "--count",
+        25_000,
+        "--seed",
+        1,
+        "--invalid-fraction",
+        0.1,
+    )
     assert (run.returncode, run.stderr) == (0, "")
     messages = itertools.islice(Simulator(CONTRACT, SENSOR_TYPES).messages(12, 0.1, seed=1), 25_000)
     records = sum(bool(record) for _, record in messages)  # a blank line is none
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert [file.read_bytes().count(b"\n") for file in files] == [10_000, 10_000, records - 20_000]
-    assert run.stdout.endswith(f"{records:,} records in 3 files written.\n") and all(file.suffix == ".json" for file in files)
+    assert run.stdout.endswith(f"{records:,} records in 3 files written.\n") and all(
+        file.suffix == ".json" for file in files
+    )
 
     simulator = start("kafka_producer.py", "--to-folder", tmp_path, "--rate", 50)
     simulator.wait_for("records in 1 file; last: ")
@@ -154,7 +206,11 @@ def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path
     assert sum(file.read_bytes().count(b"\n") for file in tmp_path.glob("2*.json")) == int(records)
 
     run = run_here("kafka_producer.py", "--to-folder", "/proc/none", "--count", 1)
-    assert run.returncode == 1 and run.stderr.startswith("error: /proc/none can't be written to: ") and run.stderr.count("\n") == 1
+    assert (
+        run.returncode == 1
+        and run.stderr.startswith("error: /proc/none can't be written to: ")
+        and run.stderr.count("\n") == 1
+    )
 
 
 def test_ctrl_c_under_spark_submit_lets_the_batch_finish(bronze, start):
@@ -162,8 +218,14 @@ def test_ctrl_c_under_spark_submit_lets_the_batch_finish(bronze, start):
     put(folder, "1.json", reading())
     jars = os.pathsep.join(spark_jars(DELTA, KAFKA_SOURCE))
     submit = [Path(sys.executable).with_name("spark-submit"), "--master", "local[1]", "--driver-class-path", jars]
-    stream = start(SCRIPT, *options, "--trigger", "0 seconds", interpreter=submit,
-                   env=os.environ | {"PYSPARK_PYTHON": sys.executable})
+    stream = start(
+        SCRIPT,
+        *options,
+        "--trigger",
+        "0 seconds",
+        interpreter=submit,
+        env=os.environ | {"PYSPARK_PYTHON": sys.executable},
+    )
     stream.wait_for("1 accepted")
     os.killpg(stream.process.pid, signal.SIGINT)  # as a terminal does: the JVM of spark-submit gets it, too
     assert stream.wait() == 0
@@ -187,7 +249,9 @@ def test_a_checkpoint_without_its_table_and_a_table_without_its_checkpoint_are_r
 def test_a_missing_input_folder_is_an_error_with_a_way_out(tmp_path, run_here):
     run = run_here(SCRIPT, "--input", tmp_path / "nowhere", "--once")
     assert (run.returncode, run.stderr) == (
-        1, f"error: No folder {tmp_path}/nowhere. Make it, or name another with --input.\n")
+        1,
+        f"error: No folder {tmp_path}/nowhere. Make it, or name another with --input.\n",
+    )
 
 
 def test_a_clock_that_is_set_back_does_not_hold_the_stream_up(spark, bronze, run_here, monkeypatch):

@@ -47,9 +47,20 @@ def test_a_folder_with_nothing_in_it_stops_nothing_and_what_comes_later_is_read(
     assert run(multiline) == (0, 0)
 
 
-NAMES = ["2026-11-20T08:00:00Z.json", "2026-11-20T08:00:00Z[UTC].json", "a:b*?.jsonl.gz", "capital.JSON", "Capital.JsonL",
-         "capital.NDJSON.GZ", "größe é.json", "\U0001f600 \n.json", "100% + #&'\"\\.json", "sub:folder/deep er/x:y.ndjson",
-         "sub [a]{b}*/plain.json", "sub [a]{b}*/x:y.json"]
+NAMES = [
+    "2026-11-20T08:00:00Z.json",
+    "2026-11-20T08:00:00Z[UTC].json",
+    "a:b*?.jsonl.gz",
+    "capital.JSON",
+    "Capital.JsonL",
+    "capital.NDJSON.GZ",
+    "größe é.json",
+    "\U0001f600 \n.json",
+    "100% + #&'\"\\.json",
+    "sub:folder/deep er/x:y.ndjson",
+    "sub [a]{b}*/plain.json",
+    "sub [a]{b}*/x:y.json",
+]
 
 
 @pytest.mark.parametrize("multiline", [False, True])
@@ -77,8 +88,10 @@ def test_a_batch_of_unreadable_files_alone_is_in_the_quarantine(ingest, capsys):
 def test_records_as_long_as_can_be_are_in_one_of_the_tables(ingest):
     folder, run = ingest
     longest = VALID[:-1] + b', "note": "' + b"x" * MAX_RECORD_BYTES
-    for number, (end, size) in enumerate(itertools.product((b"", b"\n", b"\r\n"), range(MAX_RECORD_BYTES - 1, MAX_RECORD_BYTES + 4))):
-        (folder / f"{number}.json").write_bytes(longest[:size - 2 - len(end)] + b'"}' + end)
+    for number, (end, size) in enumerate(
+        itertools.product((b"", b"\n", b"\r\n"), range(MAX_RECORD_BYTES - 1, MAX_RECORD_BYTES + 4))
+    ):
+        (folder / f"{number}.json").write_bytes(longest[: size - 2 - len(end)] + b'"}' + end)
     accepted, rejected = run()
     assert accepted + rejected == 15 and accepted >= 6
 
@@ -99,9 +112,18 @@ FLIPPED[len(CONTENT) // 2] ^= 255
 @pytest.mark.parametrize("multiline", [False, True])
 def test_packed_files_are_condemned_for_what_is_in_them_and_each_is_named_with_its_fault(ingest, capsys, multiline):
     folder, run = ingest
-    broken = {"cut": CONTENT[:-500], "cut in its checksum": CONTENT[:-6], "no gzip": VALID, "followed by something": CONTENT + b"more",
-              "flipped": bytes(FLIPPED), "a small one": gzip.compress(VALID)[:-9], "one byte": b"\x1f", "half a header": CONTENT[:9],
-              "reserved flags": CONTENT[:3] + b"\xff" + CONTENT[4:], "another method": CONTENT[:2] + b"\x07" + CONTENT[3:]}
+    broken = {
+        "cut": CONTENT[:-500],
+        "cut in its checksum": CONTENT[:-6],
+        "no gzip": VALID,
+        "followed by something": CONTENT + b"more",
+        "flipped": bytes(FLIPPED),
+        "a small one": gzip.compress(VALID)[:-9],
+        "one byte": b"\x1f",
+        "half a header": CONTENT[:9],
+        "reserved flags": CONTENT[:3] + b"\xff" + CONTENT[4:],
+        "another method": CONTENT[:2] + b"\x07" + CONTENT[3:],
+    }
     for name, content in broken.items():
         (folder / f"{name}.json.gz").write_bytes(content)
     (folder / "empty.json.gz").touch()
@@ -109,7 +131,10 @@ def test_packed_files_are_condemned_for_what_is_in_them_and_each_is_named_with_i
     assert run(multiline) == (1, len(broken))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(broken), said
-    assert all(any(f"{folder}/{name}.json.gz can't be read: " in line and "quarantine" in line for line in said) for name in broken)
+    assert all(
+        any(f"{folder}/{name}.json.gz can't be read: " in line and "quarantine" in line for line in said)
+        for name in broken
+    )
 
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["small", "large"])
@@ -146,11 +171,15 @@ def test_files_that_were_read_are_archived_and_not_read_again(ingest, tmp_path):
     assert run() == (0, 0)
 
 
-@pytest.mark.parametrize("archive", ["{input}", "{input}/archive", "{input}/..", "/", "s3a://lake", "s3a://lake/archive", "file:///"])
+@pytest.mark.parametrize(
+    "archive", ["{input}", "{input}/archive", "{input}/..", "/", "s3a://lake", "s3a://lake/archive", "file:///"]
+)
 def test_an_archive_that_cannot_be_is_refused(ingest, archive):
     folder, run = ingest
     archive = location(archive.format(input=folder))
-    with pytest.raises(PipelineError, match=f"{archive} can't be the archive of {folder}: it has to be a folder of the same store"):
+    with pytest.raises(
+        PipelineError, match=f"{archive} can't be the archive of {folder}: it has to be a folder of the same store"
+    ):
         run(archive=archive)
 
 
@@ -168,7 +197,9 @@ def test_an_archive_may_have_any_name(tmp_path):
 
 
 def test_an_archive_that_cannot_be_written_to_is_refused(tmp_path):
-    with pytest.raises(PipelineError, match=f"may not move files from {tmp_path} to /proc/none: /proc/none can't be written to"):
+    with pytest.raises(
+        PipelineError, match=f"may not move files from {tmp_path} to /proc/none: /proc/none can't be written to"
+    ):
         check_archive("/proc/none", str(tmp_path))
 
 
@@ -217,29 +248,72 @@ def test_a_file_that_wants_multiline_is_named_once_and_no_other_is(ingest, capsy
         (folder / name).write_bytes(content)
     _, rejected = run()
     named = [line for line in capsys.readouterr().err.splitlines() if "--multiline" in line]
-    assert sorted(line.split(" holds one JSON value")[0] for line in named) == sorted(f"file:{folder}/{name}" for name in MULTILINE)
+    assert sorted(line.split(" holds one JSON value")[0] for line in named) == sorted(
+        f"file:{folder}/{name}" for name in MULTILINE
+    )
     assert rejected > len(MULTILINE | LINES)
     assert run() == (0, 0) and capsys.readouterr().err == ""
 
 
 NESTED = b'{"a": ' * 199 + b"1.10" + b"}" * 199
-ELEMENTS = [reading(value=12345678901234567.89).replace(b"1.2345678901234568e+16", b"12345678901234567.89"),
-            reading().replace(b'"value"', b'"x": 1.000000000000000000000000000000010, "value"'), reading().replace(b": ", b" :\t"),
-            reading(building="[{]}\\\",\u00e4"), reading(building="@").replace(b"@", rb"\u00e4\/"), b"7", b"1E400", b"-0.0", b"true",
-            b"[1, [2]]", b"{}", b"[]", reading(building="@").replace(b"@", rb"\ud800"), b'{"a": 1, "a": 1.0}', NESTED]
+ELEMENTS = [
+    reading(value=12345678901234567.89).replace(b"1.2345678901234568e+16", b"12345678901234567.89"),
+    reading().replace(b'"value"', b'"x": 1.000000000000000000000000000000010, "value"'),
+    reading().replace(b": ", b" :\t"),
+    reading(building='[{]}\\",\u00e4'),
+    reading(building="@").replace(b"@", rb"\u00e4\/"),
+    b"7",
+    b"1E400",
+    b"-0.0",
+    b"true",
+    b"[1, [2]]",
+    b"{}",
+    b"[]",
+    reading(building="@").replace(b"@", rb"\ud800"),
+    b'{"a": 1, "a": 1.0}',
+    NESTED,
+]
 BLANKS = [b"", b" ", b"\n\t\r\n"]
 
 
 @pytest.mark.parametrize("before, after", list(itertools.product(BLANKS, BLANKS)))
 def test_the_elements_of_an_array_come_as_they_stand_in_the_file(spark, before, after):
-    array = before + b"[" + (before + b"," + after).join([after + element + before for element in ELEMENTS]) + b"]" + after
+    array = (
+        before + b"[" + (before + b"," + after).join([after + element + before for element in ELEMENTS]) + b"]" + after
+    )
     files = spark.createDataFrame([(bytearray(array),)], "raw BINARY")
     assert list(map(bytes, with_elements(files).first().elements)) == ELEMENTS
 
 
-@pytest.mark.parametrize("array", [b"", b"[", b"[1", b"[1]]", b"[1,]", b"[1 2]", b"[,1]", b"[1][2]", b"{}", b"[{]", b"[{},[}]", b"1",
-                                   b"[1],", b"[nul]", b"[1]\x0b", b"['a']", b"[NaN]", b'["a"]', b'[{}, "a"]', b"[null]", b"[\xff]",
-                                   b"[" * 203 + b"]" * 203, b'[{"a": "\n"}]'], ids=str)
+@pytest.mark.parametrize(
+    "array",
+    [
+        b"",
+        b"[",
+        b"[1",
+        b"[1]]",
+        b"[1,]",
+        b"[1 2]",
+        b"[,1]",
+        b"[1][2]",
+        b"{}",
+        b"[{]",
+        b"[{},[}]",
+        b"1",
+        b"[1],",
+        b"[nul]",
+        b"[1]\x0b",
+        b"['a']",
+        b"[NaN]",
+        b'["a"]',
+        b'[{}, "a"]',
+        b"[null]",
+        b"[\xff]",
+        b"[" * 203 + b"]" * 203,
+        b'[{"a": "\n"}]',
+    ],
+    ids=str,
+)
 def test_what_is_no_array_of_records_is_not_cut(spark, array):
     files = spark.createDataFrame([(bytearray(array),)], "raw BINARY")
     assert with_elements(files).first().elements is None
@@ -249,9 +323,20 @@ def _of(size: int, begin: bytes, repeated: bytes, end: bytes) -> bytes:
     return begin + repeated * ((size - len(begin + end)) // len(repeated)) + end
 
 
-@pytest.mark.parametrize("parts", [(b"[" + VALID, b",\n" + VALID, b"]"), (b"[{}", b",{}", b"]"), (b"[", b"[", b""), (b"[", b'"', b""),
-                                   (b'[{"a":"', b'\\"', b'"}]'), (b"[", b",", b"]"), (b"[1", b" ", b"]"), (b"[{}", b",{},[1", b"]")],
-                         ids=lambda parts: parts[1].decode()[:8])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (b"[" + VALID, b",\n" + VALID, b"]"),
+        (b"[{}", b",{}", b"]"),
+        (b"[", b"[", b""),
+        (b"[", b'"', b""),
+        (b'[{"a":"', b'\\"', b'"}]'),
+        (b"[", b",", b"]"),
+        (b"[1", b" ", b"]"),
+        (b"[{}", b",{},[1", b"]"),
+    ],
+    ids=lambda parts: parts[1].decode()[:8],
+)
 def test_no_array_takes_long(spark, parts):
     files = spark.createDataFrame([(bytearray(_of(MAX_RECORD_BYTES, *parts)),)], "raw BINARY").cache()
     files.count()
@@ -276,8 +361,17 @@ def test_files_of_any_time_are_read_and_hide_no_other(ingest):
         assert run() == (1, 0), year
 
 
-DRAFTS = ["_site=A.json", "_tmp=1/deep/x.json", "sub/_tmp=1/x.json", ".site=A.json", "_metadata.json", "_common_metadata.json",
-          "_tmp/x.json", "_.json", "sub/_x.json.gz"]
+DRAFTS = [
+    "_site=A.json",
+    "_tmp=1/deep/x.json",
+    "sub/_tmp=1/x.json",
+    ".site=A.json",
+    "_metadata.json",
+    "_common_metadata.json",
+    "_tmp/x.json",
+    "_.json",
+    "sub/_x.json.gz",
+]
 
 
 def test_drafts_are_not_read_whatever_their_names_hold(ingest, tmp_path, capsys):
@@ -297,8 +391,13 @@ def changed(folder, name: str) -> str:
     return f"{folder}/{name} has changed since it was taken"
 
 
-ODD_NAMES = ["a=1 %20+.json", "gr\u00f6\u00dfe \u2028\x85 \U0001f600.json", "2026-11-20T08:00:00Z.json", "new\nline.json",
-             "sub/[a]{b}*.json"]
+ODD_NAMES = [
+    "a=1 %20+.json",
+    "gr\u00f6\u00dfe \u2028\x85 \U0001f600.json",
+    "2026-11-20T08:00:00Z.json",
+    "new\nline.json",
+    "sub/[a]{b}*.json",
+]
 
 
 def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, capsys):
@@ -318,7 +417,8 @@ def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, 
         assert run() == (0, 0)
         said = capsys.readouterr().err.split("\n")[:-1]
         assert sorted(line.split(" has changed since")[0] for line in said) == sorted(
-            without_controls(f"{folder}/{name}") for name in (*ODD_NAMES, "grows.json", "shrinks.json", "older.json"))
+            without_controls(f"{folder}/{name}") for name in (*ODD_NAMES, "grows.json", "shrinks.json", "older.json")
+        )
     for number in range(11):
         put(folder, f"{number}.json", VALID)
     assert run(max_files_per_trigger=1) == (11, 0)  # past the log's own compaction
@@ -331,7 +431,9 @@ def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, 
 
 
 def test_files_that_change_before_they_are_read_and_after_they_are_archived(ingest, tmp_path, monkeypatch, capsys):
-    """The first kind is read in full and never reported. Lines added to the second kind reach no table, so it is reported."""
+    """The first kind is read in full and never reported. Lines added to the second kind reach no table, so it is
+    reported.
+    """
     folder, run = ingest
     put(folder, "early.json", VALID)
     put(folder, "late.json", VALID)
@@ -356,7 +458,9 @@ def test_files_that_change_before_they_are_read_and_after_they_are_archived(inge
         file.write(VALID + b"\n")
     for _ in range(2):
         assert run() == (0, 0)
-        assert capsys.readouterr().err.startswith(f"{changed(folder, 'late.json')}, and a file is read only once: later additions may be")
+        assert capsys.readouterr().err.startswith(
+            f"{changed(folder, 'late.json')}, and a file is read only once: later additions may be"
+        )
 
 
 @pytest.mark.parametrize("other", ["link", "elsewhere", "inp"])
@@ -371,8 +475,11 @@ def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
         (tmp_path / other).mkdir()
     assert run(input=str(tmp_path / other)) == (1 if other == "link" else 0, 0)
     if other == "link":
-        with pytest.raises(PipelineError, match=f"belongs to another input folder: the stream has read files such as "
-                                                f"{tmp_path}/link/a.json, and none in {folder}. Under a different path"):
+        with pytest.raises(
+            PipelineError,
+            match=f"belongs to another input folder: the stream has read files such as "
+            f"{tmp_path}/link/a.json, and none in {folder}. Under a different path",
+        ):
             run(input=str(folder))
         (tmp_path / "link" / "a.json").unlink()
         assert run(input=str(tmp_path / "link")) == (0, 0)
@@ -400,7 +507,8 @@ def test_what_a_link_leads_to_is_named_and_not_read(ingest, tmp_path, capsys):
     assert run(input=str(tmp_path / "link")) == (1, 0)
     said = capsys.readouterr().err.splitlines()
     assert sorted(line.split(" is not read: links")[0] for line in said) == [
-        f"{tmp_path}/link/{name}" for name in ("b.json", "c.json", "linked/secret.json")]
+        f"{tmp_path}/link/{name}" for name in ("b.json", "c.json", "linked/secret.json")
+    ]
     (folder / "linked").unlink()
     for target in (folder, tmp_path, folder / "sub"):
         (folder / "sub").mkdir(exist_ok=True)
@@ -418,7 +526,9 @@ def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys):
     assert run(archive=str(tmp_path / "archive")) == (4, 0)
     put(tmp_path / "elsewhere", "a.json", VALID)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PipelineError, match=f"{folder}/linked is a link to a folder, whose files --archive would move away unread"):
+    with pytest.raises(
+        PipelineError, match=f"{folder}/linked is a link to a folder, whose files --archive would move away unread"
+    ):
         run()
     assert (tmp_path / "elsewhere" / "a.json").exists() and capsys.readouterr().err == ""
     assert run(archive=None) == (0, 0)
@@ -437,7 +547,9 @@ def test_drafts_are_archived_only_if_spark_cannot_be_told_to_leave_them(ingest, 
         put(folder, f"{number}.json", VALID)
         assert run() == (1, 0)
     assert {path.name for path in folder.glob("*.json")} >= set(drafts)
-    assert f"{folder}/_tmp=1/draft.json is a draft, which is not read, but --archive moves it" in capsys.readouterr().err
+    assert (
+        f"{folder}/_tmp=1/draft.json is a draft, which is not read, but --archive moves it" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev, reason="needs a second disk")
@@ -462,7 +574,9 @@ def test_a_file_that_is_packed_where_it_was_read_is_named(ingest, capsys, pack):
     subprocess.run(["gzip", folder / "a.json"] if pack else ["gunzip", folder / "a.json.gz"], check=True)
     (folder / "other.json.gz").write_bytes(gzip.compress(VALID))  # later, so another one
     assert run() == (2, 0)
-    assert capsys.readouterr().err.startswith(f'{folder}/a.json{".gz" * pack} looks like a file that was read before and')
+    assert capsys.readouterr().err.startswith(
+        f"{folder}/a.json{'.gz' * pack} looks like a file that was read before and"
+    )
     assert run() == (0, 0) and capsys.readouterr().err == ""
 
 
@@ -481,7 +595,10 @@ def test_hundreds_of_files_whose_names_look_like_patterns_are_read_a_few_at_a_ti
     assert run() == (160, 0)
     said = capsys.readouterr().out
     assert "has too many files with wildcards in their names. It is split into smaller ones." in said
-    assert [line.split(",")[0] for line in said.splitlines() if line.startswith("batch")] == ["batch 0: 100 rows in", "batch 1: 60 rows in"]
+    assert [line.split(",")[0] for line in said.splitlines() if line.startswith("batch")] == [
+        "batch 0: 100 rows in",
+        "batch 1: 60 rows in",
+    ]
 
 
 def crash_in(patch: pytest.MonkeyPatch, method: str) -> None:
@@ -549,7 +666,9 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
 
         with monkeypatch.context() as patch:
             patch.setattr(FileSource, "read_batch", read_and_unmount)
-            with pytest.raises(PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"):
+            with pytest.raises(
+                PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"
+            ):
                 run()
         (tmp_path / "a.json").rename(disk / "a.json")
         assert run() == (1, 0)
@@ -559,7 +678,9 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
         with pytest.raises((RuntimeError, StreamingQueryException)):
             run()
     (disk / "a.json").rename(tmp_path / "a.json")
-    with pytest.raises(PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"):
+    with pytest.raises(
+        PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"
+    ):
         run()
     (tmp_path / "a.json").rename(disk / "a.json")
     assert run() == (1, 0)
@@ -586,10 +707,21 @@ def test_no_configuration_of_spark_makes_it_drop_what_it_cannot_read(spark, tmp_
     folder, conf = tmp_path / "input", tmp_path / "conf"
     folder.mkdir()
     conf.mkdir()
-    (conf / "spark-defaults.conf").write_text("spark.sql.files.ignoreCorruptFiles true\nspark.sql.files.ignoreMissingFiles true\n")
+    (conf / "spark-defaults.conf").write_text(
+        "spark.sql.files.ignoreCorruptFiles true\nspark.sql.files.ignoreMissingFiles true\n"
+    )
     (folder / "half.json.gz").write_bytes(gzip.compress(b"\n".join(reading(value=n / 100) for n in range(3000)))[:-500])
-    run = run_script(BRONZE, "--input", folder, "--table", tmp_path / "t", "--checkpoint", tmp_path / "c", "--once",
-                     env=os.environ | {"SPARK_CONF_DIR": str(conf)})
+    run = run_script(
+        BRONZE,
+        "--input",
+        folder,
+        "--table",
+        tmp_path / "t",
+        "--checkpoint",
+        tmp_path / "c",
+        "--once",
+        env=os.environ | {"SPARK_CONF_DIR": str(conf)},
+    )
     assert run.returncode == 0 and "half.json.gz can't be read" in run.stderr
     assert "1 rows in, 0 accepted, 1 rejected (unreadable_file 1)" in run.stdout
 
@@ -628,8 +760,10 @@ def test_a_list_of_files_by_another_job_hides_none(ingest):
     sink.mkdir()
     put(folder, "a.json", VALID)
     assert run() == (1, 0)
-    (sink / "0").write_text('v1\n{"path":"file:///old/b.json","size":9,"isDir":false,"modificationTime":1,"blockReplication":1,'
-                            '"blockSize":1,"action":"add"}')
+    (sink / "0").write_text(
+        'v1\n{"path":"file:///old/b.json","size":9,"isDir":false,"modificationTime":1,"blockReplication":1,'
+        '"blockSize":1,"action":"add"}'
+    )
     put(folder, "b.json", VALID)
     assert run() == (1, 0)
 
@@ -662,4 +796,5 @@ def test_advice_that_cannot_be_given_stops_no_stream(ingest, monkeypatch):
 def _raising(error: Exception):
     def fail(*_):
         raise error
+
     return fail

@@ -1,4 +1,5 @@
-"""Mutated records by both roads, against the oracle: none lost, none accepted with another value. And records that are large.
+"""Mutated records by both roads, against the oracle: none lost, none accepted with another value. And records that are
+large.
 
 There are 20,000 mutated ones, with `--long` 110,000.
 """
@@ -32,16 +33,104 @@ ARRIVAL_MICROS = oracle.micros_of(ARRIVAL)
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 COLUMNS = ("event_micros", *(column for column in CONTRACT.columns if column != "event_time"))
 
-FRAGMENTS = [fragment.encode("utf-8", "surrogatepass") for fragment in (
-    "{", "}", "[", "]", ",", ":", '"', "\\", "null", "true", "NaN", "Infinity", "-Infinity", "-", "+", ".", "e", "E", "0", "00",
-    "1e999", "-1e-999", "9" * 400, "0." + "1" * 400, "1E+2", "2147483648", "-2147483649", "9007199254740993", "4.9e-324",
-    "1.7976931348623157e308", "0x10", "1_000", "1763632800", "1763632800000", '"value":1', ',"value":2', ',"device_id":"x"',
-    '"end":"', ',{"end":"x"}]', "/* c */", "//", "#", "'", "\x00", "\x01", "\x1b[2J", "\x7f", "\x85", "\u2028", "\ufeff", "\u202e",
-    "\\u0000", "\\u0041", "\\ud800", "\\ude00", "\\ud83d\\ude00", "\\uD83D\\u0041", "\\x41", "\\/", "\\", "\\u12", "\ud800", "é", "°",
-    "🌡", "\u00a0", "\u3000", "2016-12-31T23:59:60Z", "2026-02-29T10:00:00Z", "2024-02-29T10:00:00Z", "2026-13-01T10:00:00Z",
-    "2026-11-20T24:00:00Z", "0000-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-11-20T10:00:00.9999999Z", "1582-10-10T00:00:00Z",
-    "2026-11-20T10:00:00+18:00", "2026-11-20T10:00:00-18:01", "2026-11-20T10:00:00+05:60", "2026-11-20t10:00:00z",
-    "２０２６-11-20T10:00:00Z", "[" * 50, "]" * 50, '{"a":' * 50, "}" * 50, "[" * 1100, "temperature", "°C", "%", "ppm", " ", "\t", "\n")]
+FRAGMENTS = [
+    fragment.encode("utf-8", "surrogatepass")
+    for fragment in (
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        '"',
+        "\\",
+        "null",
+        "true",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "-",
+        "+",
+        ".",
+        "e",
+        "E",
+        "0",
+        "00",
+        "1e999",
+        "-1e-999",
+        "9" * 400,
+        "0." + "1" * 400,
+        "1E+2",
+        "2147483648",
+        "-2147483649",
+        "9007199254740993",
+        "4.9e-324",
+        "1.7976931348623157e308",
+        "0x10",
+        "1_000",
+        "1763632800",
+        "1763632800000",
+        '"value":1',
+        ',"value":2',
+        ',"device_id":"x"',
+        '"end":"',
+        ',{"end":"x"}]',
+        "/* c */",
+        "//",
+        "#",
+        "'",
+        "\x00",
+        "\x01",
+        "\x1b[2J",
+        "\x7f",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "\u202e",
+        "\\u0000",
+        "\\u0041",
+        "\\ud800",
+        "\\ude00",
+        "\\ud83d\\ude00",
+        "\\uD83D\\u0041",
+        "\\x41",
+        "\\/",
+        "\\",
+        "\\u12",
+        "\ud800",
+        "é",
+        "°",
+        "🌡",
+        "\u00a0",
+        "\u3000",
+        "2016-12-31T23:59:60Z",
+        "2026-02-29T10:00:00Z",
+        "2024-02-29T10:00:00Z",
+        "2026-13-01T10:00:00Z",
+        "2026-11-20T24:00:00Z",
+        "0000-01-01T00:00:00Z",
+        "9999-12-31T23:59:59Z",
+        "2026-11-20T10:00:00.9999999Z",
+        "1582-10-10T00:00:00Z",
+        "2026-11-20T10:00:00+18:00",
+        "2026-11-20T10:00:00-18:01",
+        "2026-11-20T10:00:00+05:60",
+        "2026-11-20t10:00:00z",
+        "２０２６-11-20T10:00:00Z",
+        "[" * 50,
+        "]" * 50,
+        '{"a":' * 50,
+        "}" * 50,
+        "[" * 1100,
+        "temperature",
+        "°C",
+        "%",
+        "ppm",
+        " ",
+        "\t",
+        "\n",
+    )
+]
 FRAGMENTS += [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\xef\xbb\xbf", b"\xfe\xff"]
 
 
@@ -53,13 +142,13 @@ def mutate(record: bytes, rng: random.Random) -> bytes:
         if kind == 0:
             record = record[:place] + fragment + record[place:]
         elif kind == 1:
-            record = record[:place] + fragment + record[place + len(fragment):]
+            record = record[:place] + fragment + record[place + len(fragment) :]
         elif kind == 2:
-            record = record[:place] + record[place + rng.randrange(1, 6):]
+            record = record[:place] + record[place + rng.randrange(1, 6) :]
         elif kind == 3:
-            record = record[:place] + bytes([rng.randrange(256)]) + record[place + 1:]
+            record = record[:place] + bytes([rng.randrange(256)]) + record[place + 1 :]
         elif kind == 4:
-            record = record[:place] + record[rng.randrange(len(record) + 1):]
+            record = record[:place] + record[rng.randrange(len(record) + 1) :]
         elif kind == 5:  # another value of a field
             field = rng.choice(list(VALID)).encode()
             head, name, tail = record.partition(b'"' + field + b'": ')
@@ -68,9 +157,13 @@ def mutate(record: bytes, rng: random.Random) -> bytes:
             record = head + name + (quoted if name else b"") + separator + rest
         elif kind == 6:  # a number with all its digits
             number = struct.unpack("d", rng.randbytes(8))[0]
-            record = record.replace(b'"value": 2', b'"value": ' + repr(rng.choice((number, rng.uniform(-41, 121)))).encode(), 1)
+            record = record.replace(
+                b'"value": 2', b'"value": ' + repr(rng.choice((number, rng.uniform(-41, 121)))).encode(), 1
+            )
         else:
-            record = record[:-1] + b', "' + rng.choice((b"value", b"note", b"", fragment)) + b'": ' + fragment + record[-1:]
+            record = (
+                record[:-1] + b', "' + rng.choice((b"value", b"note", b"", fragment)) + b'": ' + fragment + record[-1:]
+            )
     return record
 
 
@@ -106,25 +199,43 @@ def check_rows(spark, records: list[bytes | None]) -> Counter:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.sampled_from(
-        ["temperature", "humidity", "co2", "°C", "%", "ppm", "2026-11-20T10:00:00Z", "A", 21.5, 50, "50"]),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3), max_leaves=5)
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.text()
+    | st.sampled_from(
+        ["temperature", "humidity", "co2", "°C", "%", "ppm", "2026-11-20T10:00:00Z", "A", 21.5, 50, "50"]
+    ),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=5,
+)
 READINGS = st.dictionaries(st.sampled_from(list(VALID)), JSON, max_size=4).map(lambda changes: VALID | changes)
 RECORDS = st.one_of(
-    READINGS.flatmap(lambda fields: st.booleans().map(lambda ascii: json.dumps(fields, ensure_ascii=ascii).encode(
-        "utf-8", "surrogatepass"))),
+    READINGS.flatmap(
+        lambda fields: st.booleans().map(
+            lambda ascii: json.dumps(fields, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+        )
+    ),
     st.datetimes(timezones=st.timezones() | st.none()).map(lambda moment: reading(timestamp=moment.isoformat())),
     st.from_regex(r"\A\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\d(\.\d{1,9})?(Z|[+-][01]\d:?[0-6]\d)\Z").map(
-        lambda text: reading(timestamp=text)),
+        lambda text: reading(timestamp=text)
+    ),
     st.floats(-50, 130).map(lambda value: reading(value=value)),
-    st.binary(max_size=200))
+    st.binary(max_size=200),
+)
 
 
 def test_the_rules_and_the_oracle_agree_on_what_hypothesis_makes(spark, pytestconfig):
     records = []
 
-    @settings(max_examples=8000 if pytestconfig.option.long else 2000, database=None, derandomize=True, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=8000 if pytestconfig.option.long else 2000,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(RECORDS)
     def collect(record):
         records.append(record)
@@ -150,7 +261,9 @@ def test_hostile_records_go_through_kafka(spark, broker, silver, hostile, accoun
     with KafkaProducer(bootstrap_servers=broker, linger_ms=50) as producer:
         for number, record in enumerate([*hostile, None, b""]):
             producer.send(topic[3], key=b"device", value=record, partition=number % 3)
-    with KafkaConsumer(topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
+    with KafkaConsumer(
+        topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000
+    ) as consumer:
         sent = {(message.topic, message.partition, message.offset): message.value for message in consumer}
 
     run = run_here(CONSUMER, *options, "--once")
@@ -177,7 +290,7 @@ def test_hostile_records_go_through_files(spark, tmp_path, hostile, account, run
     # One record is one line, and a blank line is none; a file that begins with a byte order mark is read without it.
     lines = [record for record in hostile if b"\n" not in record and record.strip(b" \t\r")]
     for number in range(0, len(lines), 20_000):
-        content = b"\n".join([b"{}", *lines[number:number + 20_000]])
+        content = b"\n".join([b"{}", *lines[number : number + 20_000]])
         (folder / f"_{number}").write_bytes(content)
         os.rename(folder / f"_{number}", folder / f"{number}.json")
 
@@ -193,8 +306,9 @@ def test_hostile_records_go_through_files(spark, tmp_path, hostile, account, run
     rows = accepted.withColumn("event_micros", F.unix_micros("event_time")).drop("event_time").collect()
     assert Counter(tuple(row[column] for column in COLUMNS) for row in rows) == valid
     assert Counter((row.reject_reason, bytes(row.raw)) for row in rejected.collect()) == wrong
-    account("hostile records by files", range(len(lines)), range(len(rows)),
-            range(len(rows), len(rows) + rejected.count()))
+    account(
+        "hostile records by files", range(len(lines)), range(len(rows)), range(len(rows), len(rows) + rejected.count())
+    )
 
 
 CONTRACTS = {shapes.FLAT: CONTRACT, shapes.NESTED: load_contract(str(REPOSITORY / "examples" / "zigbee2mqtt.py"))}
@@ -204,9 +318,17 @@ CONTRACTS = {shapes.FLAT: CONTRACT, shapes.NESTED: load_contract(str(REPOSITORY 
 def test_records_that_are_hard_to_read_are_read_as_the_oracle_reads_them(spark, record):
     contract, raws = CONTRACTS[record], shapes.records(record, 20_000)
     rows = spark.createDataFrame(list(enumerate(raws)), "number INT, raw BINARY").withColumn(
-        "ingest_time", F.lit(ARRIVAL).cast("timestamp"))
-    columns = [f"unix_micros({name}) AS {name}" if kind == "TIMESTAMP" else name for name, kind in contract.columns.items()]
-    judged = parse(rows, contract).selectExpr("number", "reject_reason", "_rescued_data", *columns).orderBy("number").collect()
+        "ingest_time", F.lit(ARRIVAL).cast("timestamp")
+    )
+    columns = [
+        f"unix_micros({name}) AS {name}" if kind == "TIMESTAMP" else name for name, kind in contract.columns.items()
+    ]
+    judged = (
+        parse(rows, contract)
+        .selectExpr("number", "reject_reason", "_rescued_data", *columns)
+        .orderBy("number")
+        .collect()
+    )
     for raw, row in zip(raws, judged, strict=True):
         reason, values, rest = oracle.read(contract, raw, ARRIVAL_MICROS)
         assert row.reject_reason == reason, raw[:300]
@@ -217,14 +339,21 @@ def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
     """Seconds of a core that it takes to read the records, which the files of this folder are then."""
     for number, raw in enumerate(raws):
         (folder / str(number)).write_bytes(raw)
-    records = spark.read.format("binaryFile").load(str(folder)).selectExpr(
-        "content AS raw", f"TIMESTAMP '{ARRIVAL}' AS ingest_time")
+    records = (
+        spark.read.format("binaryFile")
+        .load(str(folder))
+        .selectExpr("content AS raw", f"TIMESTAMP '{ARRIVAL}' AS ingest_time")
+    )
 
     def used() -> float:
         """What the JVM has used by now; the clock would count what the machine does for others."""
-        fields = subprocess.run(["ps", "-o", "time=", "-p", str(jvm_of(spark).pid)], capture_output=True, text=True, check=True).stdout
+        fields = subprocess.run(
+            ["ps", "-o", "time=", "-p", str(jvm_of(spark).pid)], capture_output=True, text=True, check=True
+        ).stdout
         days, _, clock = fields.strip().rpartition("-")
-        return sum(float(part) * 60 ** power for power, part in enumerate(reversed(clock.split(":")))) + 86400 * int(days or 0)
+        return sum(float(part) * 60**power for power, part in enumerate(reversed(clock.split(":")))) + 86400 * int(
+            days or 0
+        )
 
     before = used()
     with _code_generation(spark):  # as TableWriter reads them
@@ -241,8 +370,9 @@ def test_names_of_one_hash_take_no_longer_than_others(spark, tmp_path):
 
 @pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
 def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
-    """Those that once did not end, had no memory or took the square of time by themselves, two at a time; all others in one go,
-    with --long by themselves, too."""
+    """Those that once did not end, had no memory or took the square of time by themselves, two at a time; all others in
+    one go, with --long by themselves, too.
+    """
     size = 7_900_000
     worst = [b"\x01" * size, b"{" + shapes.times('"":1')(size).encode() + b"}", b"[" * size]
     worst += [record.replace("21.5", f"[{shapes.counted(part)(size)}]").encode() for part in ('{"n#":1}', '"#"')]
@@ -259,14 +389,31 @@ def test_many_large_records_of_a_batch_fit_into_the_memory(spark, tmp_path, pyte
     """By a process of its own, with its default heap. 25 of them did not fit, valid or not."""
     (tmp_path / "input").mkdir()
     count, large = (100 if pytestconfig.option.long else 25), random.Random(1).randbytes(3_900_000).hex()
-    text = json.dumps(json.loads(reading()) | {"blob": large}) if record == "valid" else json.dumps([json.loads(reading())] * 50_000)
+    text = (
+        json.dumps(json.loads(reading()) | {"blob": large})
+        if record == "valid"
+        else json.dumps([json.loads(reading())] * 50_000)
+    )
     for number in range(count):
         (tmp_path / "input" / f"{number}.json").write_text(text)
-    options = ["--input", tmp_path / "input", "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint", "--once"]
+    options = [
+        "--input",
+        tmp_path / "input",
+        "--table",
+        tmp_path / "bronze",
+        "--checkpoint",
+        tmp_path / "checkpoint",
+        "--once",
+    ]
     stream = start("streaming_files_to_delta_bronze.py", *options)
     assert stream.wait() == 0 and f"batch 0: {count} rows in" in stream.output, stream.output
-    places = [spark.read.format("delta").load(str(tmp_path / table)).select("source_file").collect()
-              for table in ("bronze", "bronze_quarantine")]
+    places = [
+        spark.read.format("delta").load(str(tmp_path / table)).select("source_file").collect()
+        for table in ("bronze", "bronze_quarantine")
+    ]
     assert len(places[0 if record == "valid" else 1]) == count
-    account(f"{count} {record} records of 8 MB", os.listdir(tmp_path / "input"),
-            *([os.path.basename(row.source_file) for row in rows] for rows in places))
+    account(
+        f"{count} {record} records of 8 MB",
+        os.listdir(tmp_path / "input"),
+        *([os.path.basename(row.source_file) for row in rows] for rows in places),
+    )

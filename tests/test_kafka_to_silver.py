@@ -33,18 +33,25 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     producer = start(PRODUCER, *topic, "--create-topic", "--rate", 100, "--invalid-fraction", 0.2, "--seed", 5)
     consumer.wait_for("batch", times=3)
     assert consumer.stop(signal.SIGINT) == 0 and "Traceback" not in consumer.output
-    assert re.search(r"batch 1: [\d,]+ rows in, [\d,]+ accepted, [\d,]+ rejected \(.+\), [\d.]+ s, [\d,]+ behind", consumer.output)
+    assert re.search(
+        r"batch 1: [\d,]+ rows in, [\d,]+ accepted, [\d,]+ rejected \(.+\), [\d.]+ s, [\d,]+ behind", consumer.output
+    )
 
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
     consumer.wait_for("batch", times=2)
     consumer.stop(signal.SIGKILL)
 
     [port] = free_ports(1)
-    consumer = start(CONSUMER, *options, "--max-offsets-per-trigger", 700, "--trigger", "1 second", "--metrics-port", port)
+    consumer = start(
+        CONSUMER, *options, "--max-offsets-per-trigger", 700, "--trigger", "1 second", "--metrics-port", port
+    )
     consumer.wait_for("batch", times=2)
     assert urlopen(f"http://127.0.0.1:{port}/healthz").status == 200
-    figures = {sample.name + str(sample.labels): sample.value for family in text_string_to_metric_families(
-        urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()) for sample in family.samples}
+    figures = {
+        sample.name + str(sample.labels): sample.value
+        for family in text_string_to_metric_families(urlopen(f"http://127.0.0.1:{port}/metrics").read().decode())
+        for sample in family.samples
+    }
     assert figures["pipeline_accepted_records_total{}"] > 0 and figures["pipeline_batch_seconds_count{}"] >= 1
     assert 0 <= time.time() - figures["pipeline_newest_record_timestamp_seconds{}"] < PATIENCE
     assert figures["pipeline_rejected_records_total{'reason': 'empty_record'}"] > 0
@@ -62,7 +69,9 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     assert len(in_topic) == sent
     accepted, rejected = tables(spark, options)
     assert {row.reject_reason for row in rejected.select("reject_reason").distinct().collect()} == set(CONTRACT.reasons)
-    assert accepted.where("device_id IS NULL OR event_time IS NULL OR kafka_key <> CAST(device_id AS BINARY)").count() == 0
+    assert (
+        accepted.where("device_id IS NULL OR event_time IS NULL OR kafka_key <> CAST(device_id AS BINARY)").count() == 0
+    )
 
 
 def test_a_stream_that_does_not_run_is_unhealthy_and_a_port_in_use_is_said():
@@ -88,7 +97,14 @@ def test_a_stream_imports_no_library_of_what_nobody_asks_for(script):
 def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver, run_here):
     topic, options = silver
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
-    records = [reading(device_id="Gerät 🌡", building="\x00\n"), b"\xff\xfe", None, b"", b'{"device_id": "\x1b[2J"}', b"[1]"]
+    records = [
+        reading(device_id="Gerät 🌡", building="\x00\n"),
+        b"\xff\xfe",
+        None,
+        b"",
+        b'{"device_id": "\x1b[2J"}',
+        b"[1]",
+    ]
     with KafkaProducer(bootstrap_servers=broker) as producer:
         for record in records:
             producer.send(topic[3], value=record, key=b"\xffkey", partition=1, timestamp_ms=1_700_000_000_123)
@@ -102,10 +118,15 @@ def test_a_record_arrives_as_it_was_sent_with_its_origin(spark, broker, silver, 
     origin = ["topic", "partition", "offset", "kafka_key", F.unix_millis("kafka_timestamp")]
     sent = [(topic[3], 1, offset, b"\xffkey", 1_700_000_000_123) for offset in range(len(records))]
     assert accepted.select("raw_json", "device_id", "building", *origin).collect() == [
-        (records[0].decode(), "Gerät 🌡", "\x00\n", *sent[0])]
+        (records[0].decode(), "Gerät 🌡", "\x00\n", *sent[0])
+    ]
     assert rejected.select("raw", "reject_reason", *origin).orderBy("offset").collect() == [
-        (records[1], "invalid_encoding", *sent[1]), (None, "empty_record", *sent[2]), (b"", "empty_record", *sent[3]),
-        (records[4], "malformed_json", *sent[4]), (b"[1]", "malformed_json", *sent[5])]
+        (records[1], "invalid_encoding", *sent[1]),
+        (None, "empty_record", *sent[2]),
+        (b"", "empty_record", *sent[3]),
+        (records[4], "malformed_json", *sent[4]),
+        (b"[1]", "malformed_json", *sent[5]),
+    ]
 
     shown = run_here("read_silver.py", "--table", options[5], "--rejected", "--raw")
     assert shown.returncode == 0 and "\x1b" not in shown.stdout and "device_id" in shown.stdout
@@ -117,20 +138,26 @@ def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver, ru
     command = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 50, "--seed", 3, "--devices", 4]
     for run in (run_here(*command), run_here(*command)):
         assert (run.returncode, run.stdout.splitlines()[-1]) == (0, "50 sent, 50 acknowledged.")
-    with KafkaConsumer(topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
+    with KafkaConsumer(
+        topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000
+    ) as consumer:
         records = [(message.key, re.sub(rb'"timestamp": "[^"]+"', b"", message.value)) for message in consumer]
     by_device = [[value for key, value in records if key == f"sensor-{number:03}".encode()] for number in (1, 2, 3, 4)]
     assert [len(values) for values in by_device] == [26, 26, 24, 24]
-    assert all(values[:len(values) // 2] == values[len(values) // 2:] for values in by_device)
+    assert all(values[: len(values) // 2] == values[len(values) // 2 :] for values in by_device)
     assert len({re.sub(rb'"value": [^,]+', b"", value) for _, value in records}) == 4  # a device stays what it is
 
 
 def test_a_message_that_cannot_be_delivered_is_an_error_and_never_silence(broker, silver, run_here):
     topic, _ = silver
     with KafkaAdminClient(bootstrap_servers=broker) as admin:
-        admin.create_topics({topic[3]: {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "10"}}},
-                            wait_for_metadata=True)
+        admin.create_topics(
+            {topic[3]: {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "10"}}},
+            wait_for_metadata=True,
+        )
     run = run_here(PRODUCER, *topic, "--rate", 0, "--count", 3)
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert run.stderr.startswith(f'error: 3 of 3 messages could not be delivered to the topic "{topic[3]}" on {broker}: ')
+    assert run.stderr.startswith(
+        f'error: 3 of 3 messages could not be delivered to the topic "{topic[3]}" on {broker}: '
+    )
     assert run.stdout.endswith("3 sent, 0 acknowledged.\n")

@@ -22,10 +22,15 @@ def test_every_setting_comes_from_docker_compose():
     assert {name: value for name, value in kafka.items() if name not in own} == {
         name.removeprefix("KAFKA_").replace("_", ".").lower(): value
         for name, value in SERVICES["kafka"]["environment"].items()
-        if name not in ("KAFKA_LISTENERS", "KAFKA_ADVERTISED_LISTENERS", "KAFKA_ZOOKEEPER_CONNECT", "KAFKA_HEAP_OPTS")}
+        if name not in ("KAFKA_LISTENERS", "KAFKA_ADVERTISED_LISTENERS", "KAFKA_ZOOKEEPER_CONNECT", "KAFKA_HEAP_OPTS")
+    }
     assert zookeeper_properties(SERVICES["zookeeper"]["environment"], 2222, "/data") == {
-        "clientPort": 2222, "clientPortAddress": "127.0.0.1", "dataDir": "/data/zookeeper", "tickTime": 2000,
-        "admin.enableServer": "false"}
+        "clientPort": 2222,
+        "clientPortAddress": "127.0.0.1",
+        "dataDir": "/data/zookeeper",
+        "tickTime": 2000,
+        "admin.enableServer": "false",
+    }
 
 
 def test_the_version_is_the_one_inside_the_image():
@@ -48,7 +53,8 @@ def test_a_second_start_goes_on_with_the_same_data(start, tmp_path):
         assert kafka.output.endswith("Kafka and ZooKeeper have stopped.\n") and "Traceback" not in kafka.output
     kafka = start("local_kafka.py", "--port", port, "--data-dir", tmp_path)
     kafka.wait_for("Kafka is ready")
-    with KafkaConsumer("sensor_data", bootstrap_servers=server, auto_offset_reset="earliest",
-                       consumer_timeout_ms=5000) as consumer:
+    with KafkaConsumer(
+        "sensor_data", bootstrap_servers=server, auto_offset_reset="earliest", consumer_timeout_ms=5000
+    ) as consumer:
         assert len(list(consumer)) == 10
     assert kafka.stop() == 0

@@ -43,11 +43,28 @@ def test_every_place_may_have_blanks_quotes_and_other_letters_in_every_locale(tm
         (shutil.copytree if "." not in name else shutil.copy)(REPOSITORY / name, places["repository"] / name)
     readings = shutil.copy(REPOSITORY / "readings.py", tmp_path / f"readings {ODD}.py")
     put(places["input"], "größe é.json", reading(device_id="größe"))
-    env = os.environ | {"HOME": str(places["home"]), "PIPELINE_CACHE": str(places["cache"]), "TMPDIR": str(places["tmp"]),
-                        "JAVA_HOME": str(tmp_path / f"java {ODD}"), "LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}
+    env = os.environ | {
+        "HOME": str(places["home"]),
+        "PIPELINE_CACHE": str(places["cache"]),
+        "TMPDIR": str(places["tmp"]),
+        "JAVA_HOME": str(tmp_path / f"java {ODD}"),
+        "LC_ALL": "POSIX",
+        "PYTHONIOENCODING": "ascii",
+    }
     table, script = tmp_path / f"table {ODD}", places["repository"] / BRONZE
-    run = run_script(script, "--input", places["input"], "--table", table, "--checkpoint", tmp_path / f"checkpoint {ODD}",
-                     "--readings", readings, "--once", env=env)
+    run = run_script(
+        script,
+        "--input",
+        places["input"],
+        "--table",
+        table,
+        "--checkpoint",
+        tmp_path / f"checkpoint {ODD}",
+        "--readings",
+        readings,
+        "--once",
+        env=env,
+    )
     assert (run.returncode, run.stderr) == (0, "")
     assert "1 rows in, 1 accepted" in run.stdout
     del env["PYTHONIOENCODING"]
@@ -57,37 +74,60 @@ def test_every_place_may_have_blanks_quotes_and_other_letters_in_every_locale(tm
     assert list(places["tmp"].iterdir()) == []
 
 
-@pytest.mark.parametrize("environment, words", [
-    ({"HOME": "/proc"}, ["The folder /proc/.ivy2 for Spark's jars can't be made", "export PIPELINE_CACHE="]),
-    ({"PIPELINE_CACHE": "/dev/null"}, ["The folder /dev/null for Spark's jars can't be made", "export PIPELINE_CACHE="]),
-    ({"PIPELINE_CACHE": "/tmp/a:b"}, ['has a ":" in its path', "export PIPELINE_CACHE="]),
-], ids=["home", "file", "colon"])
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"HOME": "/proc"}, ["The folder /proc/.ivy2 for Spark's jars can't be made", "export PIPELINE_CACHE="]),
+        (
+            {"PIPELINE_CACHE": "/dev/null"},
+            ["The folder /dev/null for Spark's jars can't be made", "export PIPELINE_CACHE="],
+        ),
+        ({"PIPELINE_CACHE": "/tmp/a:b"}, ['has a ":" in its path', "export PIPELINE_CACHE="]),
+    ],
+    ids=["home", "file", "colon"],
+)
 def test_a_place_that_cannot_hold_the_jars_is_said_with_the_way_out(environment, words):
     run = run_script("read_silver.py", env=os.environ | environment)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
     assert all(word in run.stderr for word in words), run.stderr
 
 
-@pytest.mark.parametrize("script, option", [(BRONZE, "--table"), (CONSUMER, "--table"), ("read_silver.py", "--table"),
-                                            ("read_delta.py", None)])
-@pytest.mark.parametrize("value, complaint", [("a`b", 'has a "`"'), ("a\udcff", "is not in UTF-8"), ("", "it is empty")],
-                         ids=["backtick", "no UTF-8", "empty"])
+@pytest.mark.parametrize(
+    "script, option",
+    [(BRONZE, "--table"), (CONSUMER, "--table"), ("read_silver.py", "--table"), ("read_delta.py", None)],
+)
+@pytest.mark.parametrize(
+    "value, complaint",
+    [("a`b", 'has a "`"'), ("a\udcff", "is not in UTF-8"), ("", "it is empty")],
+    ids=["backtick", "no UTF-8", "empty"],
+)
 def test_a_path_that_cannot_be_is_refused_at_the_start(script, option, value, complaint, run_here):
     run = run_here(script, *filter(None, [option]), value)
     assert run.returncode == 2 and complaint in run.stderr and "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("option, place, table", [
-    ("--checkpoint", "t", "t"), ("--checkpoint", "t/checkpoint", "t"), ("--checkpoint", "t_quarantine/checkpoint", "t_quarantine"),
-    ("--checkpoint", "other/checkpoint", "other"), ("--checkpoint", "link/checkpoint", "other"), ("--archive", "other/sub/old", "other"),
-    ("--input", "other/_sub/../new", "other"), ("--checkpoint", "file:{}/t", "t"), ("--input", "file://{}/other/new", "other")])
+@pytest.mark.parametrize(
+    "option, place, table",
+    [
+        ("--checkpoint", "t", "t"),
+        ("--checkpoint", "t/checkpoint", "t"),
+        ("--checkpoint", "t_quarantine/checkpoint", "t_quarantine"),
+        ("--checkpoint", "other/checkpoint", "other"),
+        ("--checkpoint", "link/checkpoint", "other"),
+        ("--archive", "other/sub/old", "other"),
+        ("--input", "other/_sub/../new", "other"),
+        ("--checkpoint", "file:{}/t", "t"),
+        ("--input", "file://{}/other/new", "other"),
+    ],
+)
 def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, option, place, table, run_here):
     (tmp_path / "other" / "_delta_log").mkdir(parents=True)
     for folder in ("in", "other/new", "other/_sub"):
         (tmp_path / folder).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "other")
     options = {"--input": tmp_path / "in", "--table": tmp_path / "t", "--checkpoint": tmp_path / "c"} | {
-        option: place.format(tmp_path) if "{}" in place else tmp_path / place}
+        option: place.format(tmp_path) if "{}" in place else tmp_path / place
+    }
     run = run_here(BRONZE, *itertools.chain(*options.items()), "--once")
     assert run.returncode == 1 and run.stderr.startswith(f"error: {option} {tmp_path}/"), run.stderr
     assert f"must not be in the table {tmp_path}/{table}, " in run.stderr and run.stderr.count("\n") == 1, run.stderr
@@ -95,13 +135,18 @@ def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, o
 
 def test_a_hidden_folder_of_the_table_may_have_the_checkpoint():
     require_separate_places(argparse.Namespace(table="/lake/t", checkpoint="/lake/t/_checkpoint"))
-    require_separate_places(argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint"))  # nobody looks there
+    require_separate_places(
+        argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint")
+    )  # nobody looks there
 
 
 @pytest.mark.parametrize("name", ["{}/link", "{}/./checkpoint/", "file:{}/checkpoint", "file://{}/link"])
 def test_a_checkpoint_is_locked_however_it_is_named(tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
-    with lock_checkpoint(str(tmp_path / "checkpoint")), pytest.raises(PipelineError, match="Another stream is using the checkpoint"):
+    with (
+        lock_checkpoint(str(tmp_path / "checkpoint")),
+        pytest.raises(PipelineError, match="Another stream is using the checkpoint"),
+    ):
         with lock_checkpoint(name.format(tmp_path)):
             pass
 
@@ -124,7 +169,10 @@ def test_a_folder_that_others_could_change_is_trusted_with_nothing(tmp_path, mon
 
 
 def test_a_jar_that_is_not_the_one_that_was_tested_is_never_run(tmp_path, monkeypatch):
-    for name, problem in (("kafka-clients-3.9.2.jar", "another SHA-256 sum"), ("kafka-clients-9.jar", "no SHA-256 sum")):
+    for name, problem in (
+        ("kafka-clients-3.9.2.jar", "another SHA-256 sum"),
+        ("kafka-clients-9.jar", "no SHA-256 sum"),
+    ):
         (tmp_path / name).write_bytes(b"class Hostile")
         with pytest.raises(PipelineError, match=f"{name} is not the file .*has {problem} for it"):
             require_known([tmp_path / name])
@@ -134,8 +182,13 @@ def test_a_jar_that_is_not_the_one_that_was_tested_is_never_run(tmp_path, monkey
 def test_temporary_files_of_a_killed_script_go_at_the_next_start_and_those_of_a_running_one_stay(tmp_path):
     def start() -> tuple[subprocess.Popen, Path]:
         code = "import time; from pipeline.spark.scratch import scratch_folder; print(scratch_folder(), flush=True); time.sleep(600)"
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
-                                   env=os.environ | {"TMPDIR": str(tmp_path)})
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
         folder = Path(process.stdout.readline().strip())
         (folder / "shuffle").write_text("records")
         return process, folder
@@ -155,8 +208,17 @@ def test_temporary_files_of_a_killed_script_go_at_the_next_start_and_those_of_a_
 def test_tables_and_checkpoints_are_closed_to_strangers(tmp_path, mask, closed):
     (tmp_path / "input").mkdir()
     put(tmp_path / "input", "1.json", VALID, BROKEN)
-    run = run_script(BRONZE, "--input", tmp_path / "input", "--table", tmp_path / "lake/bronze",
-                     "--checkpoint", tmp_path / "lake/checkpoint", "--once", umask=mask)
+    run = run_script(
+        BRONZE,
+        "--input",
+        tmp_path / "input",
+        "--table",
+        tmp_path / "lake/bronze",
+        "--checkpoint",
+        tmp_path / "lake/checkpoint",
+        "--once",
+        umask=mask,
+    )
     assert run.returncode == 0, run.stderr
     files = [tmp_path / "lake", *(tmp_path / "lake").rglob("*")]
     assert len(files) > 20 and [file for file in files if file.stat().st_mode & closed] == []
@@ -203,14 +265,19 @@ def test_a_script_runs_without_its_standard_streams(closed, ingest, tmp_path):
 def test_a_terminal_that_is_closed_stops_the_scripts_and_nohup_keeps_them(tmp_path):
     [port, other] = free_ports(2)
     stopped = Script("local_kafka.py", "--port", port, "--data-dir", tmp_path / "stopped")
-    kept = Script("local_kafka.py", "--port", other, "--data-dir", tmp_path / "kept", interpreter=("nohup", sys.executable, "-u"))
+    kept = Script(
+        "local_kafka.py", "--port", other, "--data-dir", tmp_path / "kept", interpreter=("nohup", sys.executable, "-u")
+    )
     for script in (stopped, kept):
         script.wait_for("Kafka is ready")
         script.process.send_signal(signal.SIGHUP)
     assert stopped.wait() == 0 and "have stopped" in stopped.output
     assert kept.process.poll() is None and kept.stop() == 0
-    assert [process for process in psutil.process_iter(["cmdline"])
-            if str(tmp_path) in " ".join(process.info["cmdline"] or [])] == []
+    assert [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(tmp_path) in " ".join(process.info["cmdline"] or [])
+    ] == []
 
 
 def test_a_signal_that_comes_while_a_loop_looks_at_its_flag_stops_it():
@@ -242,11 +309,15 @@ def test_a_script_whose_output_nobody_reads_any_more_does_not_end_as_if_all_were
         assert (process.stderr.read(), process.wait(PATIENCE)) == (b"", 141)
 
 
-@pytest.mark.parametrize("setup, call", [
-    ("spark = build_spark('test', READER_JVM)", "spark.range(10).agg({'id': 'max'}).collect()"),
-    ("Half = type('', (), {'__init__': sleep, '__del__': sleep})", "Half()"),
-    ("Half = type('', (), {'__init__': sleep, '__del__': sleep}); Interrupt.AGAIN = (1e-6, 0.001)", "Half()"),
-], ids=["Spark", "__del__", "__del__, and too early"])
+@pytest.mark.parametrize(
+    "setup, call",
+    [
+        ("spark = build_spark('test', READER_JVM)", "spark.range(10).agg({'id': 'max'}).collect()"),
+        ("Half = type('', (), {'__init__': sleep, '__del__': sleep})", "Half()"),
+        ("Half = type('', (), {'__init__': sleep, '__del__': sleep}); Interrupt.AGAIN = (1e-6, 0.001)", "Half()"),
+    ],
+    ids=["Spark", "__del__", "__del__, and too early"],
+)
 def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, call, tmp_path):
     """Without care one of some twenty becomes an error of py4j, or one is lost in __del__."""
     script = tmp_path / "script.py"
@@ -306,7 +377,11 @@ def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silv
         code = script.wait()
         assert code == 0 or code == 1 and "error: No " in script.output, (script.process.args, code, script.output)
         assert "Traceback" not in script.output and "ignored" not in script.output, script.output
-    left = [process.cmdline() for process in psutil.process_iter() if process.pid != os.getpid() and is_marked(process, mark)]
+    left = [
+        process.cmdline()
+        for process in psutil.process_iter()
+        if process.pid != os.getpid() and is_marked(process, mark)
+    ]
     assert left == []
 
 

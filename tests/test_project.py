@@ -14,8 +14,10 @@ from conftest import REPOSITORY, manual
 
 from readings import CONTRACT
 
-README, READINGS, *OTHERS = (path.read_text(encoding="utf-8") for path in (
-    REPOSITORY / "README.md", REPOSITORY / "docs" / "readings.md", *(REPOSITORY / "docs").glob("*.md")))
+README, READINGS, *OTHERS = (
+    path.read_text(encoding="utf-8")
+    for path in (REPOSITORY / "README.md", REPOSITORY / "docs" / "readings.md", *(REPOSITORY / "docs").glob("*.md"))
+)
 PAGES = "\n".join([README, *OTHERS])
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 
@@ -23,8 +25,11 @@ SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_of_a_script_that_the_pages_name_exists(script):
     assert script in README
-    named = {option for call in re.findall(rf"{re.escape(script)}((?: +[^\s`|&]+)*)", PAGES)
-             for option in re.findall(r"--[a-z-]+", call)}
+    named = {
+        option
+        for call in re.findall(rf"{re.escape(script)}((?: +[^\s`|&]+)*)", PAGES)
+        for option in re.findall(r"--[a-z-]+", call)
+    }
     assert named <= set(re.findall(r"--[a-z-]+", manual(script))), named
 
 
@@ -52,9 +57,28 @@ def test_the_layout_is_the_one_of_the_readme():
         assert script in layout
 
 
-ROOMS = ["paths", "terminal", "spark", "contract", "delta", "streaming", "files", "kafka", "readers", "dashboard", "simulator"]
-STRANGERS = [{"files", "kafka"}, {"readers", "streaming"}, {"readers", "files"}, {"readers", "kafka"}, {"dashboard", "streaming"},
-             {"dashboard", "files"}, {"dashboard", "readers"}]
+ROOMS = [
+    "paths",
+    "terminal",
+    "spark",
+    "contract",
+    "delta",
+    "streaming",
+    "files",
+    "kafka",
+    "readers",
+    "dashboard",
+    "simulator",
+]
+STRANGERS = [
+    {"files", "kafka"},
+    {"readers", "streaming"},
+    {"readers", "files"},
+    {"readers", "kafka"},
+    {"dashboard", "streaming"},
+    {"dashboard", "files"},
+    {"dashboard", "readers"},
+]
 
 
 def test_imports_between_rooms_go_one_way_and_no_script_imports_another():
@@ -70,7 +94,9 @@ def test_imports_between_rooms_go_one_way_and_no_script_imports_another():
 
 
 def test_the_pages_have_every_reason_and_every_column():
-    reasons = re.findall(r"^\| (`.*?) \|", READINGS.split("## Why a record is rejected")[1].split("##")[0], re.MULTILINE)
+    reasons = re.findall(
+        r"^\| (`.*?) \|", READINGS.split("## Why a record is rejected")[1].split("##")[0], re.MULTILINE
+    )
     named = re.findall(r"`(\S+)`", " ".join(reasons))
     prefix, expanded = "", []
     for name in named:
@@ -94,7 +120,9 @@ def test_the_messages_of_the_pages_are_those_of_the_scripts():
             elif isinstance(node, ast.Constant):
                 said.append(str(node.value))
     table = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8").split("## Messages")[1]
-    for message in set(re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (.*?) \| ", table, re.MULTILINE)))) - OF_SPARK:
+    for message in (
+        set(re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (.*?) \| ", table, re.MULTILINE)))) - OF_SPARK
+    ):
         pattern = ".*".join(map(re.escape, re.split(r"…|\d+", message)))
         assert any(re.search(pattern, text) for text in said) or message[0] in ".-_", message
 
@@ -117,12 +145,24 @@ def test_hadoop_has_the_local_file_system_in_which_it_keeps_what_it_sends_to_s3(
 
 
 def test_docker_compose_fits_the_schema_of_the_compose_specification():
-    check = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
-                            REPOSITORY / "docker-compose.yml"], capture_output=True, text=True)
+    check = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "check_jsonschema",
+            "--builtin-schema",
+            "vendor.compose-spec",
+            REPOSITORY / "docker-compose.yml",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert check.returncode == 0, check.stdout
 
 
-@pytest.mark.parametrize("file", ["requirements", "requirements-dashboard", "tests/requirements", "benchmarks/requirements"])
+@pytest.mark.parametrize(
+    "file", ["requirements", "requirements-dashboard", "tests/requirements", "benchmarks/requirements"]
+)
 def test_requirements_are_pinned_and_locked(file):
     wanted = [line for line in (REPOSITORY / f"{file}.in").read_text().splitlines() if line and line[0] not in "#-"]
     assert wanted and all(re.fullmatch(r"[\w\[\]-]+==[\d.]+", line) for line in wanted)
@@ -132,12 +172,20 @@ def test_requirements_are_pinned_and_locked(file):
     assert {line.lower().replace("[server]", "") for line in wanted} <= pins
 
 
-@pytest.mark.parametrize("path, ignored", [
-    ("lake/silver/sensor_data/_delta_log/0.json", True), ("lake/bronze/sensor_data_quarantine/part-0.parquet", True),
-    ("checkpoints/silver_sensor_data/offsets/0", True), ("kafka-data/kafka/meta.properties", True),
-    ("input/sensor_data/mine.json", True), (".venv/pyvenv.cfg", True),
-    ("lake/silver/.gitkeep", False), ("checkpoints/.gitkeep", False), ("input/sensor_data/sample_1.json", False),
-])
+@pytest.mark.parametrize(
+    "path, ignored",
+    [
+        ("lake/silver/sensor_data/_delta_log/0.json", True),
+        ("lake/bronze/sensor_data_quarantine/part-0.parquet", True),
+        ("checkpoints/silver_sensor_data/offsets/0", True),
+        ("kafka-data/kafka/meta.properties", True),
+        ("input/sensor_data/mine.json", True),
+        (".venv/pyvenv.cfg", True),
+        ("lake/silver/.gitkeep", False),
+        ("checkpoints/.gitkeep", False),
+        ("input/sensor_data/sample_1.json", False),
+    ],
+)
 def test_generated_data_is_never_in_git_and_its_folders_are(path, ignored):
     check = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", path], cwd=REPOSITORY)
     assert (check.returncode == 0) == ignored

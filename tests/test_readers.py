@@ -41,15 +41,20 @@ def lake(spark, tmp_path_factory):
         create_table(spark, pair.quarantine, pair.quarantine_columns, {WRITER: "test"})
         for batch in (1, 0, 2):  # versions 1, 2, 3
             readings = spark.range(10).selectExpr(
-                f"concat('d', {batch} * 10 + id) AS device_id", "'A\x1b[31m' AS building", "double(id) AS value",
+                f"concat('d', {batch} * 10 + id) AS device_id",
+                "'A\x1b[31m' AS building",
+                "double(id) AS value",
                 # Within a batch the times fall as ids rise, and come closer than a millisecond.
                 "timestamp_micros(1763600000000000 - id) AS event_time",
-                f"timestamp_micros(1763700000000000 + {batch}) AS ingest_time", "'{\"whole\": \"record\"}' AS raw_json")
+                f"timestamp_micros(1763700000000000 + {batch}) AS ingest_time",
+                '\'{"whole": "record"}\' AS raw_json',
+            )
             if layer == "bronze":
                 readings = readings.drop("raw_json")
             readings.coalesce(1).write.format("delta").mode("append").save(table)
-        spark.range(3, numPartitions=1).selectExpr("'malformed_json' AS reject_reason", "CAST('{\x07' AS BINARY) AS raw",
-                                  "now() AS ingest_time").write.format("delta").mode("append").save(f"{table}_quarantine")
+        spark.range(3, numPartitions=1).selectExpr(
+            "'malformed_json' AS reject_reason", "CAST('{\x07' AS BINARY) AS raw", "now() AS ingest_time"
+        ).write.format("delta").mode("append").save(f"{table}_quarantine")
     return folder
 
 
@@ -68,7 +73,9 @@ def test_the_newest_readings_come_first_with_the_counts_under_them(lake, script,
     assert run.stdout.endswith(f"30 rows in {table}\n3 rows in {table}_quarantine\n")
     assert "raw_json" not in run.stdout and "\x1b" not in run.stdout and "A\ufffd[31m" in run.stdout
     header, first = (line for line in run.stdout.splitlines() if "device_id" in line or "d20" in line)
-    assert first.rindex("0.0") + 3 == header.rindex("value") + 5 and "2025-11-20 00:53:20  " in first  # numbers to the right, times short
+    assert (
+        first.rindex("0.0") + 3 == header.rindex("value") + 5 and "2025-11-20 00:53:20  " in first
+    )  # numbers to the right, times short
 
 
 def test_raw_and_rejected_records_are_shown_when_asked_for(lake, run_here):
@@ -80,7 +87,9 @@ def test_raw_and_rejected_records_are_shown_when_asked_for(lake, run_here):
 
 def test_a_row_of_csv_is_one_row_whatever_is_in_it():
     rows = [["a\nb", "c\rd", None, ""], ["\r\n", 'say "x"', "1,5", "\u2028"]]
-    assert list(csv.reader(io.StringIO("\n".join(map(csv_line, rows)), newline=""))) == [[text or "" for text in row] for row in rows]
+    assert list(csv.reader(io.StringIO("\n".join(map(csv_line, rows)), newline=""))) == [
+        [text or "" for text in row] for row in rows
+    ]
 
 
 def test_no_text_steers_a_terminal_in_any_format(spark, monkeypatch):
@@ -99,7 +108,11 @@ def test_no_text_steers_a_terminal_in_any_format(spark, monkeypatch):
 def test_programs_get_all_columns_as_json_or_csv(lake, run_here):
     table = lake / "silver" / "sensor_data"
     run = run_script("read_silver.py", "--table", table, "--limit", 2, "--format", "json")
-    assert column(run, "building") == ["A\x1b[31m"] * 2 and column(run, "floor") == [None] * 2 and column(run, "value") == [0.0, 1.0]
+    assert (
+        column(run, "building") == ["A\x1b[31m"] * 2
+        and column(run, "floor") == [None] * 2
+        and column(run, "value") == [0.0, 1.0]
+    )
     assert column(run, "event_time") == ["2025-11-20T00:53:20.000000Z", "2025-11-20T00:53:19.999999Z"]
     assert column(run, "raw_json") == ['{"whole": "record"}'] * 2
     columns = list(silver_tables("", CONTRACT.columns).columns)
@@ -107,13 +120,19 @@ def test_programs_get_all_columns_as_json_or_csv(lake, run_here):
     run = run_here("read_silver.py", "--table", table, "--limit", 2, "--format", "csv")
     header, first, second = csv.reader(run.stdout.splitlines())
     assert header == columns and (first[0], first[1], second[header.index("value")], first[3]) == (
-        "2025-11-20T00:53:20.000000Z", "d20", "1.0", "")
+        "2025-11-20T00:53:20.000000Z",
+        "d20",
+        "1.0",
+        "",
+    )
 
 
 def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
     """A terminal of 80 columns, and one of 400."""
-    for width, names in ((80, ["event_time", "device_id", "building", "value", "No room for"]),
-                         (400, ["event_time", "kafka_timestamp", "_rescued_data", "ingest_time"])):
+    for width, names in (
+        (80, ["event_time", "device_id", "building", "value", "No room for"]),
+        (400, ["event_time", "kafka_timestamp", "_rescued_data", "ingest_time"]),
+    ):
         output = on_terminal(width, "read_silver.py", "--table", lake / "silver" / "sensor_data", "--limit", "2")
         text = re.sub(r"\x1b\[[\d;]*m", "", output)
         assert all(name in text for name in names) and ("No room for" in text) == (width == 80), text
@@ -121,14 +140,22 @@ def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
         assert len(rows) == 2 and max(map(len, rows)) <= width, text
 
 
-def on_terminal(width: int, script: str, *arguments, folder: Path = REPOSITORY,
-                watch: Callable = lambda text, process: None) -> str:
+def on_terminal(
+    width: int, script: str, *arguments, folder: Path = REPOSITORY, watch: Callable = lambda text, process: None
+) -> str:
     """What a script prints on a terminal of so many columns; `watch` sees what it has printed, and may end it."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
-    with subprocess.Popen([sys.executable, folder / script, *map(str, arguments)], stdin=terminal, stdout=terminal,
-                          stderr=terminal, env=environment) as process:
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {
+        "TERM": "xterm"
+    }
+    with subprocess.Popen(
+        [sys.executable, folder / script, *map(str, arguments)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment,
+    ) as process:
         os.close(terminal)
         output = b""
         with suppress(OSError):  # the terminal's end
@@ -142,16 +169,26 @@ def on_terminal(width: int, script: str, *arguments, folder: Path = REPOSITORY,
 
 def append(spark, table, arrived: str = "now()", prefix: str = "new", **others: str) -> None:
     """Ten more rows, which have arrived now, or when a clock said so; `others`: expressions for further columns."""
-    readings = spark.range(10).selectExpr(f"concat('{prefix}-', id) AS device_id", "double(id) AS value", "now() AS event_time",
-                                          f"{arrived} AS ingest_time", *(f"{value} AS {name}" for name, value in others.items()))
+    readings = spark.range(10).selectExpr(
+        f"concat('{prefix}-', id) AS device_id",
+        "double(id) AS value",
+        "now() AS event_time",
+        f"{arrived} AS ingest_time",
+        *(f"{value} AS {name}" for name, value in others.items()),
+    )
     readings.coalesce(1).write.format("delta").mode("append").save(str(table))
 
 
 def test_follow_shows_the_newest_rows_in_place_and_leaves_a_clean_terminal(spark, lake, tmp_path):
     shutil.copytree(lake, tmp_path / "lake")
     table = tmp_path / "lake" / "silver" / "sensor_data"
-    waits_for = iter([("30 accepted, 0.0 a second; the newest row is ", lambda _: append(spark, table)),
-                      ("40 accepted, ", lambda process: process.send_signal(signal.SIGINT)), ("never", None)])
+    waits_for = iter(
+        [
+            ("30 accepted, 0.0 a second; the newest row is ", lambda _: append(spark, table)),
+            ("40 accepted, ", lambda process: process.send_signal(signal.SIGINT)),
+            ("never", None),
+        ]
+    )
     step = [next(waits_for)]
 
     def watch(text: str, process: subprocess.Popen) -> None:
@@ -161,8 +198,12 @@ def test_follow_shows_the_newest_rows_in_place_and_leaves_a_clean_terminal(spark
 
     output = on_terminal(100, "read_silver.py", "--table", table, "--follow", "--limit", "3", watch=watch)
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")  # the cursor is back
-    last = re.sub(r"\x1b\[[\d;?]*\w", "", output[output.rfind("40 accepted"):])
-    assert re.findall(r"new-\d", last) == ["new-0", "new-1", "new-2"] and "3 rejected" in last and "Traceback" not in output
+    last = re.sub(r"\x1b\[[\d;?]*\w", "", output[output.rfind("40 accepted") :])
+    assert (
+        re.findall(r"new-\d", last) == ["new-0", "new-1", "new-2"]
+        and "3 rejected" in last
+        and "Traceback" not in output
+    )
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
@@ -176,7 +217,10 @@ def test_follow_in_a_pipe_gives_each_new_row_once_as_a_line(spark, lake, tmp_pat
         follower.wait_for("new-9", times)
     assert follower.stop() == 0
     devices = re.findall(r"d2\d|new-\d", follower.output)
-    assert (devices[:3], sorted(devices[3:13]), sorted(devices[13:])) == (["d22", "d21", "d20"], *[[f"new-{n}" for n in range(10)]] * 2)
+    assert (devices[:3], sorted(devices[3:13]), sorted(devices[13:])) == (
+        ["d22", "d21", "d20"],
+        *[[f"new-{n}" for n in range(10)]] * 2,
+    )
     assert len(follower.lines) == 23 + (form != "json")
 
 
@@ -193,14 +237,19 @@ def test_follow_gives_each_row_once_though_the_clock_was_set_back_and_files_were
     follower.wait_for("late-9")
     assert follower.stop() == 0
     shown = [json.loads(line)["device_id"] for line in follower.lines][3:]
-    assert [name.split("-")[0] for name in shown] == ["new"] * 10 + ["older"] * 10 + ["late"] * 10 and len({*shown}) == 30
+    assert [name.split("-")[0] for name in shown] == ["new"] * 10 + ["older"] * 10 + ["late"] * 10 and len(
+        {*shown}
+    ) == 30
 
 
 def test_follow_says_what_happens_to_the_table_and_goes_on(spark, lake, tmp_path, start):
     """Rows are changed, a column is added, the log loses versions, files are gone, an older copy, a new table."""
     shutil.copytree(lake, tmp_path / "lake")
     table = tmp_path / "lake" / "silver" / "sensor_data"
-    followers = {form: start("read_silver.py", "--table", table, "--follow", "--limit", 3, "--format", form) for form in ("json", "csv")}
+    followers = {
+        form: start("read_silver.py", "--table", table, "--follow", "--limit", 3, "--format", form)
+        for form in ("json", "csv")
+    }
 
     def wait_for(text: str, times: int = 1) -> None:
         for follower in followers.values():
@@ -221,8 +270,11 @@ def test_follow_says_what_happens_to_the_table_and_goes_on(spark, lake, tmp_path
     append(spark, table, prefix="vacuumed")
     append(spark, table, prefix="kept")
     (table / "_delta_log" / f"{8:020}.json").unlink()
-    [removed] = [json.loads(line)["add"]["path"] for line in (table / "_delta_log" / f"{9:020}.json").read_text().splitlines()
-                 if '"add"' in line]
+    [removed] = [
+        json.loads(line)["add"]["path"]
+        for line in (table / "_delta_log" / f"{9:020}.json").read_text().splitlines()
+        if '"add"' in line
+    ]
     (table / removed).unlink()
     for follower in followers.values():
         follower.process.send_signal(signal.SIGCONT)
@@ -248,7 +300,10 @@ def test_follow_says_what_happens_to_the_table_and_goes_on(spark, lake, tmp_path
         if form == "json":
             assert json.loads(rows[0])["battery"] == 0.5
         else:
-            assert follower.output.count("are not shown: battery. ") == 1 and len({len(next(csv.reader([row]))) for row in rows}) == 1
+            assert (
+                follower.output.count("are not shown: battery. ") == 1
+                and len({len(next(csv.reader([row]))) for row in rows}) == 1
+            )
 
 
 def test_follow_waits_for_a_table_that_is_not_there_yet(spark, lake, tmp_path, start):
@@ -262,20 +317,31 @@ def test_follow_waits_for_a_table_that_is_not_there_yet(spark, lake, tmp_path, s
 
 def test_read_delta_shows_what_tables_there_are(lake):
     run = run_script("read_delta.py", "--lake", lake, "--format", "json")
-    assert column(run, "table") == [f"{layer}/sensor_data{suffix}" for layer in ("bronze", "silver")
-                                    for suffix in ("", "_quarantine")]
+    assert column(run, "table") == [
+        f"{layer}/sensor_data{suffix}" for layer in ("bronze", "silver") for suffix in ("", "_quarantine")
+    ]
     assert column(run, "rows") == [30, 3, 30, 3]
     assert column(run, "last_commit") == ["WRITE"] * 4
     assert all(files >= 1 for files in column(run, "live_files"))
 
 
 def test_sql_goes_over_all_tables_of_the_lake_and_can_only_read(lake):
-    run = run_script("read_delta.py", "--lake", lake, "--format", "csv", "--sql",
-                     "SELECT building, count(*) AS n, max(b.value) FROM silver.sensor_data JOIN bronze.sensor_data b USING (building) "
-                     "GROUP BY ALL -- all;")
+    run = run_script(
+        "read_delta.py",
+        "--lake",
+        lake,
+        "--format",
+        "csv",
+        "--sql",
+        "SELECT building, count(*) AS n, max(b.value) FROM silver.sensor_data JOIN bronze.sensor_data b USING (building) "
+        "GROUP BY ALL -- all;",
+    )
     assert (run.returncode, run.stdout) == (0, "building,n,max(value)\nA\x1b[31m,900,9.0\n")
     before = sorted(lake.rglob("*"))
-    for sql, complaint in (("SELECT * FROM gold.sensor_data", "gold"), ("DELETE FROM silver.sensor_data", "--sql takes one query")):
+    for sql, complaint in (
+        ("SELECT * FROM gold.sensor_data", "gold"),
+        ("DELETE FROM silver.sensor_data", "--sql takes one query"),
+    ):
         run = run_script("read_delta.py", "--lake", lake, "--sql", sql)
         assert run.returncode == 1 and complaint in run.stderr and run.stderr.count("\n") == 1, run.stderr
     assert sorted(lake.rglob("*")) == before
@@ -285,8 +351,15 @@ def test_tables_of_any_name_can_be_asked_and_a_broken_one_is_named(spark, tmp_pa
     table = tmp_path / "2nd floor é" / "door-sensors"
     spark.range(2).selectExpr("id AS n", "id AS `N2`").write.format("delta").save(str(table))
     (tmp_path / "2nd floor é" / "broken" / "_delta_log").mkdir(parents=True)
-    run = run_here("read_delta.py", "--lake", tmp_path, "--format", "csv", "--sql",
-                   "SELECT * FROM 2nd_floor__.door_sensors a JOIN 2nd_floor__.door_sensors b ON a.n = b.n ORDER BY a.n")
+    run = run_here(
+        "read_delta.py",
+        "--lake",
+        tmp_path,
+        "--format",
+        "csv",
+        "--sql",
+        "SELECT * FROM 2nd_floor__.door_sensors a JOIN 2nd_floor__.door_sensors b ON a.n = b.n ORDER BY a.n",
+    )
     assert (run.returncode, run.stdout) == (0, "n,N2,n_2,N2_2\n0,0,0,0\n1,1,1,1\n")
     run = run_here("read_delta.py", "--lake", tmp_path, "--format", "json")
     assert run.returncode == 0 and json.loads(run.stdout)["table"] == "2nd floor é/door-sensors"
@@ -305,11 +378,14 @@ def test_read_delta_sorts_and_travels_in_time(lake, run_here):
     assert run_here("read_delta.py", table, "--timestamp", when).stdout.endswith(f"10 rows in {table}\n")
 
 
-@pytest.mark.parametrize("options, complaint", [
-    (["--version", "99"], r"version 99. Available versions: \[0, 3\]"),
-    (["--timestamp", "yesterday-ish"], r"'yesterday-ish'"),
-    (["--sort-by", "colour"], r"has no column colour; it has event_time, device_id, "),
-])
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--version", "99"], r"version 99. Available versions: \[0, 3\]"),
+        (["--timestamp", "yesterday-ish"], r"'yesterday-ish'"),
+        (["--sort-by", "colour"], r"has no column colour; it has event_time, device_id, "),
+    ],
+)
 def test_read_delta_says_what_is_wrong(lake, run_here, options, complaint):
     run = run_here("read_delta.py", lake / "silver" / "sensor_data", *options)
     assert run.returncode == 1 and re.search(complaint, run.stderr) and "Traceback" not in run.stderr
@@ -324,8 +400,10 @@ def written(spark, table, batches: int) -> TableWriter:
     for batch in range(1, batches):
         writer.write(records(spark), batch, "test")
     for path in (writer.tables.table, writer.tables.quarantine):
-        spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval 1 hour', "
-                  f"'delta.deletedFileRetentionDuration' = 'interval 0 hours')")
+        spark.sql(
+            f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval 1 hour', "
+            f"'delta.deletedFileRetentionDuration' = 'interval 0 hours')"
+        )
         for seconds, file in enumerate(sorted(Path(path).rglob("*"))):
             os.utime(file, times=(time.time() - 172_800 + seconds,) * 2)
     return writer
@@ -333,8 +411,11 @@ def written(spark, table, batches: int) -> TableWriter:
 
 def records(spark):
     raw = [F.lit(record).cast("binary") for record in (reading().decode(), "{")]
-    return spark.range(1).select(F.explode(F.array(*raw)).alias("raw"), F.lit("f").alias("source_file"),
-                                 F.current_timestamp().alias("ingest_time"))
+    return spark.range(1).select(
+        F.explode(F.array(*raw)).alias("raw"),
+        F.lit("f").alias("source_file"),
+        F.current_timestamp().alias("ingest_time"),
+    )
 
 
 def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, tmp_path, run_here):
@@ -344,7 +425,10 @@ def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, 
     os.utime(table / "left-by-a-crash.parquet", times=(0, 0))
     run = run_script("read_delta.py", table, "--optimize", "--vacuum")
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == "Merged 4 files into 1.\nRemoved the files and log entries that no version of the last 0 hours needs.\n"
+    assert (
+        run.stdout
+        == "Merged 4 files into 1.\nRemoved the files and log entries that no version of the last 0 hours needs.\n"
+    )
     assert len(list(table.glob("*.parquet"))) == 1
     assert not (table / "_delta_log" / f"{0:020}.json").exists()
     assert run_here("read_delta.py", table).stdout.endswith(f"4 rows in {table}\n")
@@ -353,7 +437,9 @@ def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, 
 def test_a_stream_removes_what_no_version_needs_each_thousand_batches(spark, tmp_path):
     writer = written(spark, tmp_path / "bronze", batches=4)
     writer.write(records(spark), 998, "test")
-    assert all(Path(path, "_delta_log", f"{0:020}.json").exists() for path in (writer.tables.table, writer.tables.quarantine))
+    assert all(
+        Path(path, "_delta_log", f"{0:020}.json").exists() for path in (writer.tables.table, writer.tables.quarantine)
+    )
     writer.write(records(spark), 999, "test")
     for path in (writer.tables.table, writer.tables.quarantine):
         assert not Path(path, "_delta_log", f"{0:020}.json").exists()

@@ -13,14 +13,22 @@ from pyspark.sql import functions as F
 from readings import CONTRACT, SENSOR_TYPES
 
 ARRIVAL = "2026-11-20T12:00:00Z"
-VALID = {"timestamp": "2026-11-20T10:00:00Z", "device_id": "sensor-001", "building": "A", "floor": 2,
-         "type": "temperature", "value": 21.5, "unit": "°C"}
+VALID = {
+    "timestamp": "2026-11-20T10:00:00Z",
+    "device_id": "sensor-001",
+    "building": "A",
+    "floor": 2,
+    "type": "temperature",
+    "value": 21.5,
+    "unit": "°C",
+}
 
 
 def reading(**fields) -> bytes:
     """A valid reading as JSON, with `fields` instead of its own; a field that is `...` is left out."""
-    return json.dumps({name: value for name, value in (VALID | fields).items() if value is not ...},
-                      ensure_ascii=False).encode()
+    return json.dumps(
+        {name: value for name, value in (VALID | fields).items() if value is not ...}, ensure_ascii=False
+    ).encode()
 
 
 def literally(field: str, text: str) -> bytes:
@@ -217,9 +225,17 @@ def test_the_simulator_breaks_every_rule(spark):
 
 
 def test_a_valid_reading_arrives_with_the_values_that_were_sent(spark):
-    [row] = judge(spark, [reading(timestamp="2026-11-20T11:00:00.123456+01:00", device_id="Gerät 🌡", value=21.123456789)])
+    [row] = judge(
+        spark, [reading(timestamp="2026-11-20T11:00:00.123456+01:00", device_id="Gerät 🌡", value=21.123456789)]
+    )
     assert (row.device_id, row.building, row.floor, row.type, row.value, row.unit) == (
-        "Gerät 🌡", "A", 2, "temperature", 21.123456789, "°C")
+        "Gerät 🌡",
+        "A",
+        2,
+        "temperature",
+        21.123456789,
+        "°C",
+    )
     sent = datetime(2026, 11, 20, 10, 0, 0, 123456, tzinfo=timezone.utc)
     assert row.event_micros == int(sent.timestamp()) * 1_000_000 + 123456
 

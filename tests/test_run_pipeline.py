@@ -21,8 +21,13 @@ from test_readers import on_terminal
 @pytest.fixture
 def clone(tmp_path):
     """A copy of what is in git, or would be: no data of earlier runs."""
-    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, text=True,
-                           capture_output=True, check=True).stdout.splitlines()
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.splitlines()
     for file in files:
         target = tmp_path / "clone" / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -32,8 +37,9 @@ def clone(tmp_path):
 
 def processes_of(text: str) -> list[int]:
     """The processes that have `text` in their command line."""
-    return [process.pid for process in psutil.process_iter(["cmdline"])
-            if text in " ".join(process.info["cmdline"] or [])]
+    return [
+        process.pid for process in psutil.process_iter(["cmdline"]) if text in " ".join(process.info["cmdline"] or [])
+    ]
 
 
 def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
@@ -49,10 +55,18 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
     finally:
         pipeline.process.kill()
     assert "Traceback" not in pipeline.output and "error" not in pipeline.output
-    stopped = [line.split("|")[0].strip() for line in pipeline.lines[pipeline.lines.index("Stopping …\n"):]
-               if "acknowledged." in line or " written." in line or "topped" in line]
-    assert stopped == ["kafka_producer.py", "kafka_producer.py --to-folder", "spark_kafka_consumer.py",
-                       "streaming_files_to_delta_bronze.py", "local_kafka.py"]
+    stopped = [
+        line.split("|")[0].strip()
+        for line in pipeline.lines[pipeline.lines.index("Stopping …\n") :]
+        if "acknowledged." in line or " written." in line or "topped" in line
+    ]
+    assert stopped == [
+        "kafka_producer.py",
+        "kafka_producer.py --to-folder",
+        "spark_kafka_consumer.py",
+        "streaming_files_to_delta_bronze.py",
+        "local_kafka.py",
+    ]
     [accepted] = re.findall(rf"^([\d,]+) rows in {clone}/lake/bronze/sensor_data$", pipeline.output, re.MULTILINE)
     assert int(accepted.replace(",", "")) > 18  # those of the samples
     assert f" rows in {clone}/lake/silver/sensor_data_quarantine\n" in pipeline.output
@@ -61,14 +75,18 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
 
 def test_a_terminal_shows_the_parts_in_place(clone):
     def stop_after_a_batch(text: str, process: subprocess.Popen) -> None:
-        if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +\d+ ", text) and re.search(r"bronze.py +running +[\d.,]+", text):
+        if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +\d+ ", text) and re.search(
+            r"bronze.py +running +[\d.,]+", text
+        ):
             process.send_signal(signal.SIGINT)
 
     (clone / "input" / "sensor_data" / "broken.json.gz").write_bytes(b"no gzip")
     output = on_terminal(160, "run_pipeline.py", "--port", free_ports(1)[0], folder=clone, watch=stop_after_a_batch)
     assert "part" in output and "a second" in output and "local_kafka.py                     |" not in output
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") and "Traceback" not in output and "rows in" in output
-    assert re.search(r"bronze.py \| .*broken.json.gz .*unreadable_file", output[output.index("Stopping …"):], re.DOTALL), output
+    assert re.search(
+        r"bronze.py \| .*broken.json.gz .*unreadable_file", output[output.index("Stopping …") :], re.DOTALL
+    ), output
 
 
 @pytest.mark.parametrize("moment, presses", [(1, 1), (5, 2), (14, 1)])

@@ -13,11 +13,10 @@ from test_readers import on_terminal
 
 OPTIONS = {
     "kafka_producer.py": "--bootstrap-servers --topic --kafka-config --wait --rate --count --devices --seed --invalid-fraction "
-                         "--create-topic --to-folder --readings",
+    "--create-topic --to-folder --readings",
     "spark_kafka_consumer.py": "--bootstrap-servers --topic --kafka-config --wait --table --checkpoint --trigger --once "
-                               "--max-offsets-per-trigger --accept-data-loss",
-    "streaming_files_to_delta_bronze.py":
-        "--input --table --checkpoint --trigger --once --max-files-per-trigger --multiline",
+    "--max-offsets-per-trigger --accept-data-loss",
+    "streaming_files_to_delta_bronze.py": "--input --table --checkpoint --trigger --once --max-files-per-trigger --multiline",
     "read_bronze.py": "--table --limit --rejected --follow --format",
     "read_silver.py": "--table --limit --rejected --follow --format",
     "read_delta.py": "--limit --sort-by --version --timestamp --history",
@@ -70,7 +69,9 @@ def assert_is_one_sentence(run, *words: str) -> None:
 def test_no_broker_is_said_with_the_way_out(script):
     [port] = free_ports(1)
     run = run_script(script, "--bootstrap-servers", f"localhost:{port}", "--wait", 0)
-    assert_is_one_sentence(run, f"No Kafka broker answers on localhost:{port}", "docker compose up -d", "local_kafka.py")
+    assert_is_one_sentence(
+        run, f"No Kafka broker answers on localhost:{port}", "docker compose up -d", "local_kafka.py"
+    )
 
 
 def test_a_terminal_sees_how_long_kafka_is_waited_for():
@@ -78,7 +79,9 @@ def test_a_terminal_sees_how_long_kafka_is_waited_for():
         if "0:00:01" in text:
             process.send_signal(signal.SIGINT)
 
-    output = on_terminal(80, "kafka_producer.py", "--bootstrap-servers", f"localhost:{free_ports(1)[0]}", watch=stop_soon)
+    output = on_terminal(
+        80, "kafka_producer.py", "--bootstrap-servers", f"localhost:{free_ports(1)[0]}", watch=stop_soon
+    )
     assert "docker compose up -d" in output and "Waiting up to 30 s for it" in output.replace("\r\n", " ")
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") and "Traceback" not in output
 
@@ -86,7 +89,9 @@ def test_a_terminal_sees_how_long_kafka_is_waited_for():
 @pytest.mark.parametrize("script", ["kafka_producer.py", "spark_kafka_consumer.py"])
 def test_no_topic_is_said_with_the_way_out(script, broker, run_here):
     run = run_here(script, "--bootstrap-servers", broker, "--topic", "nowhere", "--wait", 0)
-    assert_is_one_sentence(run, 'No topic "nowhere"', "or none that this user may see", f"kafka-python admin -b {broker} topics create")
+    assert_is_one_sentence(
+        run, 'No topic "nowhere"', "or none that this user may see", f"kafka-python admin -b {broker} topics create"
+    )
 
 
 @pytest.mark.parametrize("script", ["read_bronze.py", "read_silver.py", "read_delta.py"])
@@ -109,15 +114,21 @@ def java_that_says(folder, modules: str) -> dict[str, str]:
     return os.environ | {"JAVA_HOME": str(folder)}
 
 
-@pytest.mark.parametrize("modules, complaint", [
-    ("java.base@11.0.2\njdk.incubator.vector@11.0.2", "is Java 11, but Spark needs Java 17, 21 or 25"),
-    ("java.base@18.0.2\njdk.incubator.vector@18.0.2", "is Java 18, but Spark needs Java 17, 21 or 25"),
-    ("java.base@25\njdk.incubator.vector@25", "is Java 25, which can corrupt data. Take 25.0.3 or later"),
-    ("java.base@25.0.2\njdk.incubator.vector@25.0.2", "is Java 25.0.2, which can corrupt data. Take 25.0.3 or later"),
-    ("java.base@25.0.3\njava.sql@25.0.3", "lacks the module jdk.incubator.vector"),
-    ("java.base@17.0.15\njava.sql@17.0.15", "lacks the module jdk.incubator.vector"),
-    ("Unrecognized option: --list-modules", "is older than Java 9"),
-])
+@pytest.mark.parametrize(
+    "modules, complaint",
+    [
+        ("java.base@11.0.2\njdk.incubator.vector@11.0.2", "is Java 11, but Spark needs Java 17, 21 or 25"),
+        ("java.base@18.0.2\njdk.incubator.vector@18.0.2", "is Java 18, but Spark needs Java 17, 21 or 25"),
+        ("java.base@25\njdk.incubator.vector@25", "is Java 25, which can corrupt data. Take 25.0.3 or later"),
+        (
+            "java.base@25.0.2\njdk.incubator.vector@25.0.2",
+            "is Java 25.0.2, which can corrupt data. Take 25.0.3 or later",
+        ),
+        ("java.base@25.0.3\njava.sql@25.0.3", "lacks the module jdk.incubator.vector"),
+        ("java.base@17.0.15\njava.sql@17.0.15", "lacks the module jdk.incubator.vector"),
+        ("Unrecognized option: --list-modules", "is older than Java 9"),
+    ],
+)
 def test_the_wrong_java_is_said_with_the_way_out(modules, complaint, tmp_path):
     run = run_script("streaming_files_to_delta_bronze.py", "--once", env=java_that_says(tmp_path, modules))
     assert_is_one_sentence(run, complaint)

@@ -24,7 +24,8 @@ def writer(spark, tmp_path):
 
 def batch_of(spark, *records: bytes):
     return spark.createDataFrame([(record,) for record in records], "raw BINARY").select(
-        "raw", F.lit("file").alias("source_file"), F.lit("2026-11-20T08:00:00Z").cast("timestamp").alias("ingest_time"))
+        "raw", F.lit("file").alias("source_file"), F.lit("2026-11-20T08:00:00Z").cast("timestamp").alias("ingest_time")
+    )
 
 
 def rows_of(spark, writer) -> tuple[int, list[bytes]]:
@@ -64,7 +65,9 @@ def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(s
 def test_a_batch_with_more_reasons_than_are_counted_one_by_one_loses_no_record(spark, tmp_path):
     rules = {f"is_{number}": f"value = {number}" for number in range(800)}
     writer = bronze_writer(spark, tmp_path / "bronze", Contract((Number("value"),), rules))
-    records = [b'{"value": %d, "note": "%s"}' % (number, b"x" * (number // 700 * MAX_KEPT_BYTES)) for number in range(800)]
+    records = [
+        b'{"value": %d, "note": "%s"}' % (number, b"x" * (number // 700 * MAX_KEPT_BYTES)) for number in range(800)
+    ]
     report = writer.write(batch_of(spark, *records), 0, "test")
     assert report.rows == dict.fromkeys(rules, 1)
     assert rows_of(spark, writer) == (0, sorted(records))
@@ -82,13 +85,21 @@ def test_a_clean_up_that_fails_stops_no_batch(spark, writer, monkeypatch, capsys
 
 
 def test_records_with_unknown_fields_are_counted_and_no_others(spark, writer):
-    records = [reading(battery=1), VALID, VALID.replace(b"}", b', "floor": 1e1}'), reading(unit="°C", device_id='"'), reading(a={}, b=1)]
+    records = [
+        reading(battery=1),
+        VALID,
+        VALID.replace(b"}", b', "floor": 1e1}'),
+        reading(unit="°C", device_id='"'),
+        reading(a={}, b=1),
+    ]
     report = writer.write(batch_of(spark, *records), 0, "test")
     assert (report.with_unknown, report.unknown) == (2, ["a", "b", "battery"])
     report = writer.write(batch_of(spark, *(reading(**{f"m{number}": 1}) for number in range(300))), 1, "test")
     assert report.with_unknown == 300 and 10 < len(report.unknown) < 300
-    assert re.search(r"300 with fields unknown to the contract: (m\d+, ){9}m\d+ and \d+ more$",
-                     batch_line(report, {"batchId": 7, "batchDuration": 1}, None))
+    assert re.search(
+        r"300 with fields unknown to the contract: (m\d+, ){9}m\d+ and \d+ more$",
+        batch_line(report, {"batchId": 7, "batchDuration": 1}, None),
+    )
 
 
 def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_path):
@@ -110,5 +121,9 @@ def test_the_line_of_a_batch_says_how_long_the_rest_takes_and_no_field_of_a_reco
     progress = {"batchId": 7, "batchDuration": 2000}
     assert batch_line(report, progress, Backlog(2060, "behind", 1030)) == (
         "batch 7: 1,030 rows in, 900 accepted, 130 rejected (b 60, a 30, c 30 and 1 more), 2.0 s, 2,060 behind (4 s at this rate), "
-        "2 with fields unknown to the contract: \ufffd]0;gone\ufffd, x\ufffderror: y")
-    assert batch_line(BatchReport({None: 1}, 0, [], None), progress, None) == "batch 7: 1 rows in, 1 accepted, 0 rejected, 2.0 s"
+        "2 with fields unknown to the contract: \ufffd]0;gone\ufffd, x\ufffderror: y"
+    )
+    assert (
+        batch_line(BatchReport({None: 1}, 0, [], None), progress, None)
+        == "batch 7: 1 rows in, 1 accepted, 0 rejected, 2.0 s"
+    )

@@ -100,8 +100,14 @@ def test_tombstones_are_records_and_stop_nothing(world, account):
 def test_a_compacted_topic_is_read_over_its_gaps(world, account):
     world = world()
     # The newest segment is never compacted; a record that comes after 50 ms closes it.
-    world.make(1, cleanup_policy="compact", segment_ms="50", min_cleanable_dirty_ratio="0.01", max_compaction_lag_ms="50",
-               delete_retention_ms="0")
+    world.make(
+        1,
+        cleanup_policy="compact",
+        segment_ms="50",
+        min_cleanable_dirty_ratio="0.01",
+        max_compaction_lag_ms="50",
+        delete_retention_ms="0",
+    )
     for key in (b"a", b"b", b"a", b"b", b"a", b"c"):
         world.send(VALID, VALID, VALID, key=key)
         time.sleep(0.1)
@@ -168,7 +174,10 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
     reader = KafkaReader(world.spark, kafka_options(world.topic))
 
     def values(offsets: dict[int, int], seconds: float = 10) -> dict[int, bytes | None]:
-        return {partition: value for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds, 10**6).items()}
+        return {
+            partition: value
+            for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds, 10**6).items()
+        }
 
     assert values({0: 1999, 1: 1, 2: 1}) == {0: b"1999", 1: None, 2: b"y" * 900_000}
     assert values({0: 1000, 1: 0}) == {0: b"1000", 1: b"first"}
@@ -179,8 +188,11 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
 
 
 @pytest.mark.parametrize("idle, outages", [(0, 3), (0.3, 8)])
-def test_only_failures_without_a_quiet_time_between_them_are_counted_together(spark, tmp_path, monkeypatch, idle, outages):
+def test_only_failures_without_a_quiet_time_between_them_are_counted_together(
+    spark, tmp_path, monkeypatch, idle, outages
+):
     """An idle topic has no batch by which to see that the stream has recovered."""
+
     class Source(GivenRecords):
         def wait_until_available(self, error, stopping) -> None:
             pass
@@ -195,13 +207,16 @@ def test_only_failures_without_a_quiet_time_between_them_are_counted_together(sp
     monkeypatch.setattr(streams, "RECOVERED_SECONDS", 0.2)
     monkeypatch.setattr(streams, "on_stop_signal", lambda _: None)
     monkeypatch.setattr(type(spark), "stop", lambda _: None)
-    options = argparse.Namespace(table=str(tmp_path / "t"), checkpoint=str(tmp_path / "c"), readings="readings.py", once=True,
-                                 metrics_port=None)
+    options = argparse.Namespace(
+        table=str(tmp_path / "t"), checkpoint=str(tmp_path / "c"), readings="readings.py", once=True, metrics_port=None
+    )
     arguments = (spark, [(None, {})], Source(), bronze_tables(options.table, CONTRACT.columns), CONTRACT, options)
     if outages == 8:
         streams.run_until_stopped(*arguments)
     else:
-        with pytest.raises(PipelineError, match="failed 4 times in a row, though it answers in between: away. Nothing is lost"):
+        with pytest.raises(
+            PipelineError, match="failed 4 times in a row, though it answers in between: away. Nothing is lost"
+        ):
             streams.run_until_stopped(*arguments)
     assert len(seen) == outages + 1
 
@@ -255,7 +270,9 @@ def test_a_batch_that_was_planned_for_another_topic_is_not_read_from_it(world):
         with pytest.raises(ZeroDivisionError):
             one.consume()
     other.options = one.options
-    with pytest.raises(PipelineError, match=f"has begun a batch of the topic {one.topic.name}. Give the topic {other.topic.name} its"):
+    with pytest.raises(
+        PipelineError, match=f"has begun a batch of the topic {one.topic.name}. Give the topic {other.topic.name} its"
+    ):
         other.consume()
     assert one.consume() == (1, 0)
 
@@ -289,8 +306,13 @@ def test_kafka_knows_how_far_the_stream_is_and_where_it_must_not_be_told_the_str
     assert each.consume() == (2, 1) and noted(each) == {0: 2, 1: 1}
     each.send(VALID)
     assert each.consume() == (1, 0) and noted(each) == {0: 3, 1: 1}
-    with KafkaConsumer(each.topic.name, bootstrap_servers=each.broker, group_id=each.topic.name, enable_auto_commit=False,
-                       max_poll_interval_ms=90_000) as member:
+    with KafkaConsumer(
+        each.topic.name,
+        bootstrap_servers=each.broker,
+        group_id=each.topic.name,
+        enable_auto_commit=False,
+        max_poll_interval_ms=90_000,
+    ) as member:
         until(lambda: member.poll(100) or member.assignment())
         assert capsys.readouterr().err == ""
         each.send(*[VALID] * 250)  # three batches
@@ -335,7 +357,9 @@ def test_what_speaks_no_kafka_is_no_broker_and_nothing_is_left_of_the_attempt():
     """
     with socket.create_server(("127.0.0.1", 0)) as other:
         server = f"localhost:{other.getsockname()[1]}"
-        run = subprocess.run([sys.executable, "-c", code, server], cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE)
+        run = subprocess.run(
+            [sys.executable, "-c", code, server], cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE
+        )
     assert run.returncode == 0, run.stderr
 
 
@@ -344,7 +368,9 @@ def test_a_topic_whose_name_is_that_of_another_to_kafka_is_refused_with_the_reas
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     other = topic[3].replace("_", ".")
     run = run_here(PRODUCER, *topic[:3], other, "--create-topic", "--count", 0)
-    assert run.returncode == 1 and run.stderr.startswith(f'error: Kafka refuses to make the topic "{other}" on {broker} (InvalidTopic')
+    assert run.returncode == 1 and run.stderr.startswith(
+        f'error: Kafka refuses to make the topic "{other}" on {broker} (InvalidTopic'
+    )
 
 
 @pytest.mark.parametrize("name", ["sénsor", "a b", "", ".", "x" * 250])
@@ -353,7 +379,9 @@ def test_a_topic_that_cannot_be_is_refused_at_the_start(name, run_here):
     assert run.returncode == 2 and "is not a valid topic name" in run.stderr
 
 
-@pytest.mark.parametrize("servers", ["localhost", "localhost:kafka", "localhost:99999", "localhost:9092,other", "::1:9092"])
+@pytest.mark.parametrize(
+    "servers", ["localhost", "localhost:kafka", "localhost:99999", "localhost:9092,other", "::1:9092"]
+)
 def test_an_address_that_cannot_be_is_said(servers, run_here):
     run = run_here(PRODUCER, "--bootstrap-servers", servers)
     assert run.returncode == 1 and "is not the address of a Kafka broker, which is HOST:PORT" in run.stderr
@@ -361,7 +389,9 @@ def test_an_address_that_cannot_be_is_said(servers, run_here):
 
 def test_a_file_of_properties_may_come_from_windows(broker, silver, tmp_path, run_here):
     (tmp_path / "kafka.properties").write_bytes(f"bootstrap.servers={broker}\r\nretries=3\r\n".encode("utf-8-sig"))
-    run = run_here(PRODUCER, *silver[0][2:], "--kafka-config", tmp_path / "kafka.properties", "--create-topic", "--count", 1)
+    run = run_here(
+        PRODUCER, *silver[0][2:], "--kafka-config", tmp_path / "kafka.properties", "--create-topic", "--count", 1
+    )
     assert (run.returncode, run.stderr) == (0, "")
 
 
@@ -388,7 +418,7 @@ def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver,
 
 ANY_TIME = {"message_timestamp_after_max_ms": str(2**63 - 1)}  # as is the default of Kafka 3
 NANOSECONDS = 1_795_891_000_123_456_789
-STRANGE_TIMES = [NANOSECONDS, 2**63 - 1, -2**63, -NANOSECONDS, 2**63 // 1000 + 1, -9_223_372_036_854_776]
+STRANGE_TIMES = [NANOSECONDS, 2**63 - 1, -(2**63), -NANOSECONDS, 2**63 // 1000 + 1, -9_223_372_036_854_776]
 USUAL_TIMES = [-1, 0, 1_795_891_000_123, 253_402_300_799_999, 1_795_891_000_123_456, 2**63 // 1000]
 
 
@@ -402,8 +432,12 @@ def send_at(world, times: list[int], *records: bytes | None, partition: int = 0,
 
 def kafka_times(world) -> dict[tuple[int, int], int | None]:
     """kafka_timestamp, in milliseconds, of the rows of both tables, by (partition, offset)."""
-    both = [world.spark.read.format("delta").load(table).selectExpr("partition", "offset", "unix_millis(kafka_timestamp) AS time")
-            for table in (world.options.table, quarantine_of(world.options.table))]
+    both = [
+        world.spark.read.format("delta")
+        .load(table)
+        .selectExpr("partition", "offset", "unix_millis(kafka_timestamp) AS time")
+        for table in (world.options.table, quarantine_of(world.options.table))
+    ]
     return {(row.partition, row.offset): row.time for row in both[0].union(both[1]).collect()}
 
 
@@ -416,7 +450,8 @@ def test_a_record_whose_kafka_time_is_no_time_is_read_as_any_other_and_named(wor
     [warning] = capsys.readouterr().err.splitlines()
     assert f"partition 0 18, first at offset 0 ({NANOSECONDS})" in warning and "partition 1" not in warning
     assert kafka_times(world) == {(0, offset): None for offset in range(18)} | {
-        (1, offset): time for offset, time in enumerate(each for each in USUAL_TIMES for _ in range(3))}
+        (1, offset): time for offset, time in enumerate(each for each in USUAL_TIMES for _ in range(3))
+    }
     world.send(VALID)
     assert world.consume() == (1, 0) and capsys.readouterr().err == ""
     world.check(account, "Kafka's times that are no times")
@@ -446,7 +481,12 @@ def test_such_times_in_transactions_are_read_once_they_are_committed(world, acco
     world = world()
     world.make(1, **ANY_TIME)
     with world.transaction() as producer:
-        for end in (producer.commit_transaction, producer.abort_transaction, producer.commit_transaction, producer.abort_transaction):
+        for end in (
+            producer.commit_transaction,
+            producer.abort_transaction,
+            producer.commit_transaction,
+            producer.abort_transaction,
+        ):
             for _ in range(3):
                 producer.send(world.topic.name, VALID, timestamp_ms=NANOSECONDS)
             end()
@@ -473,8 +513,10 @@ def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
     with pytest.raises(ValueError, match="killed"):
         world.consume(Killed)
     assert world.consume() == (0, 2)
-    arrivals = [world.spark.read.format("delta").load(table).where("offset > 0").select("ingest_time").distinct().collect()
-                for table in (world.options.table, quarantine_of(world.options.table))]
+    arrivals = [
+        world.spark.read.format("delta").load(table).where("offset > 0").select("ingest_time").distinct().collect()
+        for table in (world.options.table, quarantine_of(world.options.table))
+    ]
     assert len(arrivals[0]) == 1 and arrivals[0] == arrivals[1]
     world.check(account, "a batch with times that are no times, repeated")
 
@@ -494,8 +536,15 @@ def test_data_loss_is_accepted_beside_such_times(world):
 
 def send_bombs(world, *records: bytes | None, partition: int = 0, key: bytes | None = None) -> None:
     """Sends records that are small packed, all of them in one batch of Kafka's."""
-    with KafkaProducer(bootstrap_servers=world.broker, compression_type="gzip", max_request_size=2**31 - 1, batch_size=2**31 - 1,
-                       linger_ms=60_000, request_timeout_ms=100_000, delivery_timeout_ms=200_000) as producer:
+    with KafkaProducer(
+        bootstrap_servers=world.broker,
+        compression_type="gzip",
+        max_request_size=2**31 - 1,
+        batch_size=2**31 - 1,
+        linger_ms=60_000,
+        request_timeout_ms=100_000,
+        delivery_timeout_ms=200_000,
+    ) as producer:
         for record in records:
             producer.send(world.topic.name, record, partition=partition, key=key)
 
@@ -519,16 +568,23 @@ def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(wor
     strange, oversized = capsys.readouterr().err.splitlines()
     assert "partition 0 1, first at offset 11" in strange
     assert "partition 0 offsets 4 to 6" in oversized and "partition 1" not in oversized
-    both = {table: {row.offset: row for row in world.spark.read.format("delta").load(table).where("partition = 0").collect()}
-            for table in (world.options.table, quarantine_of(world.options.table))}
+    both = {
+        table: {
+            row.offset: row for row in world.spark.read.format("delta").load(table).where("partition = 0").collect()
+        }
+        for table in (world.options.table, quarantine_of(world.options.table))
+    }
     assert sorted(both[world.options.table]) == [0, 3, 7, 11]
     reasons = {offset: row.reject_reason for offset, row in both[quarantine_of(world.options.table)].items()}
     assert reasons == {1: "malformed_json", 2: "empty_record"} | dict.fromkeys((4, 5, 6, 8, 9, 10), "oversized_record")
     assert world.consume() == (0, 0)  # the start looks at the last records
     send_bombs(world, BOMB)
     assert world.consume() == (0, 1) and world.consume() == (0, 0)
-    account("records of 450 MB, packed into small messages", [(0, offset) for offset in range(13)] + [(1, offset) for offset in range(3)],
-            *world.rows())
+    account(
+        "records of 450 MB, packed into small messages",
+        [(0, offset) for offset in range(13)] + [(1, offset) for offset in range(3)],
+        *world.rows(),
+    )
 
 
 def test_records_beside_those_that_fit_into_no_memory_are_read(world, account):
@@ -590,8 +646,12 @@ def test_own_topics_refuse_what_is_large_only_unpacked(broker, silver, run_here)
     topic, _ = silver
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 1).returncode == 0
     with KafkaAdminClient(bootstrap_servers=broker) as admin:
-        admin.create_topics({f"{topic[3]}_other": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
-    with KafkaProducer(bootstrap_servers=broker, retries=0, compression_type="gzip", max_request_size=2**30) as producer:
+        admin.create_topics(
+            {f"{topic[3]}_other": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True
+        )
+    with KafkaProducer(
+        bootstrap_servers=broker, retries=0, compression_type="gzip", max_request_size=2**30
+    ) as producer:
         for name in (topic[3], f"{topic[3]}_other"):
             producer.send(name, b"a" * 1_000_000).get(60)
             with pytest.raises(MessageSizeTooLargeError):
@@ -602,7 +662,9 @@ def test_own_topics_refuse_times_that_are_none(broker, silver, run_here):
     topic, _ = silver
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 1).returncode == 0
     with KafkaAdminClient(bootstrap_servers=broker) as admin:
-        admin.create_topics({f"{topic[3]}_other": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+        admin.create_topics(
+            {f"{topic[3]}_other": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True
+        )
     now = int(time.time() * 1000)
     with KafkaProducer(bootstrap_servers=broker, retries=0) as producer:
         for name in (topic[3], f"{topic[3]}_other"):
@@ -614,7 +676,9 @@ def test_own_topics_refuse_times_that_are_none(broker, silver, run_here):
 
 @pytest.mark.parametrize("kind, arrival", [("LogAppendTime", "kafka_timestamp"), ("CreateTime", "NULL")])
 @pytest.mark.parametrize("way", ["read_batch", "read_again"])
-def test_the_broker_says_when_a_record_has_arrived_where_the_topic_asks_it_to(spark, world, monkeypatch, kind, arrival, way):
+def test_the_broker_says_when_a_record_has_arrived_where_the_topic_asks_it_to(
+    spark, world, monkeypatch, kind, arrival, way
+):
     world = world()
     world.make(1, message_timestamp_type=kind)
     world.send(*[VALID] * 3)
@@ -626,9 +690,12 @@ def test_the_broker_says_when_a_record_has_arrived_where_the_topic_asks_it_to(sp
             return super()._write_accepted(records, *others)
 
     if way == "read_again":
+
         def read_batch(source: KafkaSource, batch: DataFrame) -> DataFrame:
             records = source.lookup.records(spark, kafka_offsets(batch))
-            return records_of(records.withColumn("timestamp", F.timestamp_millis("timestamp")), "t", F.current_timestamp())
+            return records_of(
+                records.withColumn("timestamp", F.timestamp_millis("timestamp")), "t", F.current_timestamp()
+            )
 
         monkeypatch.setattr(KafkaSource, "read_batch", read_batch)
     assert world.consume(Looking) == (3, 0)

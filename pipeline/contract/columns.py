@@ -1,8 +1,24 @@
 """The columns that a table has besides those of a contract."""
 
-
 FILE_ORIGIN = {"source_file": "STRING"}
-KAFKA_ORIGIN = {"topic": "STRING", "partition": "INT", "offset": "BIGINT", "kafka_timestamp": "TIMESTAMP", "kafka_key": "BINARY"}
+KAFKA_ORIGIN = {
+    "topic": "STRING",
+    "partition": "INT",
+    "offset": "BIGINT",
+    "kafka_timestamp": "TIMESTAMP",
+    "kafka_key": "BINARY",
+}
 # Lower-case names that no column of a contract can have: the tables' own, and those by which the records get there.
-RESERVED_COLUMNS = {*FILE_ORIGIN, *KAFKA_ORIGIN, "ingest_time", "arrival_time", "raw_json", "raw", "reject_reason", "_rescued_data",
-                    "_unknown_fields", "_parts", "_strict"}
+RESERVED_COLUMNS = {
+    *FILE_ORIGIN,
+    *KAFKA_ORIGIN,
+    "ingest_time",
+    "arrival_time",
+    "raw_json",
+    "raw",
+    "reject_reason",
+    "_rescued_data",
+    "_unknown_fields",
+    "_parts",
+    "_strict",
+}

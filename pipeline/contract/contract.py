@@ -1,4 +1,5 @@
-"""What a contract is made of. A contract says which fields a valid record has and which rules it keeps; readings.py is one.
+"""What a contract is made of. A contract says which fields a valid record has and which rules it keeps; readings.py is
+one.
 
     from pipeline.contract.contract import Boolean, Contract, Integer, Number, Text, Timestamp
 
@@ -24,13 +25,20 @@ from pipeline.terminal.errors import PipelineError, first_line
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-__all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]  # what readings.py and the like take from here
+__all__ = [
+    "Boolean",
+    "Contract",
+    "Integer",
+    "Number",
+    "Text",
+    "Timestamp",
+]  # what readings.py and the like take from here
 
 
 # Bytes of a record, with --multiline of a file: it has to fit into the memory several times over for each core.
 MAX_RECORD_BYTES = 8_000_000
-# Reasons that are the reading's, not a contract's: two readings of a record did not agree; a message has more than MAX_RECORD_BYTES; a
-# file can't be read to its end.
+# Reasons that are the reading's, not a contract's: two readings of a record did not agree; a message has more than
+# MAX_RECORD_BYTES; a file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
 
 
@@ -38,10 +46,11 @@ OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "o
 class Contract:
     """Which records are valid.
 
-    `fields`: in the order of the table's columns, in which the records should have them too, for speed. `rules`: the reasons
-    to reject a record for what its values say, each with SQL over the columns and `ingest_time` that is true for such a
-    record. The first that holds is the reason. Raises ContractError.
+    `fields`: in the order of the table's columns, in which the records should have them too, for speed. `rules`: the
+    reasons to reject a record for what its values say, each with SQL over the columns and `ingest_time` that is true
+    for such a record. The first that holds is the reason. Raises ContractError.
     """
+
     fields: tuple[Field, ...]
     rules: dict[str, str] = field(default_factory=dict)
 
@@ -53,17 +62,19 @@ class Contract:
             if any(each.name == other.name for other in columns.values()):
                 raise ContractError(f"the field {each.name} appears twice")
             if other := columns.get(each.column.lower()):
-                raise ContractError(f"the fields {other.name} and {each.name} have one column, {each.column} (capitals make no "
-                                    f'difference); name another for one of them with column="…"')
+                raise ContractError(
+                    f"the fields {other.name} and {each.name} have one column, {each.column} (capitals make no "
+                    f'difference); name another for one of them with column="…"'
+                )
             columns[each.column.lower()] = each
         for outer in self.fields:
             for inner in self.fields:
-                if inner.path[:len(outer.path)] == outer.path and inner is not outer:
+                if inner.path[: len(outer.path)] == outer.path and inner is not outer:
                     raise ContractError(f"the field {outer.name} has a value, so {inner.name} can't be in it")
         for reason, sql in self.rules.items():
             if not (isinstance(reason, str) and reason.strip() and isinstance(sql, str)):
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
-            if reason in (*self.reasons[:-len(self.rules)], *OTHER_REASONS):
+            if reason in (*self.reasons[: -len(self.rules)], *OTHER_REASONS):
                 raise ContractError(f"the rule {reason} has the name of another reason; give it one of its own")
 
     @property
@@ -79,9 +90,14 @@ class Contract:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why a record can be rejected; the first that holds is the reason."""
-        return ("empty_record", "invalid_encoding", "malformed_json",
-                *(f"missing_{each.name}" for each in self.fields if each.required),
-                *(f"invalid_{each.name}" for each in self.fields), *self.rules)
+        return (
+            "empty_record",
+            "invalid_encoding",
+            "malformed_json",
+            *(f"missing_{each.name}" for each in self.fields if each.required),
+            *(f"invalid_{each.name}" for each in self.fields),
+            *self.rules,
+        )
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -96,14 +112,20 @@ class Contract:
             told = " ".join(self.rules[reason].split())
             try:
                 if not is_of_one_row(empty, condition):
-                    raise ContractError(f"the rule {reason} reads more than the record itself, which may be something else when a batch "
-                                        f"is repeated; it can only use {', '.join(columns)}: {told}")
+                    raise ContractError(
+                        f"the rule {reason} reads more than the record itself, which may be something else when a batch "
+                        f"is repeated; it can only use {', '.join(columns)}: {told}"
+                    )
                 if not is_deterministic(empty, condition):
-                    raise ContractError(f"the rule {reason} can give different results for the same record, which a repeated batch "
-                                        f"would see; the present time is ingest_time: {told}")
+                    raise ContractError(
+                        f"the rule {reason} can give different results for the same record, which a repeated batch "
+                        f"would see; the present time is ingest_time: {told}"
+                    )
             except PySparkException as error:
                 problem = re.sub(r"\.? SQLSTATE.*", "", first_line(str(error)).strip())
-                raise ContractError(f"the rule {reason} is not a condition over {', '.join(columns)}: {problem}") from error
+                raise ContractError(
+                    f"the rule {reason} is not a condition over {', '.join(columns)}: {problem}"
+                ) from error
 
 
 @contextmanager
@@ -117,8 +139,13 @@ def in_file(path: str) -> Iterator[None]:
 
 def add_readings_option(parser: argparse.ArgumentParser) -> None:
     """The option --readings."""
-    parser.add_argument("--readings", type=location, default=str(REPOSITORY / "readings.py"), metavar="FILE",
-                        help="Python file with the CONTRACT that says what a valid record is")
+    parser.add_argument(
+        "--readings",
+        type=location,
+        default=str(REPOSITORY / "readings.py"),
+        metavar="FILE",
+        help="Python file with the CONTRACT that says what a valid record is",
+    )
 
 
 def load_contract(path: str) -> Contract:
@@ -139,12 +166,16 @@ def load_readings(path: str) -> dict[str, Any]:
         raise PipelineError(f"{path} is not valid Python in line {error.lineno}: {error.msg}.") from error
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "common":
-            raise PipelineError(f"{path} was written for an older version. Write \"from pipeline.contract import …\" instead of \"from "
-                                f"common.contract import …\", with the same names.") from error
+            raise PipelineError(
+                f'{path} was written for an older version. Write "from pipeline.contract import …" instead of "from '
+                f'common.contract import …", with the same names.'
+            ) from error
         raise PipelineError(f"{path} imports {error.name}, which is not installed.") from error
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        raise PipelineError(f"{path} fails in line {lines[-1] if lines else 1}: {type(error).__name__}: {error}.") from error
+        raise PipelineError(
+            f"{path} fails in line {lines[-1] if lines else 1}: {type(error).__name__}: {error}."
+        ) from error
     if not isinstance(names.get("CONTRACT"), Contract):
         raise PipelineError(f"{path} has no CONTRACT = Contract(…). readings.py is an example.")
     return names

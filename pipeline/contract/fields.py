@@ -1,4 +1,6 @@
-"""The kinds of fields that a contract is made of: what their JSON is, and the SQL by which it becomes the value of a column."""
+"""The kinds of fields that a contract is made of: what their JSON is, and the SQL by which it becomes the value of a
+column.
+"""
 
 import re
 from abc import ABC, abstractmethod
@@ -21,9 +23,10 @@ class ContractError(Exception):
 class Field(ABC):
     """A field of a record. `name`: as in the record; a dotted path such as "device.id" leads into nested objects.
 
-    `column`: its column in the table, by default the name with "_" for ".". `required`: a record that lacks the field is
-    rejected. It lacks it without the name, with null, or with a blank string.
+    `column`: its column in the table, by default the name with "_" for ".". `required`: a record that lacks the field
+    is rejected. It lacks it without the name, with null, or with a blank string.
     """
+
     name: str
     _: KW_ONLY
     column: str = ""
@@ -49,11 +52,15 @@ class Field(ABC):
             raise ContractError(f"the field {self.name!r} needs a name, which does not begin or end with a dot")
         object.__setattr__(self, "column", self.column or "_".join(self.path))
         if not self.column.isidentifier():
-            raise ContractError(f"the field {self.name} can't have the column {self.column!r}, which may have only letters, "
-                                f'digits and "_"; name another with column="…"')
+            raise ContractError(
+                f"the field {self.name} can't have the column {self.column!r}, which may have only letters, "
+                f'digits and "_"; name another with column="…"'
+            )
         if self.column.lower() in RESERVED_COLUMNS:
-            raise ContractError(f"the field {self.name} can't have the column {self.column}, which the tables need for "
-                                f'themselves; name another with column="…"')
+            raise ContractError(
+                f"the field {self.name} can't have the column {self.column}, which the tables need for "
+                f'themselves; name another with column="…"'
+            )
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -64,20 +71,25 @@ class Field(ABC):
         return text
 
     def is_invalid(self, value: str) -> str:
-        """SQL over `value`, `arrival_time` (or null) and `ingest_time`: whether the field, which is there, has no valid value."""
+        """SQL over `value`, `arrival_time` (or null) and `ingest_time`: whether the field, which is there, has no valid
+        value.
+        """
         return f"{value} IS NULL"
 
 
 class Text(Field):
     """A string. A blank one is as good as none if the field is required."""
+
     type = "STRING"
     json_types = ("STRING",)
-    # It does not begin with white space, so it is not blank, and ends below U+FFFD, as which Java sees what is not UTF-8.
+    # It does not begin with white space, so it is not blank, and ends below U+FFFD, as which Java sees what is not
+    # UTF-8.
     plain = r'"((?!\p{IsWhite_Space})[ !#-\[\]-\x{fffc}]++)"'
 
 
 class Boolean(Field):
     """true or false."""
+
     type = "BOOLEAN"
     json_types = ("BOOLEAN",)
     plain = "(true|false)"
@@ -88,6 +100,7 @@ class Boolean(Field):
 
 class Number(Field):
     """A finite number, kept as a double."""
+
     type = "DOUBLE"
     json_types = ("BIGINT", "DECIMAL", "DOUBLE")
     plain = r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)"
@@ -100,6 +113,7 @@ class Number(Field):
 @dataclass(frozen=True)
 class Integer(Field):
     """A number written without a fraction and an exponent, of 32 or 64 `bits`."""
+
     bits: int = 64
 
     json_types = ("BIGINT",)
@@ -126,9 +140,10 @@ class Timestamp(Field):
     """A time of the years 0 to 9999 in UTC, kept to the microsecond.
 
     `format`: "rfc3339" (a string: date, "T", time with seconds, any fraction, "Z" or an offset), "epoch_s" (a number of
-    seconds since 1970) or "epoch_ms" (a whole number of milliseconds). `at_most_ahead`: how much later than its arrival it
-    may be, such as "1 day"; by default it may be any time.
+    seconds since 1970) or "epoch_ms" (a whole number of milliseconds). `at_most_ahead`: how much later than its arrival
+    it may be, such as "1 day"; by default it may be any time.
     """
+
     format: str = "rfc3339"
     at_most_ahead: str = ""
 
@@ -142,10 +157,14 @@ class Timestamp(Field):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format not in self.FORMATS:
-            raise ContractError(f"the field {self.name} has format={self.format!r}, which must be one of {', '.join(self.FORMATS)}")
+            raise ContractError(
+                f"the field {self.name} has format={self.format!r}, which must be one of {', '.join(self.FORMATS)}"
+            )
         if self.at_most_ahead and not re.fullmatch(r"\d{1,6} (second|minute|hour|day|week)s?", self.at_most_ahead):
-            raise ContractError(f'the field {self.name} has at_most_ahead={self.at_most_ahead!r}, which must be like '
-                                f'"10 minutes" or "1 day"')
+            raise ContractError(
+                f"the field {self.name} has at_most_ahead={self.at_most_ahead!r}, which must be like "
+                f'"10 minutes" or "1 day"'
+            )
 
     @property
     def json_types(self) -> tuple[str, ...]:
@@ -161,9 +180,15 @@ class Timestamp(Field):
         if self.format == "epoch_ms":
             number, per_second, time = f"try_cast({text} AS BIGINT)", 1000, "timestamp_millis({})"
         else:
-            number, per_second, time = f"try_cast({text} AS DECIMAL(24, 12))", 1, "timestamp_micros(CAST(floor({} * 1000000) AS BIGINT))"
-        return (f"CASE WHEN {number} >= {FIRST_SECOND * per_second} AND {number} < {END_SECOND * per_second} "
-                f"THEN {time.format(number)} END")
+            number, per_second, time = (
+                f"try_cast({text} AS DECIMAL(24, 12))",
+                1,
+                "timestamp_micros(CAST(floor({} * 1000000) AS BIGINT))",
+            )
+        return (
+            f"CASE WHEN {number} >= {FIRST_SECOND * per_second} AND {number} < {END_SECOND * per_second} "
+            f"THEN {time.format(number)} END"
+        )
 
     def is_invalid(self, value: str) -> str:
         # With an offset, a time that is written with the year 0 or 9999 can be of another year.

@@ -1,8 +1,8 @@
 """How the records of any contract are read: strictly, and fast where they are plain.
 
-A record is the bytes of one message or one line. It is valid if it is one JSON object (RFC 8259, UTF-8, no name twice), each
-field of the contract is in it with a value of its kind, and no rule holds. Nothing is coerced: 7 is not "7", true is not 1,
-1.0 is no integer. Fields that the contract does not name are allowed, and kept as JSON.
+A record is the bytes of one message or one line. It is valid if it is one JSON object (RFC 8259, UTF-8, no name twice),
+each field of the contract is in it with a value of its kind, and no rule holds. Nothing is coerced: 7 is not "7", true
+is not 1, 1.0 is no integer. Fields that the contract does not name are allowed, and kept as JSON.
 """
 
 import itertools
@@ -15,18 +15,21 @@ from pipeline.contract.private import attempt
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-# A large record is first read as one variant, which is null for a name that occurs twice at any depth. A map of all that a record
-# may repeat would fill the memory, and Spark compares each name with all others of the same hash to find those that are there twice.
+# A large record is first read as one variant, which is null for a name that occurs twice at any depth. A map of all
+# that a record may repeat would fill the memory, and Spark compares each name with all others of the same hash to find
+# those that are there twice.
 IS_SMALL = "octet_length(raw) < 10000"
 MAX_NAMED_FIELDS = 20  # of a record's unknown fields that are told; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
 # out first, an escaped backslash and a whole pair.
-LONE_SURROGATE = (r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
-                  r"RLIKE r'\\u[dD][89a-fA-F]'")
+LONE_SURROGATE = (
+    r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
+    r"RLIKE r'\\u[dD][89a-fA-F]'"
+)
 
-# Java matches a repeated group, as in `(a|b)+`, by calling itself for each repetition. Its stack (spark/session.py) holds four times
-# as many as this, and an overflow would end the JVM, again at each start.
+# Java matches a repeated group, as in `(a|b)+`, by calling itself for each repetition. Its stack (spark/session.py)
+# holds four times as many as this, and an overflow would end the JVM, again at each start.
 MAX_PATTERN_TEXT = 8000  # characters
 
 NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
@@ -35,12 +38,12 @@ NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
 def parse(records: DataFrame, contract: Contract) -> DataFrame:
     """Reads each record by the contract, and says for which reason it is rejected.
 
-    In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there is a
-    `reject_reason` already, it stays; where there is an `arrival_time` (timestamp), a time can't be too far ahead of that,
-    else of `ingest_time`.
-    Out: the same columns; those of the contract (null if the record has no such value); `reject_reason` (string: the
-    first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields that the contract
-    does not name, as a JSON object, null for none); `_unknown_fields` (array of strings: their names, MAX_NAMED_FIELDS of them).
+    In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there
+    is a `reject_reason` already, it stays; where there is an `arrival_time` (timestamp), a time can't be too far ahead
+    of that, else of `ingest_time`. Out: the same columns; those of the contract (null if the record has no such value);
+    `reject_reason` (string: the first of `contract.reasons` that applies, null for a valid record); `_rescued_data`
+    (string: the fields that the contract does not name, as a JSON object, null for none); `_unknown_fields` (array of
+    strings: their names, MAX_NAMED_FIELDS of them).
     """
     others = [f"`{column}`" for column in records.columns if column != "reject_reason"]
     given = "reject_reason, " if "reject_reason" in records.columns else ""
@@ -53,64 +56,98 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
         if isinstance(field, Timestamp):  # the one kind that can be plain but invalid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
     # Whatever a rule makes of a value, such as an interval that is too long, stops no stream.
-    broken = [F.when(attempt(records.sparkSession, _computable(condition, contract)), reason)
-              for reason, condition in contract.conditions.items()]
+    broken = [
+        F.when(attempt(records.sparkSession, _computable(condition, contract)), reason)
+        for reason, condition in contract.conditions.items()
+    ]
     reason = F.coalesce(F.expr(f"coalesce({given}_strict.reason, {_first(invalid)})"), *broken)
     # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
     is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
     in_order, any_order = _plain_parts(contract)
     return (
-        records
-        .withColumn("_parts", F.when(F.expr(IS_SMALL), in_order))
+        records.withColumn("_parts", F.when(F.expr(IS_SMALL), in_order))
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
         .withColumn("_parts", F.coalesce("_parts", F.when(F.expr(IS_SMALL), any_order)))
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
-        .withColumn("_strict", F.expr(f"CASE WHEN _parts IS NULL OR {_has_rest(contract)} THEN {_slow_reading(contract)} END"))
+        .withColumn(
+            "_strict", F.expr(f"CASE WHEN _parts IS NULL OR {_has_rest(contract)} THEN {_slow_reading(contract)} END")
+        )
         .select(*(f"`{column}`" for column in records.columns), "_parts", "_strict", *values.values())
-        .select(*others, *(f"`{column}`" for column in values), reason.alias("reject_reason"),
-                F.col("_strict.rescued").alias("_rescued_data"), F.col("_strict.unknown").alias("_unknown_fields"))
+        .select(
+            *others,
+            *(f"`{column}`" for column in values),
+            reason.alias("reject_reason"),
+            F.col("_strict.rescued").alias("_rescued_data"),
+            F.col("_strict.unknown").alias("_unknown_fields"),
+        )
     )
 
 
 def _computable(condition: str, contract: Contract) -> str:
-    """SQL: the condition of a rule, or null if its regular expression would be matched against too long a text (see `MAX_PATTERN_TEXT`)."""
-    texts = [field.column for field in contract.fields if field.type == "STRING" and field.column.lower() in condition.lower()]
+    """SQL: the condition of a rule, or null if its regular expression would be matched against too long a text (see
+    `MAX_PATTERN_TEXT`).
+    """
+    texts = [
+        field.column
+        for field in contract.fields
+        if field.type == "STRING" and field.column.lower() in condition.lower()
+    ]
     if not texts or not re.search(r"(?i)\b(r?like|ilike|regexp\w*|split|similar)\b", condition):
         return condition
     too_long = " OR ".join(f"length(`{column}`) > {MAX_PATTERN_TEXT}" for column in texts)
     return f"(CASE WHEN {too_long} THEN NULL ELSE {condition} END)"
 
 
-# A plain record, as nearly all should be, is an object of the contract's fields, each with its usual JSON and without an escape;
-# one that is not required may be left out, or null. One pass of a pattern takes out the values. The one for the contract's order
-# is the quickest; the other one takes any order, and unknown fields. No quantifier gives back what it has taken: it would do
-# so in vain.
+# A plain record, as nearly all should be, is an object of the contract's fields, each with its usual JSON and without
+# an escape; one that is not required may be left out, or null. One pass of a pattern takes out the values. The one for
+# the contract's order is the quickest; the other one takes any order, and unknown fields. No quantifier gives back what
+# it has taken: it would do so in vain.
 
 SPACE = r"[ \t\r\n]*+"
 SEPARATOR = "\x01"  # which no JSON has outside an escape
-CHARACTERS = r"[ !#-\[\]-\x{fffc}]*+"  # of a string without an escape; less U+FFFD, as which Java sees what is not UTF-8
+CHARACTERS = (
+    r"[ !#-\[\]-\x{fffc}]*+"  # of a string without an escape; less U+FFFD, as which Java sees what is not UTF-8
+)
 UNKNOWN = rf'(?:"{CHARACTERS}"|-?(?:0|[1-9]\d{{0,14}}+)(?:\.\d{{1,15}}+)?+|true|false|null)'
 
 
 def _plain_parts(contract: Contract) -> tuple[Column, Column]:
-    """Of a plain record an empty string, the text of each field's value and, where there are unknown fields, a quote; of
-    another one the record. The first takes the contract's order only."""
-    if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields):  # nested, or with an escape
+    """Of a plain record an empty string, the text of each field's value and, where there are unknown fields, a quote;
+    of another one the record. The first takes the contract's order only.
+    """
+    if any(
+        not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields
+    ):  # nested, or with an escape
         nothing = F.lit(None).cast("ARRAY<STRING>")
         return nothing, nothing
     in_order, any_order, seen = "", "", ""
     for number, field in enumerate(contract.fields):
-        comma = "" if number == 0 else "," if any(earlier.required for earlier in contract.fields[:number]) else r"(?:(?<=\A\{)|(?<!\A\{),)"
-        name, value = rf'{SPACE}"\Q{field.name}\E"', f"{SPACE}:{SPACE}{field.plain if field.required else f'(?:null|{field.plain})'}{SPACE}"
+        comma = (
+            ""
+            if number == 0
+            else ","
+            if any(earlier.required for earlier in contract.fields[:number])
+            else r"(?:(?<=\A\{)|(?<!\A\{),)"
+        )
+        name, value = (
+            rf'{SPACE}"\Q{field.name}\E"',
+            f"{SPACE}:{SPACE}{field.plain if field.required else f'(?:null|{field.plain})'}{SPACE}",
+        )
         in_order += f"{comma}{name}{value}" if field.required else f"(?:{comma}{name}{value})?+"
-        any_order += rf"{name}(?<f{number}>(?!\k<f{number}>)){value}|"  # the group matches once: before, nothing can refer to it
+        any_order += (
+            rf"{name}(?<f{number}>(?!\k<f{number}>)){value}|"  # the group matches once: before, nothing can refer to it
+        )
         seen += rf"\k<f{number}>" if field.required else ""
     known = "|".join(rf"\Q{field.name}\E" for field in contract.fields)
     any_order += rf'{SPACE}(")(?!(?:{known})"){CHARACTERS}"{SPACE}:{SPACE}{UNKNOWN}{SPACE}'
     numbers = range(1, len(contract.fields) + 1)
-    return (_replaced(rf"\A\{{{in_order}\}}{SPACE}\z", [*numbers]),
-            _replaced(rf'\A\{{(?:(?:{any_order})(?:,(?={SPACE}")|(?=\}})))*+{SPACE}\}}{seen}{SPACE}\z',
-                      [*(2 * number for number in numbers), 2 * len(numbers) + 1]))
+    return (
+        _replaced(rf"\A\{{{in_order}\}}{SPACE}\z", [*numbers]),
+        _replaced(
+            rf'\A\{{(?:(?:{any_order})(?:,(?={SPACE}")|(?=\}})))*+{SPACE}\}}{seen}{SPACE}\z',
+            [*(2 * number for number in numbers), 2 * len(numbers) + 1],
+        ),
+    )
 
 
 def _replaced(pattern: str, groups: list[int]) -> Column:
@@ -130,9 +167,11 @@ def _slow_reading(contract: Contract) -> str:
     names = ", ".join(_quoted(field.name) for field in contract.fields)
     rest = f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
     types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
-    return _let({"rest": f"CASE WHEN {_has_rest(contract)} AND {IS_SMALL} THEN {rest} END"},
-                f"CASE WHEN NOT {_has_repeated_name('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
-                f"to_json(rest) AS rescued, slice(map_keys(rest), 1, {MAX_NAMED_FIELDS}) AS unknown) ELSE {_strict_reading(contract)} END")
+    return _let(
+        {"rest": f"CASE WHEN {_has_rest(contract)} AND {IS_SMALL} THEN {rest} END"},
+        f"CASE WHEN NOT {_has_repeated_name('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
+        f"to_json(rest) AS rescued, slice(map_keys(rest), 1, {MAX_NAMED_FIELDS}) AS unknown) ELSE {_strict_reading(contract)} END",
+    )
 
 
 def _has_repeated_name(fields: str) -> str:
@@ -140,41 +179,58 @@ def _has_repeated_name(fields: str) -> str:
     return f"size(array_distinct(map_keys({fields}))) < size({fields})"
 
 
-# Any other record is read by `from_json`, which reads the first JSON value and ignores what follows, and takes the last of
-# equal names. So it reads the record in a form that shows all of that:
-# - It is in the array [RECORD, {"end": CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its
-#   number of elements, and no record can hold its own SHA-256 to forge the end.
-# - RECORD, as a map of variants, has every name as often as it stands there, and each value with its JSON
-#   type: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, or VOID for null.
-# - What a variant can't hold makes all null, such as a name twice further in.
+# Any other record is read by `from_json`, which reads the first JSON value and ignores what follows, and takes the last
+# of equal names. So it reads the record in a form that shows all of that: - It is in the array [RECORD, {"end":
+# CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its number of elements, and no record
+# can hold its own SHA-256 to forge the end. - RECORD, as a map of variants, has every name as often as it stands there,
+# and each value with its JSON type: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, or VOID for
+# null. - What a variant can't hold makes all null, such as a name twice further in.
+
 
 def _strict_reading(contract: Contract) -> str:
-    """SQL: what is in a record, as a struct of `value` (f1, f2, … by the fields' order), `reason`, `rescued`, `unknown`.
+    """SQL: what is in a record, as a struct of `value` (f1, f2, … by the fields' order), `reason`, `rescued`,
+    `unknown`.
 
     Spark analyses each level of `_let` anew for each batch, so there are few.
     """
     # SQL of each object that has fields of the contract in it, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
-    levels = {"json": f"CASE WHEN {IS_SMALL} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
-                      "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
-                      "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')) END"}
+    levels = {
+        "json": f"CASE WHEN {IS_SMALL} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
+        "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
+        "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')) END"
+    }
     for depth in range(1, max(len(field.path) for field in contract.fields)):
         paths = list(dict.fromkeys(field.path[:depth] for field in contract.fields if len(field.path) > depth))
-        levels[f"depth{depth}"] = _struct(f=[f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')" for path in paths])
+        levels[f"depth{depth}"] = _struct(
+            f=[f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')" for path in paths]
+        )
         objects |= {path: f"depth{depth}.f{number}" for number, path in enumerate(paths, 1)}
     found = [_in(objects, field.path) for field in contract.fields]
     rests = {path: f"seen.rest{number}" for number, path in enumerate(objects, 1)}
     # `text` is null for a field that is null or not there.
-    levels["seen"] = _struct(text=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
-                             rest=[_unnamed(objects, contract, path) for path in objects],
-                             twice=[f"{IS_SMALL} AND {_has_repeated_name('get(json, 0)')}"])
-    levels["value"] = _struct(f=[f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(text)} END"
-                                 for field, variant, text in zip(contract.fields, found, map("seen.text{}".format, itertools.count(1)))])
-    names = ", ".join(f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MAX_NAMED_FIELDS}), "
-                      f"name -> concat({_quoted(''.join(f'{step}.' for step in path))}, name))" for path, rest in rests.items())
-    return _let(levels, f"struct(value, {_first(_form(contract, objects))} AS reason, "
-                        f"CASE WHEN NOT seen.twice1 THEN nullif(to_json({_rest_of(rests, ())}), '{{}}') END AS rescued, "
-                        f"slice(concat({names}), 1, {MAX_NAMED_FIELDS}) AS unknown)")
+    levels["seen"] = _struct(
+        text=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
+        rest=[_unnamed(objects, contract, path) for path in objects],
+        twice=[f"{IS_SMALL} AND {_has_repeated_name('get(json, 0)')}"],
+    )
+    levels["value"] = _struct(
+        f=[
+            f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(text)} END"
+            for field, variant, text in zip(contract.fields, found, map("seen.text{}".format, itertools.count(1)))
+        ]
+    )
+    names = ", ".join(
+        f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MAX_NAMED_FIELDS}), "
+        f"name -> concat({_quoted(''.join(f'{step}.' for step in path))}, name))"
+        for path, rest in rests.items()
+    )
+    return _let(
+        levels,
+        f"struct(value, {_first(_form(contract, objects))} AS reason, "
+        f"CASE WHEN NOT seen.twice1 THEN nullif(to_json({_rest_of(rests, ())}), '{{}}') END AS rescued, "
+        f"slice(concat({names}), 1, {MAX_NAMED_FIELDS}) AS unknown)",
+    )
 
 
 def _has_type(field: Field, variant: str, text: str) -> str:
@@ -182,8 +238,10 @@ def _has_type(field: Field, variant: str, text: str) -> str:
     if field.json_types == ("STRING",):
         return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # which nothing else can be read as
     # schema_of_variant takes the square of time for an array of objects, so it is not asked about arrays and objects.
-    return (f"left({text}, 1) NOT IN ('{{', '[') AND "
-            f"substring_index(schema_of_variant({variant}), '(', 1) IN ({', '.join(map(_quoted, field.json_types))})")
+    return (
+        f"left({text}, 1) NOT IN ('{{', '[') AND "
+        f"substring_index(schema_of_variant({variant}), '(', 1) IN ({', '.join(map(_quoted, field.json_types))})"
+    )
 
 
 def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, str]:
@@ -192,23 +250,28 @@ def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, 
         "empty_record": f"raw IS NULL OR raw::STRING RLIKE r'{BLANK}'",
         "invalid_encoding": "NOT is_valid_utf8(raw::STRING)",
         "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> sha2(raw, 256), true) "
-                          f"OR get(json, 0) IS NULL OR seen.twice1 OR {LONE_SURROGATE.replace('text', 'raw::STRING')}",
+        f"OR get(json, 0) IS NULL OR seen.twice1 OR {LONE_SURROGATE.replace('text', 'raw::STRING')}",
     }
     missing, invalid = {}, {}
     for number, field in enumerate(contract.fields, 1):
         # The field's parent exists, but is not an object.
-        astray = "".join(f" OR {objects[path]} IS NULL AND try_variant_get({_in(objects, path)}, '$', 'STRING') IS NOT NULL"
-                         for path in (field.path[:depth] for depth in range(1, len(field.path))))
+        astray = "".join(
+            f" OR {objects[path]} IS NULL AND try_variant_get({_in(objects, path)}, '$', 'STRING') IS NOT NULL"
+            for path in (field.path[:depth] for depth in range(1, len(field.path)))
+        )
         if field.required:
-            missing[f"missing_{field.name}"] = (f"(seen.text{number} IS NULL OR seen.text{number} RLIKE r'{BLANK}') "
-                                                f"AND NOT (false{astray})")
-        invalid[f"invalid_{field.name}"] = f"seen.text{number} IS NOT NULL AND ({field.is_invalid(f'value.f{number}')}){astray}"
+            missing[f"missing_{field.name}"] = (
+                f"(seen.text{number} IS NULL OR seen.text{number} RLIKE r'{BLANK}') AND NOT (false{astray})"
+            )
+        invalid[f"invalid_{field.name}"] = (
+            f"seen.text{number} IS NOT NULL AND ({field.is_invalid(f'value.f{number}')}){astray}"
+        )
     return form | missing | invalid
 
 
 def _unnamed(objects: dict[tuple[str, ...], str], contract: Contract, path: tuple[str, ...]) -> str:
     """SQL: what is in an object and not in the contract, as a map."""
-    named = {field.path[len(path)] for field in contract.fields if field.path[:len(path)] == path}
+    named = {field.path[len(path)] for field in contract.fields if field.path[: len(path)] == path}
     return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(_quoted, sorted(named)))}))"
 
 
@@ -218,7 +281,9 @@ def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
     for inner in rests:
         if inner and inner[:-1] == path:
             rest = _rest_of(rests, inner)
-            parts.append(f"CASE WHEN size({rest}) > 0 THEN map({_quoted(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END")
+            parts.append(
+                f"CASE WHEN size({rest}) > 0 THEN map({_quoted(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END"
+            )
     return f"map_concat({', '.join(parts)})" if len(parts) > 1 else parts[0]
 
 
@@ -233,13 +298,22 @@ def _quoted(text: str) -> str:
 
 def _struct(**values: list[str]) -> str:
     """SQL of a struct: the values of each name, with a number from 1 on after it."""
-    return "struct(" + ", ".join(f"{value} AS {name}{number}" for name, several in values.items()
-                                 for number, value in enumerate(several, 1)) + ")"
+    return (
+        "struct("
+        + ", ".join(
+            f"{value} AS {name}{number}" for name, several in values.items() for number, value in enumerate(several, 1)
+        )
+        + ")"
+    )
 
 
 def _first(reasons: dict[str, str]) -> str:
     """SQL: the name of the first reason that holds, or null."""
-    return "CASE " + " ".join(f"WHEN {holds} THEN {_quoted(reason)}" for reason, holds in reasons.items()) + " END" if reasons else "NULL"
+    return (
+        "CASE " + " ".join(f"WHEN {holds} THEN {_quoted(reason)}" for reason, holds in reasons.items()) + " END"
+        if reasons
+        else "NULL"
+    )
 
 
 def _let(values: dict[str, str], body: str) -> str:

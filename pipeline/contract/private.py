@@ -11,19 +11,24 @@ from pyspark.sql import Column, DataFrame, SparkSession
 
 
 def is_of_one_row(rows: DataFrame, condition: str) -> bool:
-    """Whether SQL over the columns of `rows` needs no more than the row itself: no subquery, and nothing that Spark finds by
-    changing the rows, as `window(…)` leaves out those without a time."""
+    """Whether SQL over the columns of `rows` needs no more than the row itself: no subquery, and nothing that Spark
+    finds by changing the rows, as `window(…)` leaves out those without a time.
+    """
     pattern = _java(rows.sparkSession).org.apache.spark.sql.catalyst.trees.TreePattern
     plan = rows.where(condition)._jdf.queryExecution().analyzed()
-    return not plan.containsPattern(pattern.PLAN_EXPRESSION()) and plan.child().equals(rows._jdf.queryExecution().analyzed())
+    return not plan.containsPattern(pattern.PLAN_EXPRESSION()) and plan.child().equals(
+        rows._jdf.queryExecution().analyzed()
+    )
 
 
 def is_deterministic(rows: DataFrame, condition: str) -> bool:
-    """Whether SQL over the columns of `rows` is the same for the same row each time, without random numbers and the clock.
+    """Whether SQL over the columns of `rows` is the same for the same row each time, without random numbers and the
+    clock.
 
-    Spark replaces 'now', 'today' and the like by the time at which it parses a query (`DATE 'today'`) or optimizes it, wherever it
-    casts constant text to a time (`t > trim('now')`). Only the optimizer's rule FinishAnalysis finds all of these. Seen from
-    two time zones such a time differs both as an instant and on the clock of the zone; a constant differs in one of the two at most.
+    Spark replaces 'now', 'today' and the like by the time at which it parses a query (`DATE 'today'`) or optimizes it,
+    wherever it casts constant text to a time (`t > trim('now')`). Only the optimizer's rule FinishAnalysis finds all of
+    these. Seen from two time zones such a time differs both as an instant and on the clock of the zone; a constant
+    differs in one of the two at most.
     """
     spark = rows.sparkSession
     pattern = _java(spark).org.apache.spark.sql.catalyst.trees.TreePattern
@@ -36,20 +41,29 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
             finished = spark._jsparkSession.sessionState().optimizer().FinishAnalysis().apply(plan)
             on_clock = finished.condition().sql()
             # AES with a random start counts as deterministic, though it is not.
-            if (not (plan.deterministic() and finished.deterministic()) or plan.containsPattern(pattern.CURRENT_LIKE())
-                    or "ExpressionImplUtils.aesEncrypt(" in on_clock):
+            if (
+                not (plan.deterministic() and finished.deterministic())
+                or plan.containsPattern(pattern.CURRENT_LIKE())
+                or "ExpressionImplUtils.aesEncrypt(" in on_clock
+            ):
                 return False
             spark.conf.set(setting, "UTC")
-            seen.append([re.findall(r"\b(?:DATE|TIME\w*) '[^']*'", text) for text in (on_clock, finished.condition().sql())])
+            seen.append(
+                [re.findall(r"\b(?:DATE|TIME\w*) '[^']*'", text) for text in (on_clock, finished.condition().sql())]
+            )
             if not seen[0][0]:
                 return True  # without a time there is nothing to compare
     finally:
         spark.conf.set(setting, zone)
-    return not any(one != other and instant != other_instant for one, instant, other, other_instant in zip(*seen[0], *seen[1]))
+    return not any(
+        one != other and instant != other_instant for one, instant, other, other_instant in zip(*seen[0], *seen[1])
+    )
 
 
 def attempt(spark: SparkSession, condition: str) -> Column:
-    """SQL as a column that is null for a row for which it can't be computed. SQL itself can only try what its `try_…` do."""
+    """SQL as a column that is null for a row for which it can't be computed. SQL itself can only try what its `try_…`
+    do.
+    """
     java = _java(spark).org.apache.spark.sql
     parsed = spark._jsparkSession.sessionState().sqlParser().parseExpression(condition)
     return Column(java.classic.ExpressionUtils.column(java.catalyst.expressions.TryEval(parsed)))

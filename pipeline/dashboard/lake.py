@@ -1,4 +1,6 @@
-"""What dashboard.py's page asks of the Delta tables, by deltalake and DuckDB, without Spark. Times are UTC; a span is one of arrival."""
+"""What dashboard.py's page asks of the Delta tables, by deltalake and DuckDB, without Spark. Times are UTC; a span is
+one of arrival.
+"""
 
 import os
 from dataclasses import dataclass
@@ -19,12 +21,17 @@ MIN_REFRESH_SECONDS = 2  # seconds from one refresh to the next
 MAX_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
 MAX_COPIED_RECORDS = 1_000_000  # records that are kept in memory while the page is drawn
 CUT_AT = 300  # characters of a text, bytes of a rejected record
-NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[:0]
+NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[
+    :0
+]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What somebody looks at: `field` by `series` and, in a chart for each of them, `charts`, of the last `span` seconds."""
+    """What somebody looks at: `field` by `series` and, in a chart for each of them, `charts`, of the last `span`
+    seconds.
+    """
+
     table: str
     span: int | None
     field: str | None
@@ -59,7 +66,9 @@ class Lake:
             rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
         except TableNotFoundError:
             rejected = NOTHING_REJECTED
-        self.duckdb = duckdb.connect(config={"enable_external_access": "false"})  # queries see the registered tables only
+        self.duckdb = duckdb.connect(
+            config={"enable_external_access": "false"}
+        )  # queries see the registered tables only
         self.duckdb.execute("SET TimeZone = 'UTC'")
         self.duckdb.register("all_accepted", rows)
         self.duckdb.register("all_rejected", rejected)
@@ -70,8 +79,15 @@ class Lake:
         # Several queries follow, each of which would open each file again.
         kind = "TABLE" if records <= MAX_COPIED_RECORDS else "VIEW"
         texts = [column.name for column in rows.schema if str(column.type) in ("string", "large_string", "string_view")]
-        columns = ", ".join([*(f"left({quoted(name)}, {CUT_AT}) AS {quoted(name)}" if name in texts else quoted(name)
-                               for name in self.columns), "ingest_time"])
+        columns = ", ".join(
+            [
+                *(
+                    f"left({quoted(name)}, {CUT_AT}) AS {quoted(name)}" if name in texts else quoted(name)
+                    for name in self.columns
+                ),
+                "ingest_time",
+            ]
+        )
         self.duckdb.execute(f"CREATE {kind} accepted AS SELECT {columns} FROM all_accepted WHERE {of_span}")
         self.duckdb.execute(f"CREATE VIEW rejected AS FROM all_rejected WHERE {of_span}")
 
@@ -79,55 +95,87 @@ class Lake:
         return self.duckdb.execute(sql, values).df()
 
     def course(self, field: str, series: str) -> tuple[pd.DataFrame, int]:
-        """The averages of the field (time, series, chart, value) in a 200th of the time each, and how many series are left out."""
+        """The averages of the field (time, series, chart, value) in a 200th of the time each, and how many series are
+        left out.
+        """
         field, series, moment = quoted(field), quoted(series), self.moment
         chart = quoted(self.choice.charts) if self.choice.charts else "NULL"
         there = f"FROM accepted WHERE {field} IS NOT NULL AND {series} IS NOT NULL"
-        names = [name for [name] in self.duckdb.execute(f"SELECT DISTINCT {series}::VARCHAR AS name {there} ORDER BY name").fetchall()]
+        names = [
+            name
+            for [name] in self.duckdb.execute(
+                f"SELECT DISTINCT {series}::VARCHAR AS name {there} ORDER BY name"
+            ).fetchall()
+        ]
         if not names:
             return pd.DataFrame(columns=["time", "series", "chart", "value"]), 0
         # A device whose clock is wrong by years must not press all others into one point.
         [[first, last, usual]] = self.duckdb.execute(
             f"SELECT epoch_us(min({moment})), epoch_us(max({moment})), approx_quantile(epoch_us({moment}), [0.01, 0.99]) "
-            f"{there}").fetchall()
+            f"{there}"
+        ).fetchall()
         spread = usual[1] - usual[0] + 60_000_000
         first, last = max(first, usual[0] - spread), min(last, usual[1] + spread)
-        points = self.ask(f"SELECT time_bucket(to_microseconds($width), {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
-                          f"{chart}::VARCHAR AS chart, avg({field}) AS value {there} AND list_contains($names, {series}::VARCHAR) "
-                          f"AND epoch_us({moment}) BETWEEN $first AND $last GROUP BY ALL ORDER BY time",
-                          width=max(1_000_000, (last - first) // POINTS), names=names[:MAX_SERIES], first=first, last=last)
+        points = self.ask(
+            f"SELECT time_bucket(to_microseconds($width), {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
+            f"{chart}::VARCHAR AS chart, avg({field}) AS value {there} AND list_contains($names, {series}::VARCHAR) "
+            f"AND epoch_us({moment}) BETWEEN $first AND $last GROUP BY ALL ORDER BY time",
+            width=max(1_000_000, (last - first) // POINTS),
+            names=names[:MAX_SERIES],
+            first=first,
+            last=last,
+        )
         return points, max(0, len(names) - MAX_SERIES)
 
     def newest_of_each(self) -> pd.DataFrame:
         """The newest record of each series, or of each that a chart has, the newest first."""
         record = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in self.columns)
         keys = ", ".join(quoted(name) for name in filter(None, (self.choice.series, self.choice.charts)))
-        return plain(self.ask(f"SELECT unnest(newest) FROM (SELECT arg_max(struct_pack({record}), {self.moment}) AS newest, "
-                              f"max({self.moment}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time DESC "
-                              f"LIMIT {MOST_DEVICES})"))
+        return plain(
+            self.ask(
+                f"SELECT unnest(newest) FROM (SELECT arg_max(struct_pack({record}), {self.moment}) AS newest, "
+                f"max({self.moment}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time DESC "
+                f"LIMIT {MOST_DEVICES})"
+            )
+        )
 
     def arrivals(self) -> pd.DataFrame:
         """How many records were accepted and rejected (time, verdict, records), in a 200th of the time each."""
-        batches = self.ask("SELECT ingest_time AT TIME ZONE 'UTC' AS time, verdict, count(*) AS records FROM ("
-                           "SELECT ingest_time, 'accepted' AS verdict FROM accepted UNION ALL "
-                           "SELECT ingest_time, 'rejected' AS verdict FROM rejected) GROUP BY ALL")
+        batches = self.ask(
+            "SELECT ingest_time AT TIME ZONE 'UTC' AS time, verdict, count(*) AS records FROM ("
+            "SELECT ingest_time, 'accepted' AS verdict FROM accepted UNION ALL "
+            "SELECT ingest_time, 'rejected' AS verdict FROM rejected) GROUP BY ALL"
+        )
         width = max((batches["time"].max() - batches["time"].min()) / POINTS, pd.Timedelta(seconds=MIN_REFRESH_SECONDS))
         return batches.groupby([batches["time"].dt.floor(width.ceil("s")), "verdict"])["records"].sum().reset_index()
 
     def batches(self) -> pd.DataFrame:
         """How long each of the last batches took (time, seconds), from its start to the commit that made it visible."""
-        commits = [commit for commit in self.log.history(MOST_BATCHES) if commit.get("operation") == "WRITE"
-                   and int((commit.get("operationMetrics") or {}).get("numOutputRows", 0))]
-        self.duckdb.register("commits", pd.DataFrame({"committed": [commit["timestamp"] for commit in commits]}, dtype="int64"))
-        return self.ask("SELECT started AT TIME ZONE 'UTC' AS time, date_diff('ms', started, committed) / 1000 AS seconds FROM "
-                        "(SELECT to_timestamp(committed / 1000) AS committed FROM commits) ASOF JOIN "
-                        "(SELECT DISTINCT ingest_time AS started FROM accepted) ON committed >= started ORDER BY time")
+        commits = [
+            commit
+            for commit in self.log.history(MOST_BATCHES)
+            if commit.get("operation") == "WRITE"
+            and int((commit.get("operationMetrics") or {}).get("numOutputRows", 0))
+        ]
+        self.duckdb.register(
+            "commits", pd.DataFrame({"committed": [commit["timestamp"] for commit in commits]}, dtype="int64")
+        )
+        return self.ask(
+            "SELECT started AT TIME ZONE 'UTC' AS time, date_diff('ms', started, committed) / 1000 AS seconds FROM "
+            "(SELECT to_timestamp(committed / 1000) AS committed FROM commits) ASOF JOIN "
+            "(SELECT DISTINCT ingest_time AS started FROM accepted) ON committed >= started ORDER BY time"
+        )
 
     def newest_rejected(self) -> pd.DataFrame:
         """The newest rejected records: when and why, and how they begin."""
-        last = self.ask(f"SELECT min(ingest_time) AS since FROM (SELECT ingest_time FROM rejected ORDER BY 1 DESC LIMIT {MOST_REJECTED})")
-        rows = self.ask(f"SELECT ingest_time, reject_reason, raw[1:{CUT_AT}] AS record FROM rejected WHERE ingest_time >= $last "
-                        f"ORDER BY ingest_time DESC LIMIT {MOST_REJECTED}", last=last["since"].iloc[0])
+        last = self.ask(
+            f"SELECT min(ingest_time) AS since FROM (SELECT ingest_time FROM rejected ORDER BY 1 DESC LIMIT {MOST_REJECTED})"
+        )
+        rows = self.ask(
+            f"SELECT ingest_time, reject_reason, raw[1:{CUT_AT}] AS record FROM rejected WHERE ingest_time >= $last "
+            f"ORDER BY ingest_time DESC LIMIT {MOST_REJECTED}",
+            last=last["since"].iloc[0],
+        )
         rows["record"] = [None if pd.isna(raw) else bytes(raw).decode(errors="replace") for raw in rows["record"]]
         return plain(rows)
 
@@ -141,18 +189,33 @@ def overview(tables: dict[str, str]) -> pd.DataFrame:
             files = table.get_add_actions(flatten=True)
             commit = next(iter(table.history(1)), {})  # where Delta has removed its entry, none
             rows, sizes = files.column("num_records").to_pylist(), files.column("size_bytes").to_pylist()
-            lines.append({"table": name, "rows": None if None in rows else sum(rows), "files": len(sizes),
-                          "MB": round(sum(sizes) / 1e6, 2), "version": table.version(), "last commit": commit.get("operation"),
-                          "at": pd.to_datetime(commit.get("timestamp"), unit="ms")})
+            lines.append(
+                {
+                    "table": name,
+                    "rows": None if None in rows else sum(rows),
+                    "files": len(sizes),
+                    "MB": round(sum(sizes) / 1e6, 2),
+                    "version": table.version(),
+                    "last commit": commit.get("operation"),
+                    "at": pd.to_datetime(commit.get("timestamp"), unit="ms"),
+                }
+            )
         except Exception as error:
-            lines.append({"table": name, "last commit": f"can't be read: {first_line(str(error)) or type(error).__name__}"})
+            lines.append(
+                {"table": name, "last commit": f"can't be read: {first_line(str(error)) or type(error).__name__}"}
+            )
     return pd.DataFrame(lines)
 
 
 def plain(rows: pd.DataFrame) -> pd.DataFrame:
     """Times without their zone, which is UTC: Streamlit would show it in each cell."""
-    return rows.assign(**{name: column.dt.tz_localize(None) for name, column in rows.items()
-                          if isinstance(column.dtype, pd.DatetimeTZDtype)})
+    return rows.assign(
+        **{
+            name: column.dt.tz_localize(None)
+            for name, column in rows.items()
+            if isinstance(column.dtype, pd.DatetimeTZDtype)
+        }
+    )
 
 
 def quoted(name: str) -> str:

@@ -19,7 +19,14 @@ from deltalake.exceptions import DeltaError
 from kafka.errors import KafkaError
 
 SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "1 week": 604_800, "everything": None}
-NUMBERS = ("double", "float", "long", "integer", "short", "byte")  # of Delta; what is measured comes before what is counted
+NUMBERS = (
+    "double",
+    "float",
+    "long",
+    "integer",
+    "short",
+    "byte",
+)  # of Delta; what is measured comes before what is counted
 IN_A_ROW = 3  # charts
 MAX_REFRESH_SECONDS = 60  # seconds from one refresh to the next; those in between are a 200th of the span
 MAX_CHARTS = 12
@@ -52,8 +59,10 @@ def show_page(options: argparse.Namespace) -> None:
         st.subheader("Tables")
         st.dataframe(overview(tables), hide_index=True)
         st.session_state[took] = time.monotonic() - begun
-        st.caption(f"As of {datetime.now(timezone.utc):%H:%M:%S} UTC, drawn in {st.session_state[took]:.1f} s, "
-                   f"refreshed every {seconds} s.")
+        st.caption(
+            f"As of {datetime.now(timezone.utc):%H:%M:%S} UTC, drawn in {st.session_state[took]:.1f} s, "
+            f"refreshed every {seconds} s."
+        )
         if not seconds / 2 <= refresh_every(choice.span, st.session_state[took]) <= 2 * seconds:
             st.rerun()
 
@@ -61,8 +70,9 @@ def show_page(options: argparse.Namespace) -> None:
 
 
 def refresh_every(span: int | None, took: float) -> int:
-    """The seconds from one refresh to the next, of a span of so many seconds, after one that took so long: it rests four times as
-    long as it works."""
+    """The seconds from one refresh to the next, of a span of so many seconds, after one that took so long: it rests
+    four times as long as it works.
+    """
     usual = MAX_REFRESH_SECONDS if span is None else min(max(MIN_REFRESH_SECONDS, span // POINTS), MAX_REFRESH_SECONDS)
     return max(usual, round(5 * took))
 
@@ -81,8 +91,12 @@ def choose(readings: dict[str, str]) -> Choice:
         field = st.selectbox("Field", [name for number in NUMBERS for name, kind in kinds.items() if kind == number])
         series = st.selectbox("A line for each", texts)
         # Values of several units have no axis in common.
-        charts = st.selectbox("A chart for each", [None, *texts], index=texts.index("unit") + 1 if "unit" in texts else 0,
-                              format_func=lambda name: name or "–")
+        charts = st.selectbox(
+            "A chart for each",
+            [None, *texts],
+            index=texts.index("unit") + 1 if "unit" in texts else 0,
+            format_func=lambda name: name or "–",
+        )
     times = [name for name, kind in kinds.items() if kind == "timestamp"]
     return Choice(table, span, field, series, charts, (times or ["ingest_time"])[0])
 
@@ -146,13 +160,21 @@ def waiting(table: str, _options: argparse.Namespace) -> str:
 
 
 def chart(points: pd.DataFrame, y: str, color: str | None = None) -> alt.Chart:
-    """A chart of `y` over `time`, with a colour for each value of the column `color`; how it marks them is still to be said."""
+    """A chart of `y` over `time`, with a colour for each value of the column `color`; how it marks them is still to be
+    said.
+    """
     of_days = len(points) and points["time"].max() - points["time"].min() > timedelta(days=1)
     time_axis = alt.Axis(format="%d %b %H:%M" if of_days else "%H:%M:%S", tickCount=5, labelAngle=0)
     drawn = alt.Chart(points, height=250).encode(
-        alt.X("time:T", title=None, axis=time_axis), alt.Y(f"{y}:Q", title=None).scale(zero=color != "series"),
-        tooltip=[alt.Tooltip("time:T", format="%Y-%m-%d %H:%M:%S"), *points.columns[1:]])
-    return drawn.encode(color=alt.Color(f"{color}:N", title=None, legend=alt.Legend(orient="bottom", columns=2))) if color else drawn
+        alt.X("time:T", title=None, axis=time_axis),
+        alt.Y(f"{y}:Q", title=None).scale(zero=color != "series"),
+        tooltip=[alt.Tooltip("time:T", format="%Y-%m-%d %H:%M:%S"), *points.columns[1:]],
+    )
+    return (
+        drawn.encode(color=alt.Color(f"{color}:N", title=None, legend=alt.Legend(orient="bottom", columns=2)))
+        if color
+        else drawn
+    )
 
 
 def age(moment: Any) -> str:
@@ -160,5 +182,7 @@ def age(moment: Any) -> str:
     if moment is None or pd.isna(moment):
         return "–"
     seconds = max(0, (datetime.now(timezone.utc) - moment).total_seconds())
-    size, unit = next(((size, unit) for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s"))
+    size, unit = next(
+        ((size, unit) for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s")
+    )
     return f"{seconds // size:,.0f} {unit} ago"

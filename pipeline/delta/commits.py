@@ -45,10 +45,16 @@ class Commits:
         return None
 
     def has_changed_rows_since(self, stream: str, batch_id: int) -> bool:
-        """Whether somebody has changed or removed rows of the table after the stream wrote this batch, one of the last, to it."""
+        """Whether somebody has changed or removed rows of the table after the stream wrote this batch, one of the last,
+        to it.
+        """
         for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             actions = self.actions(version) or []
-            if any(action["txn"]["appId"] == stream and action["txn"]["version"] == batch_id for action in actions if "txn" in action):
+            if any(
+                action["txn"]["appId"] == stream and action["txn"]["version"] == batch_id
+                for action in actions
+                if "txn" in action
+            ):
                 return False
             if any(action["remove"].get("dataChange", True) for action in actions if "remove" in action):
                 return True
@@ -68,7 +74,10 @@ class Commits:
                 path = self.path(add["path"])
                 size = self.files.size(path)
                 if add["path"] not in removed and size != add["size"]:
-                    found = version, f"{path} is missing" if size is None else f"{path} has {size:,} bytes of {add['size']:,}"
+                    found = (
+                        version,
+                        f"{path} is missing" if size is None else f"{path} has {size:,} bytes of {add['size']:,}",
+                    )
         return found
 
     def path(self, name: str) -> str:
@@ -79,9 +88,9 @@ class Commits:
 def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream: str | None, batches: range) -> None:
     """Renames the newest commits of a table of this machine if a power cut has come before the disk had all of them.
 
-    That leaves the table as it was before them. `relied_on`: the version that the checkpoint counts on; it and older ones stay, and so do
-    all if one of them is not of these `batches` of the `stream`, which are written again. If `relied_on` is not known (None), only a cut
-    commit that was to create the table is renamed.
+    That leaves the table as it was before them. `relied_on`: the version that the checkpoint counts on; it and older
+    ones stay, and so do all if one of them is not of these `batches` of the `stream`, which are written again. If
+    `relied_on` is not known (None), only a cut commit that was to create the table is renamed.
     """
     log = Path(local_path(table) or "", "_delta_log")
     while local_path(table) and log.is_dir():
@@ -89,12 +98,19 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream
         commits = Commits(spark, str(log.parent), newest)
         damaged, problem = commits.damage()
         is_all = damaged == newest == 0 and commits.actions(0) == []
-        if not is_all and (relied_on is None or damaged <= relied_on or not all(
-                _is_written_again(commits.actions(version), stream, batches) for version in range(damaged, newest + 1))):
+        if not is_all and (
+            relied_on is None
+            or damaged <= relied_on
+            or not all(
+                _is_written_again(commits.actions(version), stream, batches) for version in range(damaged, newest + 1)
+            )
+        ):
             return
         what_follows = "created again" if is_all else f"put back to version {damaged - 1}"
-        say(f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is {what_follows}; the batch is written again, so "
-            f"nothing is lost.")
+        say(
+            f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is {what_follows}; the batch is written again, so "
+            f"nothing is lost."
+        )
         (log / "_last_checkpoint").unlink(missing_ok=True)  # a hint, which may be beyond
         for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):
             with suppress(FileNotFoundError):
@@ -106,7 +122,8 @@ def _is_written_again(actions: list[dict[str, Any]] | None, stream: str | None, 
     transactions = [action["txn"] for action in actions or () if "txn" in action]
     changes = [action[kind] for action in actions or () for kind in ("add", "remove") if kind in action]
     return not any(change.get("dataChange", True) for change in changes) or any(
-        each["appId"].removesuffix(AGAIN) == stream and each["version"] in batches for each in transactions)
+        each["appId"].removesuffix(AGAIN) == stream and each["version"] in batches for each in transactions
+    )
 
 
 def contents_note(stream: str, batch_id: int, contents: dict[str, Any]) -> str:
@@ -124,12 +141,19 @@ def _parsed(note: str | None) -> dict[str, Any]:
 
 
 def sync_commits(spark: SparkSession, table: str, versions: Iterable[int]) -> None:
-    """Returns once the disk has all that these versions of a table have written; does nothing for another store than this machine."""
+    """Returns once the disk has all that these versions of a table have written; does nothing for another store than
+    this machine.
+    """
     folder = local_path(table)
     if folder is None:
         return
     for version in versions:
         commits = Commits(spark, folder, version)
         entry = f"{folder}/_delta_log/{version:020}"
-        sync([*(commits.path(action["add"]["path"]) for action in commits.actions(version) or () if "add" in action),
-              *(f"{entry}.{kind}" for kind in ("json", "crc", "checkpoint.parquet")), f"{folder}/_delta_log/_last_checkpoint"])
+        sync(
+            [
+                *(commits.path(action["add"]["path"]) for action in commits.actions(version) or () if "add" in action),
+                *(f"{entry}.{kind}" for kind in ("json", "crc", "checkpoint.parquet")),
+                f"{folder}/_delta_log/_last_checkpoint",
+            ]
+        )

@@ -25,10 +25,17 @@ from delta.exceptions import (
 POLL_SECONDS = 0.01  # a stream at full speed leaves its tables unlocked for a tenth of a second between two batches
 QUIET_SECONDS = 3  # of waiting, before a line says so
 MAX_ATTEMPTS = 5
-# All of Delta's conflicts that a second attempt can settle. ConcurrentTransactionException is none of them: another stream
-# with the same checkpoint has written the same batch.
-CONFLICTS = (ConcurrentAppendException, ConcurrentDeleteDeleteException, ConcurrentDeleteReadException, ConcurrentWriteException,
-             DeltaConcurrentModificationException, MetadataChangedException, ProtocolChangedException)
+# All of Delta's conflicts that a second attempt can settle. ConcurrentTransactionException is none of them: another
+# stream with the same checkpoint has written the same batch.
+CONFLICTS = (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentWriteException,
+    DeltaConcurrentModificationException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
 
 Result = TypeVar("Result")
 _released_at = float("-inf")  # when this process last released a lock
@@ -38,11 +45,12 @@ _released_at = float("-inf")  # when this process last released a lock
 def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
     """Keeps other writers away from the table at the path `table` while it lasts; waits for one that is at work.
 
-    On a local disk, Delta checks that the next version is absent and then renames its commit to it. Two processes that do so
-    at the same moment both succeed, and the second commit replaces the first. Hold the lock for a whole operation, not only for its
-    commit: VACUUM removes files that were written long ago and not yet committed.
+    On a local disk, Delta checks that the next version is absent and then renames its commit to it. Two processes that
+    do so at the same moment both succeed, and the second commit replaces the first. Hold the lock for a whole
+    operation, not only for its commit: VACUUM removes files that were written long ago and not yet committed.
 
-    Raises Stopped if `stopping` is set meanwhile. A table that is not there, or is in another store (`s3a://…`), is not locked.
+    Raises Stopped if `stopping` is set meanwhile. A table that is not there, or is in another store (`s3a://…`), is not
+    locked.
     """
     global _released_at
     # A process that has waited takes its turn before the one that has just had the lock.
@@ -67,8 +75,8 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
 def _locked_folder(table: str) -> int | None:
     """The table's folder, opened and locked; -1 if it can't be on this machine, None if another writer has the lock.
 
-    The lock is on the folder itself, not on a file: it is the same by whatever path the table is named, needs no permission
-    to write, and does not recreate a table that was deleted. The kernel removes it when the process dies.
+    The lock is on the folder itself, not on a file: it is the same by whatever path the table is named, needs no
+    permission to write, and does not recreate a table that was deleted. The kernel removes it when the process dies.
     """
     place = local_path(table)
     if place is None:
@@ -93,8 +101,10 @@ def _locked_folder(table: str) -> int | None:
 
 
 def _lock_error(table: str, error: OSError) -> PipelineError:
-    return PipelineError(f"The folder {table} can't be locked against other writers: {error.strerror}. Give this user permission to "
-                         f"read it, or choose a file system that has locks (flock).")
+    return PipelineError(
+        f"The folder {table} can't be locked against other writers: {error.strerror}. Give this user permission to "
+        f"read it, or choose a file system that has locks (flock)."
+    )
 
 
 def with_retries(write: Callable[[], Result]) -> Result:

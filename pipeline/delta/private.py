@@ -27,8 +27,10 @@ def version_and_last_batch(spark: SparkSession, table: str, stream: str | None) 
 
 
 class Commit(NamedTuple):
-    """A version of a table: Delta's name for its operation, whether that has removed or restored rows, and the rows that it has
-    added in these `files`. Files that were merged are none of both."""
+    """A version of a table: Delta's name for its operation, whether that has removed or restored rows, and the rows
+    that it has added in these `files`. Files that were merged are none of both.
+    """
+
     version: int
     operation: str
     has_changed_rows: bool
@@ -46,26 +48,37 @@ def newest_state(spark: SparkSession, table: str) -> tuple[str, int]:
 def commits_of(spark: SparkSession, table: str, first: int, last: int) -> Iterator[Commit]:
     """Those of the versions `first` to `last` of a table that its log still has, in order, after `newest_state`.
 
-    Delta's public ways to the rows of a commit are the change data feed, which the table would have to write, and a streaming read,
-    which can't begin right after a version and ends when somebody changes rows.
+    Delta's public ways to the rows of a commit are the change data feed, which the table would have to write, and a
+    streaming read, which can't begin right after a version and ends when somebody changes rows.
     """
     java, log = _java(spark), _delta_log(spark, table)
     changes = log.getChanges(first, last, java.scala.Option.empty(), False)
     while changes.hasNext():
         change = changes.next()
         actions = list(java.scala.jdk.javaapi.CollectionConverters.asJava(change._2()))
-        by_kind: dict[str, list[Any]] = {kind: [action for action in actions if action.getClass().getSimpleName() == kind]
-                                         for kind in ("AddFile", "RemoveFile", "CommitInfo")}
+        by_kind: dict[str, list[Any]] = {
+            kind: [action for action in actions if action.getClass().getSimpleName() == kind]
+            for kind in ("AddFile", "RemoveFile", "CommitInfo")
+        }
         operation = by_kind["CommitInfo"][0].operation() if by_kind["CommitInfo"] else ""
         added = [file for file in by_kind["AddFile"] if file.dataChange()]
         has_removed = any(file.dataChange() for file in by_kind["RemoveFile"])
         files = java.java.util.ArrayList()
         for file in added:
             files.add(file)
-        rows = log.createDataFrame(log.unsafeVolatileSnapshot(), java.scala.jdk.javaapi.CollectionConverters.asScala(files).toSeq(),
-                                   False, java.scala.Option.empty())
-        yield Commit(change._1(), operation, has_removed or operation == "RESTORE", [file.path() for file in added],
-                     DataFrame(rows, spark))
+        rows = log.createDataFrame(
+            log.unsafeVolatileSnapshot(),
+            java.scala.jdk.javaapi.CollectionConverters.asScala(files).toSeq(),
+            False,
+            java.scala.Option.empty(),
+        )
+        yield Commit(
+            change._1(),
+            operation,
+            has_removed or operation == "RESTORE",
+            [file.path() for file in added],
+            DataFrame(rows, spark),
+        )
 
 
 def files_of(spark: SparkSession, table: str) -> DataFrame:

@@ -20,13 +20,13 @@ from pyspark.sql import SparkSession
 PROPERTIES = {
     # A stream appends a small file per batch: they are merged once there are 50 of them.
     "delta.autoOptimize.autoCompact": "true",
-    # Each commit leaves files in _delta_log, which is listed whole at every commit, on a local disk at 15 µs a file. With a
-    # batch every two seconds, two hours of time travel are 7,200 files.
+    # Each commit leaves files in _delta_log, which is listed whole at every commit, on a local disk at 15 µs a file.
+    # With a batch every two seconds, two hours of time travel are 7,200 files.
     "delta.logRetentionDuration": "interval 2 hours",
     "delta.deletedFileRetentionDuration": "interval 2 hours",
 }
-# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and how its records are read, by
-# the contract's id and the source's mode.
+# Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and how its records are
+# read, by the contract's id and the source's mode.
 WRITER = "pipeline.checkpoint.id"
 NO_WRITER = ""  # the next stream with a new checkpoint takes over the table
 REPLACED = "pipeline.checkpoint.replaced"  # the checkpoint that had the table before it got no writer
@@ -41,6 +41,7 @@ class TablePair:
 
     `origin`: the columns that say where a row came from.
     """
+
     table: str
     columns: dict[str, str]
     quarantine_columns: dict[str, str]
@@ -52,7 +53,9 @@ class TablePair:
 
     @contextmanager
     def write_lock(self, stopping: StopFlag, create: bool = False) -> Iterator[None]:
-        """Keeps other writers away from both tables (pipeline/delta/locks.py). `create`: makes the folders of new ones first."""
+        """Keeps other writers away from both tables (pipeline/delta/locks.py). `create`: makes the folders of new ones
+        first.
+        """
         for path in filter(None, map(local_path, (self.quarantine, self.table))):
             if create:
                 os.makedirs(path, exist_ok=True)
@@ -61,12 +64,21 @@ class TablePair:
 
 
 def bronze_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
-    return TablePair(path, contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | {"_rescued_data": "STRING"},
-                     _quarantine_columns(FILE_ORIGIN), ("source_file",))
+    return TablePair(
+        path,
+        contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | {"_rescued_data": "STRING"},
+        _quarantine_columns(FILE_ORIGIN),
+        ("source_file",),
+    )
 
 
 def silver_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
-    columns = contract_columns | {"ingest_time": "TIMESTAMP"} | KAFKA_ORIGIN | {"raw_json": "STRING", "_rescued_data": "STRING"}
+    columns = (
+        contract_columns
+        | {"ingest_time": "TIMESTAMP"}
+        | KAFKA_ORIGIN
+        | {"raw_json": "STRING", "_rescued_data": "STRING"}
+    )
     return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN), ("partition", "offset", "kafka_timestamp"))
 
 
@@ -75,8 +87,8 @@ def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:
 
 
 def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str]) -> None:
-    """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name, or takes over one that
-    has no writer any more. Raises PipelineError if the table is another stream's.
+    """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name, or takes over
+    one that has no writer any more. Raises PipelineError if the table is another stream's.
     """
     files, log = FileSystem(spark, path), f"{path}/_delta_log"
     if not any(name[0].isdecimal() for name in files.names_in(log)):
@@ -84,7 +96,8 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     table = DeltaTable.createIfNotExists(spark).location(path)
     for name, kind in columns.items():
         table = table.addColumn(name, kind)
-    # Columns of which Delta notes the least and greatest value in each file, to skip files by; each takes time to write.
+    # Columns of which Delta notes the least and greatest value in each file, to skip files by; each takes time to
+    # write.
     times = ",".join(f"`{name}`" for name, kind in columns.items() if kind == "TIMESTAMP")
     for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | owner).items():
         table = table.property(name, value)
@@ -93,20 +106,25 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     if writer == NO_WRITER:
         set_properties(spark, path, owner)
     elif writer != owner[WRITER]:
-        raise PipelineError(f"Another stream has created the table {path} meanwhile. Give this one a --table and a "
-                            f"--checkpoint of its own.")
+        raise PipelineError(
+            f"Another stream has created the table {path} meanwhile. Give this one a --table and a "
+            f"--checkpoint of its own."
+        )
 
 
 def add_missing_columns(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
     """Adds to the table at `path` those of `columns` that it lacks; older rows have null there.
 
-    A column that is no longer among them stays, and is null in newer rows. Raises PipelineError if one has another type.
+    A column that is no longer among them stays, and is null in newer rows. Raises PipelineError if one has another
+    type.
     """
     there = {name.lower(): kind.upper() for name, kind in spark.read.format("delta").load(path).dtypes}
     for name, kind in columns.items():
         if there.get(name.lower(), kind) != kind:
-            raise PipelineError(f"The column {name} of {path} is {there[name.lower()]}, and the contract makes it {kind}. Name "
-                                f"another column for the field, or give the stream a --table and a --checkpoint of its own.")
+            raise PipelineError(
+                f"The column {name} of {path} is {there[name.lower()]}, and the contract makes it {kind}. Name "
+                f"another column for the field, or give the stream a --table and a --checkpoint of its own."
+            )
     new = ", ".join(f"`{name}` {kind}" for name, kind in columns.items() if name.lower() not in there)
     if new:
         spark.sql(f"ALTER TABLE {as_identifier(path)} ADD COLUMNS ({new})")

@@ -18,7 +18,9 @@ from pipeline.terminal.messages import warn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-FILE_NAMES = "[^._]*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
+FILE_NAMES = (
+    "[^._]*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
+)
 
 
 def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
@@ -32,11 +34,15 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     if options.archive:
         check_archive(options.archive, options.input)
         if linked := next(links_in(options.input), None):
-            raise PipelineError(f"{linked} is a link to a folder, whose files --archive would move away unread. Remove it.")
+            raise PipelineError(
+                f"{linked} is a link to a folder, whose files --archive would move away unread. Remove it."
+            )
     has_patterns = is_pattern(options.input)
     for path in paths_in(options.input):
         if re.search("[\ud800-\udfff]", path):
-            warn(f"{path.encode(errors='backslashreplace').decode()} can't be read: its name is not in UTF-8. Rename it.")
+            warn(
+                f"{path.encode(errors='backslashreplace').decode()} can't be read: its name is not in UTF-8. Rename it."
+            )
         has_patterns = has_patterns or is_pattern(path)
     most_files = min(options.max_files_per_trigger, MAX_PATTERNS if has_patterns else options.max_files_per_trigger)
     return (
@@ -56,19 +62,25 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
 
 def check_archive(archive: str, folder: str) -> None:
     """Raises PipelineError if Spark can't move files from `folder` to `archive`, or would read them there again."""
-    place, source = (urlsplit(path) if (local := local_path(path)) is None else SplitResult("", "", os.path.realpath(local), "", "")
-                     for path in (archive, folder))
+    place, source = (
+        urlsplit(path) if (local := local_path(path)) is None else SplitResult("", "", os.path.realpath(local), "", "")
+        for path in (archive, folder)
+    )
     one, other = (f"/{each.path.strip('/')}".rstrip("/") + "/" for each in (place, source))
     if place[:2] != source[:2] or one.startswith(other) or other.startswith(one):
-        raise PipelineError(f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and neither of the "
-                            f"two may be in the other. Name another with --archive.")
+        raise PipelineError(
+            f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and neither of the "
+            f"two may be in the other. Name another with --archive."
+        )
     if not place.scheme:
         with suppress(OSError):  # what can't be made can't be written to
             os.makedirs(place.path, exist_ok=True)
         for path in (place.path, source.path):  # Spark would silently leave the files where they are
             if not os.access(path, os.W_OK | os.X_OK):
-                raise PipelineError(f"This user may not move files from {folder} to {archive}: {path} can't be written to. Give it "
-                                    f"permission, or name another folder with --archive.")
+                raise PipelineError(
+                    f"This user may not move files from {folder} to {archive}: {path} can't be written to. Give it "
+                    f"permission, or name another folder with --archive."
+                )
 
 
 def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
@@ -76,7 +88,10 @@ def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
     if None in (local_path(options.input), local_path(options.checkpoint)):
         return 0
     taken.read_log()
-    return len({path for path in paths_in(options.input) if re.search(r"(?i)\.(jsonl?|ndjson)(\.gz)?$", path)} - taken.files.keys())
+    return len(
+        {path for path in paths_in(options.input) if re.search(r"(?i)\.(jsonl?|ndjson)(\.gz)?$", path)}
+        - taken.files.keys()
+    )
 
 
 def paths_in(folder: str) -> Iterator[str]:
@@ -84,6 +99,7 @@ def paths_in(folder: str) -> Iterator[str]:
 
     Raises PipelineError if one of the folders may not be read, or is a link back.
     """
+
     def refuse(error: OSError) -> None:
         if isinstance(error, PermissionError):  # not one that has just gone
             raise PipelineError(unreadable_folder_message(error.filename)) from error
@@ -92,9 +108,13 @@ def paths_in(folder: str) -> Iterator[str]:
         folders[:] = (name for name in folders if not is_draft(name))
         for name in folders:
             if is_loop(os.path.join(place, name), folder):
-                raise PipelineError(f"{os.path.join(place, name)} is a link that leads back to {folder}, where Spark would follow it round "
-                                    f"and round. Remove it.")
-        yield from (path for name in names if not is_draft(name) and not os.path.islink(path := os.path.join(place, name)))
+                raise PipelineError(
+                    f"{os.path.join(place, name)} is a link that leads back to {folder}, where Spark would follow it round "
+                    f"and round. Remove it."
+                )
+        yield from (
+            path for name in names if not is_draft(name) and not os.path.islink(path := os.path.join(place, name))
+        )
 
 
 def links_in(folder: str) -> Iterator[str]:
@@ -105,7 +125,9 @@ def links_in(folder: str) -> Iterator[str]:
 
 def is_behind_link(path: str, folder: str) -> bool:
     """Whether the way from `folder`, which may itself be a link, to a folder in it has a link."""
-    return os.path.realpath(path) != os.path.normpath(os.path.join(os.path.realpath(folder), os.path.relpath(path, folder)))
+    return os.path.realpath(path) != os.path.normpath(
+        os.path.join(os.path.realpath(folder), os.path.relpath(path, folder))
+    )
 
 
 def is_loop(path: str, folder: str) -> bool:

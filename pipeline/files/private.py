@@ -9,8 +9,9 @@ from pyspark.sql import DataFrame
 
 
 def planned_files(batch: DataFrame) -> list[str]:
-    """The paths of the files that a file stream has planned for this micro-batch, as its checkpoint has them: the batch's own rows leave
-    out those that are no longer there."""
+    """The paths of the files that a file stream has planned for this micro-batch, as its checkpoint has them: the
+    batch's own rows leave out those that are no longer there.
+    """
     leaves = query_of(batch)._jsq.streamingQuery().lastExecution().analyzed().collectLeaves()
     [files] = [leaf.relation().location() for leaf in map(leaves.apply, range(leaves.size()))]
     return sorted(files.rootPaths().mkString("\n").split("\n"))

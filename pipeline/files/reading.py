@@ -18,8 +18,8 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
-# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets, of either kind.
-# All quantifiers are possessive. Java's stack is deep enough for 500 levels.
+# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets,
+# of either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 MAX_DEPTH = 200
 MAX_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
@@ -27,7 +27,8 @@ _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{i
 ELEMENT = rf'\G[\[,]\s*+([\[{{]{_INNER}[\]}}]|{_TEXT}|[^\[\]{{}}",\s]++)\s*+'
 READ_OPTIONS = {
     "mapreduce.input.linerecordreader.line.maxlength": str(MAX_RECORD_BYTES + 1),  # which a line has to stay below
-    # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with ":".
+    # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with
+    # ":".
     "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
     "fs.file.impl.disable.cache": "true",
     # Whatever Spark's configuration says: a broken file goes to the quarantine, not half of it into the table.
@@ -37,48 +38,68 @@ READ_OPTIONS = {
 
 
 def files_in(batch: DataFrame) -> list[Row]:
-    """The files whose names are in a batch: `path`, `length` and `modified` (milliseconds since 1970) as they are now, and `arrival`,
-    the start of the batch (microseconds since 1970)."""
+    """The files whose names are in a batch: `path`, `length` and `modified` (milliseconds since 1970) as they are now,
+    and `arrival`, the start of the batch (microseconds since 1970).
+    """
     # A datetime of Python would go through the zone of this machine.
-    files = batch.select("path", "length", F.unix_millis("modificationTime").alias("modified"),
-                         F.unix_micros("ingest_time").alias("arrival")).collect()
-    return list({file.path: file for file in files}.values())  # Spark lists files with wildcards in their names several times
+    files = batch.select(
+        "path",
+        "length",
+        F.unix_millis("modificationTime").alias("modified"),
+        F.unix_micros("ingest_time").alias("arrival"),
+    ).collect()
+    return list(
+        {file.path: file for file in files}.values()
+    )  # Spark lists files with wildcards in their names several times
 
 
-def read_lines(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool) -> DataFrame:
+def read_lines(
+    spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool
+) -> DataFrame:
     """One record per line of `files`, but for blank lines; see `read_files`."""
     return read_files(spark, files, faults, max_unpacked, careful, lineSep="\n")
 
 
-def read_values(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool) -> DataFrame:
+def read_values(
+    spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool
+) -> DataFrame:
     """One record per object of `files`, each of which holds an object or an array of them; see `read_files`.
 
-    A file whose array is broken, holds null or strings, is nested more than 200 levels deep or has more than 400,000 elements is one
-    record as a whole.
+    A file whose array is broken, holds null or strings, is nested more than 200 levels deep or has more than 400,000
+    elements is one record as a whole.
     """
     whole = with_elements(read_files(spark, files, faults, max_unpacked, careful, wholetext=True))
-    return whole.select(F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"),
-                        "source_file", "ingest_time", "reject_reason")
+    return whole.select(
+        F.explode(F.coalesce("elements", F.array("raw"))).alias("raw"), "source_file", "ingest_time", "reject_reason"
+    )
 
 
 def with_elements(files: DataFrame) -> DataFrame:
-    """Adds to files (`raw`) what is in them: `is_object`, and the `elements` of an array as they stand there, null of anything else
-    and of an array with null or strings in it."""
+    """Adds to files (`raw`) what is in them: `is_object`, and the `elements` of an array as they stand there, null of
+    anything else and of an array with null or strings in it.
+    """
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     checksum = F.sha2("raw", 256)
     # As in pipeline/contract/judge.py: the checksum comes second only if nothing but white space follows the value.
     framed = F.from_json(F.concat(F.lit("["), "text", F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
     cut = F.regexp_extract_all(F.btrim("text", F.lit(" \t\r\n")), F.lit(ELEMENT), F.lit(1))
-    files = (files.withColumns({"text": F.col("raw").cast("string")}).withColumn("length", F.json_array_length("text"))
-             .withColumns({"framed": framed, "cut": F.when(F.col("length") <= MAX_ELEMENTS, cut)}))
+    files = (
+        files.withColumns({"text": F.col("raw").cast("string")})
+        .withColumn("length", F.json_array_length("text"))
+        .withColumns({"framed": framed, "cut": F.when(F.col("length") <= MAX_ELEMENTS, cut)})
+    )
     is_one_value = F.is_valid_utf8("text") & (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
     value = F.get("framed", F.lit(0))
     # The cuts follow each other without a gap. So if there are as many as elements, they are the elements.
     is_cut = value.startswith("[") & (F.size("cut") == F.col("length"))
     may_be_records = F.forall("cut", lambda element: ~element.startswith('"') & (element != "null"))
     elements = F.transform("cut", lambda element: element.cast("binary"))
-    return files.withColumns({"is_object": is_one_value & value.startswith("{"),
-                              "elements": F.when(is_one_value & is_cut & may_be_records, elements)})
+    return files.withColumns(
+        {
+            "is_object": is_one_value & value.startswith("{"),
+            "elements": F.when(is_one_value & is_cut & may_be_records, elements),
+        }
+    )
 
 
 def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> list[str]:
@@ -86,34 +107,50 @@ def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> li
     line = F.btrim(F.col("raw").cast("string"), F.lit(" \t\r\ufeff"))
     begins_object = line.startswith("{")
     suspects = (
-        spark.read.format("delta").load(quarantine)
+        spark.read.format("delta")
+        .load(quarantine)
         .where(F.col("reject_reason") == "malformed_json")
         .where(F.col("ingest_time") == F.timestamp_micros(F.lit(files[0].arrival)))
-        .groupBy("source_file").agg(F.bool_or(line.startswith("[")).alias("is_array"),
-                                    F.bool_or(begins_object).alias("begins"), F.bool_or(~begins_object).alias("goes_on"))
-        .where("is_array OR begins AND goes_on"))
+        .groupBy("source_file")
+        .agg(
+            F.bool_or(line.startswith("[")).alias("is_array"),
+            F.bool_or(begins_object).alias("begins"),
+            F.bool_or(~begins_object).alias("goes_on"),
+        )
+        .where("is_array OR begins AND goes_on")
+    )
     suspected = {row.source_file for row in suspects.collect()}
-    paths = [file.path for file in files if file.path in suspected and unpacked_size(spark, file, MAX_RECORD_BYTES) <= MAX_RECORD_BYTES]
+    paths = [
+        file.path
+        for file in files
+        if file.path in suspected and unpacked_size(spark, file, MAX_RECORD_BYTES) <= MAX_RECORD_BYTES
+    ]
     if not paths:
         return []
-    whole = read_text(spark, paths, wholetext=True).select(F.col("value").cast("binary").alias("raw"), source_file().alias("path"))
+    whole = read_text(spark, paths, wholetext=True).select(
+        F.col("value").cast("binary").alias("raw"), source_file().alias("path")
+    )
     is_multiline = F.col("is_object") | F.col("elements").isNotNull()
     return [row.path for row in with_elements(whole).where(is_multiline).select("path").collect()]
 
 
-def read_files(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool,
-               **text_options: Any) -> DataFrame:
+def read_files(
+    spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool, **text_options: Any
+) -> DataFrame:
     """Reads the `files` of a batch (`files_in`); see `find_unreadable` for the other parameters.
 
-    Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`: null,
-    or "unreadable_file" with a null `raw` for each of `faults`.
+    Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`:
+    null, or "unreadable_file" with a null `raw` for each of `faults`.
     """
     paths = [file.path for file in files]
     find_unreadable(spark, files, faults, max_unpacked, careful, text_options)
     ingest_time = F.timestamp_micros(F.lit(files[0].arrival if files else None))
     names = F.array(*map(F.lit, faults)).cast("ARRAY<STRING>")
-    records = spark.range(1).select(F.lit(None).cast("binary").alias("raw"), F.explode(names).alias("source_file"),
-                                    F.lit(UNREADABLE).alias("reject_reason"))
+    records = spark.range(1).select(
+        F.lit(None).cast("binary").alias("raw"),
+        F.explode(names).alias("source_file"),
+        F.lit(UNREADABLE).alias("reject_reason"),
+    )
     if readable := [path for path in paths if path not in faults]:
         text = read_text(spark, readable, **text_options).where(F.btrim("value", F.lit(" \t\r\n")) != "")
         records = records.union(text.select(F.col("value").cast("binary"), source_file(), F.lit(None).cast("string")))
@@ -123,30 +160,40 @@ def read_files(spark: SparkSession, files: list[Row], faults: dict[str, str], ma
 def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> DataFrame:
     """The lines of files, or with `wholetext` the files, whatever their names hold."""
     reader = spark.read.options(**READ_OPTIONS)
-    # Spark takes each path as a pattern, by which Hadoop finds none with a ":". It can be told to take one path literally; of
-    # several it would then read each several times.
+    # Spark takes each path as a pattern, by which Hadoop finds none with a ":". It can be told to take one path
+    # literally; of several it would then read each several times.
     literal = [path for path in paths if ":" in os.path.basename(path) and is_pattern(path)]
     patterns = [escape_glob(path) for path in paths if path not in literal]
     parts = [reader.text(patterns, **text_options)] if patterns else []
     parts += [reader.option("__globPaths__", "false").text(path, **text_options) for path in literal]
     # A byte order mark, which Spark leaves out of the first line, but not of a whole file.
     text = F.ltrim("value", F.lit("\ufeff")) if "wholetext" in text_options else F.col("value")
-    return functools.reduce(DataFrame.union, [part.select(text.alias("value"), "_metadata.file_path") for part in parts])
+    return functools.reduce(
+        DataFrame.union, [part.select(text.alias("value"), "_metadata.file_path") for part in parts]
+    )
 
 
 def source_file() -> Column:
-    """The path of the file that a row of `read_text` is from. Spark has it as a URI, in which url_decode makes a blank of "+"."""
+    """The path of the file that a row of `read_text` is from. Spark has it as a URI, in which url_decode makes a blank
+    of "+".
+    """
     uri = F.col("file_path")
     return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
 
 
-def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool,
-                    text_options: dict[str, Any]) -> None:
-    """Adds to `faults` those of `files` that are themselves at fault, by their path, and names them on stderr: a broken .gz, one of
-    more than `max_unpacked` bytes inside, or more in one piece than the memory could hold.
+def find_unreadable(
+    spark: SparkSession,
+    files: list[Row],
+    faults: dict[str, str],
+    max_unpacked: int,
+    careful: bool,
+    text_options: dict[str, Any],
+) -> None:
+    """Adds to `faults` those of `files` that are themselves at fault, by their path, and names them on stderr: a broken
+    .gz, one of more than `max_unpacked` bytes inside, or more in one piece than the memory could hold.
 
-    `careful`: looks into small .gz files too, after Spark has failed to read the files. Raises SourceAwayError if one of them can't be
-    read for another reason.
+    `careful`: looks into small .gz files too, after Spark has failed to read the files. Raises SourceAwayError if one
+    of them can't be read for another reason.
     """
     found, sizes = {}, {}
     for file in files:
@@ -159,9 +206,13 @@ def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str
                 found[file.path] = str(error)
     is_multiline = "wholetext" in text_options
     oversized = {path: size for path, size in sizes.items() if size > MAX_RECORD_BYTES and path not in found}
-    if oversized and not is_multiline:  # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
+    if (
+        oversized and not is_multiline
+    ):  # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
         lines = read_text(spark, list(oversized), **text_options)
-        read = lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
+        read = (
+            lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
+        )
         for file in read:
             if file.size + 3 >= oversized[file.path]:  # a byte order mark is left out too; it has 3 bytes
                 del oversized[file.path]
@@ -173,12 +224,18 @@ def find_unreadable(spark: SparkSession, files: list[Row], faults: dict[str, str
 
 
 def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = False) -> int:
-    """The bytes in `file`, unpacked, `limit` + 1 for more; unless `exactly`, a .gz that is small in any case counts as it is, packed.
+    """The bytes in `file`, unpacked, `limit` + 1 for more; unless `exactly`, a .gz that is small in any case counts as
+    it is, packed.
 
     Raises BrokenFileError for a broken .gz, and SourceAwayError for one that can't be read.
     """
     # A .gz has at most 1,032 times its size inside: https://zlib.net/zlib_tech.html
-    if not file.path.lower().endswith(".gz") or not file.length or file.length * 1032 <= MAX_RECORD_BYTES and not exactly:
+    if (
+        not file.path.lower().endswith(".gz")
+        or not file.length
+        or file.length * 1032 <= MAX_RECORD_BYTES
+        and not exactly
+    ):
         return file.length
     try:
         return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path, limit)
@@ -210,5 +267,7 @@ def unreadable_file_of(error: Exception) -> str | None:
 
 def away(path: str, error: Exception) -> str:
     """What to do about a file that can't be read by no fault of its own."""
-    return (f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost: see to its storage or its permissions, "
-            f"or move it out of the folder, and start again.")
+    return (
+        f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost: see to its storage or its permissions, "
+        f"or move it out of the folder, and start again."
+    )

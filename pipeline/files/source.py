@@ -37,9 +37,18 @@ class FileSource(Source):
         self.files: list[Row] = []  # those of the running batch, as they were when it began
         self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
 
-    def require_unread_records(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
-                     last_records: str | None) -> None:
-        """Names the files that have changed since they were read, or since they were to be. `last_records`: `TakenFiles.read_later`."""
+    def require_unread_records(
+        self,
+        spark: SparkSession,
+        tables: TablePair,
+        unread: dict[str, Any],
+        planned: dict[str, Any],
+        checkpoint: str,
+        last_records: str | None,
+    ) -> None:
+        """Names the files that have changed since they were read, or since they were to be. `last_records`:
+        `TakenFiles.read_later`.
+        """
         self.taken.read_log()
         self.taken.check_folder()
         for path, modified in json.loads(last_records or "{}").items():
@@ -64,7 +73,9 @@ class FileSource(Source):
         planned = self.taken.after(self.entry)
         gone = [path for path in planned if path not in found and not is_there(batch.sparkSession, path)]
         self._name_gone(gone)
-        self.taken.name_changed(path for path in self.begun if path in found and found[path] != self.taken.files[path].modified)
+        self.taken.name_changed(
+            path for path in self.begun if path in found and found[path] != self.taken.files[path].modified
+        )
         for path, modified in found.items():
             self.taken.note(path, modified)
         self.taken.name_packed(planned)
@@ -75,32 +86,49 @@ class FileSource(Source):
         return self.read(batch.sparkSession, self.files, self.faults, self.max_unpacked, careful=False)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
-        warn("Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
-             "files of other names.")
+        warn(
+            "Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
+            "files of other names."
+        )
         return super().rejected_otherwise(judged, written)
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         files = self._files_in(batch)
         there = {file.path for file in files}
-        self._name_gone([path for file in self.files
-                         if file.path not in there and not is_there(batch.sparkSession, path := plain(file.path))])
+        self._name_gone(
+            [
+                path
+                for file in self.files
+                if file.path not in there and not is_there(batch.sparkSession, path := plain(file.path))
+            ]
+        )
         return self.read(batch.sparkSession, files, self.faults, self.max_unpacked, careful=True)
 
     def _name_gone(self, paths: list[str]) -> None:
-        """Names files that are gone. Raises SourceAwayError if a folder of theirs on this machine is empty: its disk may be away."""
+        """Names files that are gone. Raises SourceAwayError if a folder of theirs on this machine is empty: its disk
+        may be away.
+        """
         for folder, path in {os.path.dirname(path): path for path in reversed(paths) if path.startswith("/")}.items():
             if not os.path.isdir(folder) or not os.listdir(folder):
-                raise SourceAwayError(f"The folder {folder} is empty or gone, and with it files of this batch, {path} among them. If its "
-                                      f"disk is not mounted, mount it and start again. If somebody has removed the files, put any other "
-                                      f"file there: the stream goes on without them.")
+                raise SourceAwayError(
+                    f"The folder {folder} is empty or gone, and with it files of this batch, {path} among them. If its "
+                    f"disk is not mounted, mount it and start again. If somebody has removed the files, put any other "
+                    f"file there: the stream goes on without them."
+                )
         self.taken.name_gone(paths)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
-        """The files of a batch, without drafts that Spark doesn't recognize (`_site=A/1.json`) and files reached through a link."""
+        """The files of a batch, without drafts that Spark doesn't recognize (`_site=A/1.json`) and files reached
+        through a link.
+        """
         files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
         folders = {os.path.dirname(plain(file.path)) for file in files}
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
-        not_read = {file.path for file in files if os.path.dirname(plain(file.path)) in linked or os.path.islink(plain(file.path))}
+        not_read = {
+            file.path
+            for file in files
+            if os.path.dirname(plain(file.path)) in linked or os.path.islink(plain(file.path))
+        }
         self.taken.name_linked(map(plain, not_read), is_archived=bool(self.options.archive))
         return [file for file in files if file.path not in not_read]
 
@@ -114,7 +142,9 @@ class FileSource(Source):
         self.taken.watch()
 
     def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
-        return Backlog(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.files)) if self.waiting > 0 else None
+        return (
+            Backlog(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.files)) if self.waiting > 0 else None
+        )
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names files that changed while they were taken, and those that should be read with --multiline."""
@@ -124,7 +154,11 @@ class FileSource(Source):
         before = {file.path: file for file in self.files}
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
         if files and not self.is_multiline and "malformed_json" in reasons:
-            with suppress(PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError):  # one is gone by now; this is only advice
+            with suppress(
+                PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError
+            ):  # one is gone by now; this is only advice
                 for path in find_multiline(batch.sparkSession, files, quarantine):
-                    warn(f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
-                         f"--multiline, and give the file a new name.")
+                    warn(
+                        f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
+                        f"--multiline, and give the file a new name."
+                    )

@@ -25,7 +25,10 @@ AT_ONCE = 1000  # files that `watch` looks at: a few milliseconds
 
 
 class TakenFile(NamedTuple):
-    """`entry`: the number of the log's entry that has the file. `modified`: when it was written last, in milliseconds since 1970."""
+    """`entry`: the number of the log's entry that has the file. `modified`: when it was written last, in milliseconds
+    since 1970.
+    """
+
     entry: int
     modified: int
 
@@ -37,7 +40,7 @@ def plain(path: str) -> str:
 
 def is_draft(path: str, folder: str = "") -> bool:
     """Whether the name of a file, or of a folder above it up to `folder`, begins with "_" or "."."""
-    inner = path[len(folder):] if path.startswith(folder) else os.path.basename(path)
+    inner = path[len(folder) :] if path.startswith(folder) else os.path.basename(path)
     return any(name[:1] in ("_", ".") for name in inner.split("/"))
 
 
@@ -51,8 +54,8 @@ def _are_on_one_disk(*paths: str) -> bool:
 class TakenFiles:
     """The files that a stream has taken, by their path as `plain` gives it.
 
-    Spark has a log of them in the checkpoint (CompactibleFileStreamLog in its source): an entry for each batch, the file N; every
-    tenth is the file N.compact instead, with all that was before.
+    Spark has a log of them in the checkpoint (CompactibleFileStreamLog in its source): an entry for each batch, the
+    file N; every tenth is the file N.compact instead, with all that was before.
     """
 
     def __init__(self, spark: SparkSession, checkpoint: str, folder: str, archive: str | None):
@@ -60,7 +63,9 @@ class TakenFiles:
         # Moved to another disk, a file is copied, and gets a new modification time.
         self.archive = local_path(archive) if archive and _are_on_one_disk(archive, folder) else None
         self.files: dict[str, TakenFile] = {}
-        self.read_later: dict[str, int] = {}  # modification times when the files were read, where they differ from Spark's log
+        self.read_later: dict[
+            str, int
+        ] = {}  # modification times when the files were read, where they differ from Spark's log
         self.last_entry = -1  # of those that were read
         self.named: set[str] = set()
         self.round: Iterator[str] = iter(())  # the files that a round of `watch` has still to look at
@@ -68,7 +73,11 @@ class TakenFiles:
 
     def read_log(self) -> None:
         """Takes note of what has come to the log. Drafts, which the stream passes over, are in it but not here."""
-        names = {int(match[1]): match[0] for name in sorted(self._names()) if (match := re.fullmatch(r"(\d+)(\.compact)?", name))}
+        names = {
+            int(match[1]): match[0]
+            for name in sorted(self._names())
+            if (match := re.fullmatch(r"(\d+)(\.compact)?", name))
+        }
         new = sorted(number for number in names if number > self.last_entry)
         compact = max((number for number in new if names[number].endswith(".compact")), default=-1)
         for number in new:
@@ -77,8 +86,9 @@ class TakenFiles:
                 self.last_entry = number
 
     def check_folder(self) -> None:
-        """Raises PipelineError if none of the taken files is in the folder, but some are there under a different path, by which they would
-        be read again; for a URI, whatever is there."""
+        """Raises PipelineError if none of the taken files is in the folder, but some are there under a different path,
+        by which they would be read again; for a URI, whatever is there.
+        """
         begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
         folder = self.folder.rstrip("/") + "/"
         if not self.files or folder.startswith(f"{begin}/") or any(path.startswith(folder) for path in self.files):
@@ -86,9 +96,11 @@ class TakenFiles:
         taken = {(os.path.basename(path), file.modified) for path, file in self.files.items()}
         there = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
         if local_path(folder) is None or any((os.path.basename(path), self._modified(path)) in taken for path in there):
-            raise PipelineError(f"The checkpoint {self.checkpoint} belongs to another input folder: the stream has read files such as "
-                                f"{next(iter(self.files))}, and none in {self.folder}. Under a different path, every file would be read "
-                                f"again. Use the same --input as before, or give {self.folder} its own --table and --checkpoint.")
+            raise PipelineError(
+                f"The checkpoint {self.checkpoint} belongs to another input folder: the stream has read files such as "
+                f"{next(iter(self.files))}, and none in {self.folder}. Under a different path, every file would be read "
+                f"again. Use the same --input as before, or give {self.folder} its own --table and --checkpoint."
+            )
 
     def after(self, entry: int) -> list[str]:
         """The files of the later entries."""
@@ -106,8 +118,9 @@ class TakenFiles:
             self.read_later[path] = modified
 
     def watch(self) -> None:
-        """Names files that have changed. Looks at some of them each time, so at all of them once a minute, or less often if they are
-        many."""
+        """Names files that have changed. Looks at some of them each time, so at all of them once a minute, or less
+        often if they are many.
+        """
         self.name_changed(self.changed(itertools.islice(self.round, AT_ONCE)))
         if time.monotonic() >= self.next_round:
             self.round = itertools.chain(self.round, iter(list(self.files)))
@@ -115,50 +128,83 @@ class TakenFiles:
 
     def changed(self, paths: Iterable[str]) -> list[str]:
         """Those of `paths` that are on this machine and were written since they were taken."""
-        return [path for path in paths
-                if (modified := self._modified(path)) is not None and modified != self.files[path].modified]
+        return [
+            path
+            for path in paths
+            if (modified := self._modified(path)) is not None and modified != self.files[path].modified
+        ]
 
     def name_changed(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each file, that it has changed since it was taken."""
-        self._name(paths, "has changed since it was taken, and a file is read only once: later additions may be in no table. Put records "
-                          "that the tables lack (see source_file) into a file of another name. Write files under a name that begins with "
-                          '"_", and rename them when they are complete.')
+        self._name(
+            paths,
+            "has changed since it was taken, and a file is read only once: later additions may be in no table. Put records "
+            "that the tables lack (see source_file) into a file of another name. Write files under a name that begins with "
+            '"_", and rename them when they are complete.',
+        )
 
     def name_gone(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each file, that it could not be read because it is not there."""
         paths = list(paths)
-        self._name(paths, "was there, and is gone before it was read. If nobody has renamed it, and it is no row's source_file, put it "
-                          "back under another name.", at_most=len(paths))
+        self._name(
+            paths,
+            "was there, and is gone before it was read. If nobody has renamed it, and it is no row's source_file, put it "
+            "back under another name.",
+            at_most=len(paths),
+        )
 
     def name_linked(self, paths: Iterable[str], is_archived: bool) -> None:
         """Says on stderr, once for each file, that it is not read because of a link, or is even archived unread."""
-        what_next = ("--archive moves the file away all the same. Remove the link, and put the file back" if is_archived else
-                     "Move the file there instead, under another name")
+        what_next = (
+            "--archive moves the file away all the same. Remove the link, and put the file back"
+            if is_archived
+            else "Move the file there instead, under another name"
+        )
         self._name(paths, f"is not read: links in the input folder are not followed. {what_next}.")
 
     def name_archived_drafts(self, paths: Iterable[str]) -> None:
         """Says on stderr, once for each draft, that Spark is going to archive it unread."""
-        self._name(paths, 'is a draft, which is not read, but --archive moves it: Spark takes a folder with "=" in its name for no draft. '
-                          "Rename the folder.")
+        self._name(
+            paths,
+            'is a draft, which is not read, but --archive moves it: Spark takes a folder with "=" in its name for no draft. '
+            "Rename the folder.",
+        )
 
     def name_packed(self, paths: Iterable[str]) -> None:
         """Warns, once per file, of files that look like an earlier one that was compressed or decompressed in place."""
-        taken = {path: self.files.get(path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz") for path in paths}
-        self._name((path for path, other in taken.items()
-                    if other and (other.entry < self.files[path].entry or path.endswith(".gz"))
-                    and other.modified // 1000 == self.files[path].modified // 1000),
-                   "looks like a file that was read before and then compressed or decompressed in place: it has the same time and, apart "
-                   "from .gz, the same name. If so, its records are now in the tables twice. Compress files elsewhere, or use --archive.")
+        taken = {
+            path: self.files.get(path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz") for path in paths
+        }
+        self._name(
+            (
+                path
+                for path, other in taken.items()
+                if other
+                and (other.entry < self.files[path].entry or path.endswith(".gz"))
+                and other.modified // 1000 == self.files[path].modified // 1000
+            ),
+            "looks like a file that was read before and then compressed or decompressed in place: it has the same time and, apart "
+            "from .gz, the same name. If so, its records are now in the tables twice. Compress files elsewhere, or use --archive.",
+        )
 
     def name_renamed(self, paths: Iterable[str]) -> None:
         """Warns, once per file, of files that look like an earlier one that was renamed or moved within the folder."""
         # A rename keeps the time to the nanosecond; many files may share one to the second.
         times = {self.files[path].modified: path for path in paths if self.files[path].modified % 1000}
-        gone = {times[file.modified] for path, file in self.files.items()
-                if file.modified in times and path != times[file.modified] and path.startswith("/") and not os.path.lexists(path)}
-        self._name(sorted(gone), "looks like a file that was read before and then renamed or moved: it has the same time, and the other "
-                                 "one is gone. If so, its records are now in the tables twice. Move files that were read out of the "
-                                 "folder, or use --archive.")
+        gone = {
+            times[file.modified]
+            for path, file in self.files.items()
+            if file.modified in times
+            and path != times[file.modified]
+            and path.startswith("/")
+            and not os.path.lexists(path)
+        }
+        self._name(
+            sorted(gone),
+            "looks like a file that was read before and then renamed or moved: it has the same time, and the other "
+            "one is gone. If so, its records are now in the tables twice. Move files that were read out of the "
+            "folder, or use --archive.",
+        )
 
     def _name(self, paths: Iterable[str], what: str, at_most: int = MAX_NAMED_FILES) -> None:
         new = [path for path in paths if path not in self.named]
@@ -176,19 +222,27 @@ class TakenFiles:
 
     def _read(self, name: str) -> None:
         file, folder = f"sources/0/{name}", local_path(self.checkpoint)
-        text = (FileSystem(self.spark, self.checkpoint).read(f"{self.checkpoint}/{file}") or "" if folder is None
-                else Path(folder, file).read_text(encoding="utf-8"))
+        text = (
+            FileSystem(self.spark, self.checkpoint).read(f"{self.checkpoint}/{file}") or ""
+            if folder is None
+            else Path(folder, file).read_text(encoding="utf-8")
+        )
         try:
             # Not by splitlines: a name may have a line separator of Unicode in it.
             entries: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[1:]]
-            taken = {plain(unquote(entry["path"])): TakenFile(entry["batchId"], entry["timestamp"]) for entry in entries
-                     if entry["batchId"] > self.last_entry}
+            taken = {
+                plain(unquote(entry["path"])): TakenFile(entry["batchId"], entry["timestamp"])
+                for entry in entries
+                if entry["batchId"] > self.last_entry
+            }
         except (ValueError, KeyError) as error:
             raise PipelineError(damaged_message(self.checkpoint, f"{file} is not as Spark writes it")) from error
         self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
 
     def _modified(self, path: str) -> int | None:
-        """When a local file, or its copy in the archive, was last modified (milliseconds since 1970); None if it can't be found."""
+        """When a local file, or its copy in the archive, was last modified (milliseconds since 1970); None if it can't
+        be found.
+        """
         places = [path, *([f"{self.archive}{path}"] if self.archive else [])]
         for place in places if path.startswith("/") else ():
             with suppress(OSError):

@@ -1,6 +1,7 @@
 """kafka-python's admin client, with private parts of it.
 
-Without them, each attempt to reach an absent broker would leave a thread behind, and large messages could only be read by unpacking them.
+Without them, each attempt to reach an absent broker would leave a thread behind, and large messages could only be read
+by unpacking them.
 """
 
 from typing import Any
@@ -11,7 +12,9 @@ from kafka.protocol.consumer.fetch import FetchRequest
 
 
 class Admin(KafkaAdminClient):  # type: ignore[misc]  # which has no types
-    """One that closes what it has opened where it finds no broker: kafka-python's own leaves a thread and three files (3.0.12)."""
+    """One that closes what it has opened where it finds no broker: kafka-python's own leaves a thread and three files
+    (3.0.12).
+    """
 
     def __init__(self, **settings: Any):
         try:
@@ -23,13 +26,30 @@ class Admin(KafkaAdminClient):  # type: ignore[misc]  # which has no types
             raise
 
     def messages(self, leader: int, topic: str, partition: int, offset: int) -> bytes:
-        """Kafka's messages from the one with the record at `offset` on, packed: some 1 MB, or one that is larger, and part of another. No
-        client gives them, and each unpacks them (3.0.12)."""
-        part = FetchRequest.FetchTopic.FetchPartition(partition=partition, current_leader_epoch=-1, fetch_offset=offset,
-                                                      last_fetched_epoch=-1, partition_max_bytes=2**20)
-        request = FetchRequest(replica_id=-1, max_wait_ms=1000, min_bytes=1, max_bytes=2**20, isolation_level=0, session_id=0,
-                               session_epoch=-1, topics=[FetchRequest.FetchTopic(topic=topic, partitions=[part])],
-                               forgotten_topics_data=[], rack_id="", min_version=4, max_version=12)
+        """Kafka's messages from the one with the record at `offset` on, packed: some 1 MB, or one that is larger, and
+        part of another. No client gives them, and each unpacks them (3.0.12).
+        """
+        part = FetchRequest.FetchTopic.FetchPartition(
+            partition=partition,
+            current_leader_epoch=-1,
+            fetch_offset=offset,
+            last_fetched_epoch=-1,
+            partition_max_bytes=2**20,
+        )
+        request = FetchRequest(
+            replica_id=-1,
+            max_wait_ms=1000,
+            min_bytes=1,
+            max_bytes=2**20,
+            isolation_level=0,
+            session_id=0,
+            session_epoch=-1,
+            topics=[FetchRequest.FetchTopic(topic=topic, partitions=[part])],
+            forgotten_topics_data=[],
+            rack_id="",
+            min_version=4,
+            max_version=12,
+        )
         response = self._manager.run(self._manager.send, request, leader).responses[0].partitions[0]
         if response.error_code:
             raise for_code(response.error_code)()

@@ -20,10 +20,17 @@ SERVERS = "localhost:9092"
 
 def add_broker_options(parser: argparse.ArgumentParser) -> None:
     """The options --bootstrap-servers and --kafka-config."""
-    parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,…",
-                        help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})")
-    parser.add_argument("--kafka-config", type=location, metavar="FILE",
-                        help="properties of a Kafka client, such as security.protocol and sasl.jaas.config")
+    parser.add_argument(
+        "--bootstrap-servers",
+        metavar="HOST:PORT,…",
+        help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})",
+    )
+    parser.add_argument(
+        "--kafka-config",
+        type=location,
+        metavar="FILE",
+        help="properties of a Kafka client, such as security.protocol and sasl.jaas.config",
+    )
 
 
 class NoBrokerError(PipelineError):
@@ -33,8 +40,8 @@ class NoBrokerError(PipelineError):
 class _Refusals(logging.Handler):
     """Catches why a broker refuses a connection: kafka-python says it in its log only, and then raises a mere timeout.
 
-    It loses the broker's last words where these come together with the end of the connection (3.0.12, over TLS). Then all
-    that is known is that the broker has hung up.
+    It loses the broker's last words where these come together with the end of the connection (3.0.12, over TLS). Then
+    all that is known is that the broker has hung up.
     """
 
     def __init__(self) -> None:
@@ -43,8 +50,13 @@ class _Refusals(logging.Handler):
         self.has_hung_up = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.found += [value for value in record.args or () if isinstance(value, (SaslAuthenticationFailedError, AuthorizationError))
-                       or isinstance(value, Exception) and "[SSL:" in str(value)]
+        self.found += [
+            value
+            for value in record.args or ()
+            if isinstance(value, (SaslAuthenticationFailedError, AuthorizationError))
+            or isinstance(value, Exception)
+            and "[SSL:" in str(value)
+        ]
         self.has_hung_up |= "socket disconnected" in record.getMessage()
 
     def __enter__(self) -> None:
@@ -55,7 +67,9 @@ class _Refusals(logging.Handler):
 
 
 class Broker:
-    """The brokers of a cluster. `servers`: "host:port,…"; `properties`: those of a Kafka client, as in `--kafka-config`."""
+    """The brokers of a cluster. `servers`: "host:port,…"; `properties`: those of a Kafka client, as in
+    `--kafka-config`.
+    """
 
     def __init__(self, servers: str | None, properties: dict[str, str] | None = None):
         self.properties = properties or {}
@@ -64,20 +78,30 @@ class Broker:
         for server in filter(None, map(str.strip, self.servers.split(","))):
             scheme, _, address = server.rpartition("://")
             parts = re.fullmatch(r"(?:\[([\da-fA-F:]+)\]|([^\s:]+)):(\d{1,5})", address)
-            if scheme and scheme.upper() != security_protocol(self.properties):  # which goes for all of them, whatever is said here
-                raise PipelineError(f"The broker's address {server} does not agree with security.protocol, which is "
-                                    f"{security_protocol(self.properties)}. Correct one of them.")
+            if scheme and scheme.upper() != security_protocol(
+                self.properties
+            ):  # which goes for all of them, whatever is said here
+                raise PipelineError(
+                    f"The broker's address {server} does not agree with security.protocol, which is "
+                    f"{security_protocol(self.properties)}. Correct one of them."
+                )
             if parts and 0 < int(parts[3]) < 65_536:
                 self.addresses.append((parts[1] or parts[2], int(parts[3])))
             else:
-                raise PipelineError(f"{server!r} is not the address of a Kafka broker, which is HOST:PORT. Correct --bootstrap-servers or "
-                                    f"bootstrap.servers in --kafka-config.")
-        python_settings(self.properties, KafkaAdminClient.DEFAULT_CONFIG)  # says what it can't follow before Kafka is waited for
+                raise PipelineError(
+                    f"{server!r} is not the address of a Kafka broker, which is HOST:PORT. Correct --bootstrap-servers or "
+                    f"bootstrap.servers in --kafka-config."
+                )
+        python_settings(
+            self.properties, KafkaAdminClient.DEFAULT_CONFIG
+        )  # says what it can't follow before Kafka is waited for
 
     def client(self, kind: Any, **settings: Any) -> Any:
         """A client of kafka-python of this `kind`; the properties win over `settings`."""
-        return kind(**settings | python_settings(self.properties, kind.DEFAULT_CONFIG),
-                    bootstrap_servers=self.servers.split(","))
+        return kind(
+            **settings | python_settings(self.properties, kind.DEFAULT_CONFIG),
+            bootstrap_servers=self.servers.split(","),
+        )
 
     def ask(self, question: Callable[[KafkaAdminClient], object]) -> None:
         """Calls `question` with a client. Raises NoBrokerError if none answers, PipelineError if the client is refused."""
@@ -92,9 +116,14 @@ class Broker:
             if refusals.has_hung_up and "SASL" in security_protocol(self.properties):
                 raise NoBrokerError(str(self.refused("the broker hung up during the login"))) from error
             is_local = all(host in ("localhost", "127.0.0.1", "::1") for host, _ in self.addresses)
-            raise NoBrokerError(f"No Kafka broker answers on {self.servers} ({type(error).__name__}). " + (
-                "Start one: docker compose up -d, or python3 local_kafka.py." if is_local else
-                "Check the address, and the broker's advertised.listeners, which must be reachable from here too.")) from error
+            raise NoBrokerError(
+                f"No Kafka broker answers on {self.servers} ({type(error).__name__}). "
+                + (
+                    "Start one: docker compose up -d, or python3 local_kafka.py."
+                    if is_local
+                    else "Check the address, and the broker's advertised.listeners, which must be reachable from here too."
+                )
+            ) from error
 
     def require_listener(self) -> None:
         """Raises OSError if nothing listens; a client would try again for seconds."""
@@ -107,8 +136,10 @@ class Broker:
                     raise
 
     def refused(self, reason: str) -> PipelineError:
-        return PipelineError(f"This script can't use Kafka on {self.servers}: {reason.rstrip('.')}. Check the user, the password, "
-                             f"the permissions and the certificates of --kafka-config.")
+        return PipelineError(
+            f"This script can't use Kafka on {self.servers}: {reason.rstrip('.')}. Check the user, the password, "
+            f"the permissions and the certificates of --kafka-config."
+        )
 
 
 def answers(port: int) -> bool:

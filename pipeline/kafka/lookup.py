@@ -23,7 +23,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 MAX_LOOKUP_SECONDS = 2  # for a single record
 MAX_WAIT_SECONDS = 10  # for some records, at a start
-MAX_MESSAGE_RECORD_BYTES = 2 * MAX_RECORD_BYTES  # for a record with its headers, where it would have to be unpacked to be measured any closer
+MAX_MESSAGE_RECORD_BYTES = (
+    2 * MAX_RECORD_BYTES
+)  # for a record with its headers, where it would have to be unpacked to be measured any closer
 # Options of a consumer that unpacks a record only when it is asked for, and none of the message after it.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 SEVERAL = {"kafka.max.poll.records": 500}
@@ -34,8 +36,10 @@ Offsets = dict[int, tuple[int, int]]  # partition: the first offset, and the one
 
 
 class Gap(NamedTuple):
-    """Offsets that are not read: a record that is too large at `begin`, and what is packed in a message after it, to before `end`, to
-    which a consumer comes only by unpacking it. No record is between `after` and `begin`."""
+    """Offsets that are not read: a record that is too large at `begin`, and what is packed in a message after it, to
+    before `end`, to which a consumer comes only by unpacking it. No record is between `after` and `begin`.
+    """
+
     partition: int
     after: int
     begin: int
@@ -44,8 +48,11 @@ class Gap(NamedTuple):
 
 def kafka_options(topic: Topic) -> dict[str, Any]:
     """The options of Spark's Kafka source that say which cluster it reads, and how."""
-    return ({"kafka.isolation.level": topic.isolation_level} | spark_options(topic.properties)
-            | {"kafka.bootstrap.servers": topic.servers})
+    return (
+        {"kafka.isolation.level": topic.isolation_level}
+        | spark_options(topic.properties)
+        | {"kafka.bootstrap.servers": topic.servers}
+    )
 
 
 def is_too_large(error: BaseException) -> bool:
@@ -61,9 +68,13 @@ class RecordLookup:
         self._gaps: list[Gap] = []  # that were found
         self._one_by_one = 0  # how many offsets before each of them, and before the end, are read one record at a time
 
-    def ask(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False) -> Result:
-        """The answer of `question` to the records at these offsets (`records`). If they don't fit into the memory, the question is asked
-        again without those that are too large. `has_failed`: another reading has shown already that they don't."""
+    def ask(
+        self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False
+    ) -> Result:
+        """The answer of `question` to the records at these offsets (`records`). If they don't fit into the memory, the
+        question is asked again without those that are too large. `has_failed`: another reading has shown already that
+        they don't.
+        """
         for one_by_one in (0, NEAR_OFFSETS, sys.maxsize)[has_failed:]:
             if one_by_one:
                 self._find_gaps(spark, offsets, one_by_one)
@@ -76,8 +87,12 @@ class RecordLookup:
 
     def gaps(self, offsets: Offsets) -> list[Gap]:
         """The gaps that were found within these offsets."""
-        return [Gap(gap.partition, *(min(max(offset, begin), end) for offset in gap[1:])) for gap in sorted(self._gaps)
-                for begin, end in [offsets.get(gap.partition, (0, 0))] if gap.after < end and gap.end > begin]
+        return [
+            Gap(gap.partition, *(min(max(offset, begin), end) for offset in gap[1:]))
+            for gap in sorted(self._gaps)
+            for begin, end in [offsets.get(gap.partition, (0, 0))]
+            if gap.after < end and gap.end > begin
+        ]
 
     def records(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool = False) -> DataFrame:
         """The records at these offsets, but for the gaps that were found, as `kafka_records` gives them."""
@@ -96,15 +111,26 @@ class RecordLookup:
         return functools.reduce(DataFrame.union, parts)
 
     def _read(self, spark: SparkSession, offsets: Offsets, is_near: bool, fail_on_data_loss: bool) -> DataFrame:
-        begin, end = (json.dumps({self.topic.name: {partition: each[which] for partition, each in offsets.items()}}) for which in (0, 1))
+        begin, end = (
+            json.dumps({self.topic.name: {partition: each[which] for partition, each in offsets.items()}})
+            for which in (0, 1)
+        )
         return kafka_records(
-            spark.read.format("kafka").options(**kafka_options(self.topic) | (ONE_BY_ONE if is_near else SEVERAL))
-            .option("assign", json.dumps({self.topic.name: list(offsets)})).option("startingOffsets", begin).option("endingOffsets", end)
-            .option("failOnDataLoss", fail_on_data_loss).option("maxRecordsPerPartition", 20_000).load(), MAX_RECORD_BYTES)
+            spark.read.format("kafka")
+            .options(**kafka_options(self.topic) | (ONE_BY_ONE if is_near else SEVERAL))
+            .option("assign", json.dumps({self.topic.name: list(offsets)}))
+            .option("startingOffsets", begin)
+            .option("endingOffsets", end)
+            .option("failOnDataLoss", fail_on_data_loss)
+            .option("maxRecordsPerPartition", 20_000)
+            .load(),
+            MAX_RECORD_BYTES,
+        )
 
     def _find_gaps(self, spark: SparkSession, offsets: Offsets, one_by_one: int) -> None:
-        """Finds out which of the records at these offsets are too large. `one_by_one`: how many offsets before each of them, and before
-        the end, are read one record at a time from then on."""
+        """Finds out which of the records at these offsets are too large. `one_by_one`: how many offsets before each of
+        them, and before the end, are read one record at a time from then on.
+        """
         self._one_by_one = one_by_one
         self._gaps = []
         forget_fetched_records(spark, and_consumers=True)
@@ -112,7 +138,9 @@ class RecordLookup:
         for partition, (offset, end) in offsets.items():
             offset = max(offset, beginning.get(partition, 0))
             while offset < end:
-                following, large = large_records(spark, self.topic.messages(partition, offset), offset, MAX_MESSAGE_RECORD_BYTES)
+                following, large = large_records(
+                    spark, self.topic.messages(partition, offset), offset, MAX_MESSAGE_RECORD_BYTES
+                )
                 if following is None:
                     raise KafkaTimeoutError(f"no message at offset {offset} of partition {partition}")
                 self._gaps += [Gap(partition, *record) for record in large]

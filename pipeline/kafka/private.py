@@ -14,16 +14,24 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
 # Methods of Kafka's ConsumerRecord, and the SQL types of their results.
-KAFKA_RECORD = {"key": "BINARY", "value": "BINARY", "partition": "INT", "offset": "BIGINT", "timestamp": "BIGINT",
-                "serializedKeySize": "INT", "serializedValueSize": "INT"}
+KAFKA_RECORD = {
+    "key": "BINARY",
+    "value": "BINARY",
+    "partition": "INT",
+    "offset": "BIGINT",
+    "timestamp": "BIGINT",
+    "serializedKeySize": "INT",
+    "serializedValueSize": "INT",
+}
 
 
 def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
-    """The records that `rows`, a `spark.read` of Kafka, would read, with their timestamps as Kafka has them, and null for keys and
-    values of more than `max_bytes`.
+    """The records that `rows`, a `spark.read` of Kafka, would read, with their timestamps as Kafka has them, and null
+    for keys and values of more than `max_bytes`.
 
-    Spark's own reader fails on a time that is no TIMESTAMP, and copies the largest value that a consumer can still hold.
-    Out: the columns of `KAFKA_RECORD` (`timestamp`: milliseconds; sizes: bytes, -1 for null), and `timestampType`, as Spark has it.
+    Spark's own reader fails on a time that is no TIMESTAMP, and copies the largest value that a consumer can still
+    hold. Out: the columns of `KAFKA_RECORD` (`timestamp`: milliseconds; sizes: bytes, -1 for null), and
+    `timestampType`, as Spark has it.
     """
     spark = rows.sparkSession
     java = _java(spark)
@@ -35,12 +43,15 @@ def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
         return expressions.objects.Invoke(target, name, kind, none, none, True, True, True)
 
     def column(value: Any, name: str) -> Any:
-        return expressions.Alias(value, name, expressions.NamedExpression.newExprId(), none, java.scala.Option.empty(), none)
+        return expressions.Alias(
+            value, name, expressions.NamedExpression.newExprId(), none, java.scala.Option.empty(), none
+        )
 
     an_object = java.org.apache.kafka.clients.consumer.ConsumerRecord("", 0, 0, None, None)
     kind_of_record = sql.types.ObjectType(an_object.getClass())
-    rows_of_one = expressions.AttributeReference("record", kind_of_record, False, sql.types.Metadata.empty(),
-                                                 expressions.NamedExpression.newExprId(), none)
+    rows_of_one = expressions.AttributeReference(
+        "record", kind_of_record, False, sql.types.Metadata.empty(), expressions.NamedExpression.newExprId(), none
+    )
     record = expressions.BoundReference(0, kind_of_record, False)
     columns = []
     for name, kind in KAFKA_RECORD.items():
@@ -55,7 +66,8 @@ def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
     while rdd.getClass().getSimpleName() != "KafkaSourceRDD":
         rdd = rdd.dependencies().head().rdd()
     plan = java.org.apache.spark.sql.catalyst.plans.logical.SerializeFromObject(
-        _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, rdd, spark._jsparkSession))
+        _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, rdd, spark._jsparkSession)
+    )
     read = DataFrame(sql.classic.Dataset.ofRows(spark._jsparkSession, plan), spark)
     return read.withColumn("timestampType", read.timestampType - 1)  # -1 for none is the first
 
@@ -65,16 +77,19 @@ def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
     offsets: dict[int, tuple[int, int]] = {}
     for part in batch._jdf.queryExecution().toRdd().partitions():
         part = part.inputPartition().get().offsetRange()
-        begin, end = offsets.get(partition := part.topicPartition().partition(), (part.fromOffset(), part.untilOffset()))
+        begin, end = offsets.get(
+            partition := part.topicPartition().partition(), (part.fromOffset(), part.untilOffset())
+        )
         offsets[partition] = min(begin, part.fromOffset()), max(end, part.untilOffset())
     return offsets
 
 
 def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> None:
-    """Makes a batch read all of its records from Kafka, even those that Spark has fetched along with an earlier batch: since then, Kafka
-    may have lost the end of its log, and have other records there.
+    """Makes a batch read all of its records from Kafka, even those that Spark has fetched along with an earlier batch:
+    since then, Kafka may have lost the end of its log, and have other records there.
 
-    `and_consumers`: those that had a record too large for the memory would fail there again, and others hold the last one they read.
+    `and_consumers`: those that had a record too large for the memory would fail there again, and others hold the last
+    one they read.
     """
     consumers = getattr(_java(spark).org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
     for name in ["fetchedDataPool"] + ["consumerPool"] * and_consumers:
@@ -84,7 +99,8 @@ def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> 
 
 
 class KafkaReader:
-    """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
+    """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by
+    itself.
 
     `options`: those of Spark's Kafka source.
     """
@@ -95,8 +111,11 @@ class KafkaReader:
         for name, value in options.items():
             settings.put(name.removeprefix("kafka."), value)
         # Never commit offsets, and never jump elsewhere if an offset is gone.
-        for name, value in {"enable.auto.commit": "false", "auto.offset.reset": "none",
-                            "max.partition.fetch.bytes": "65536"}.items():
+        for name, value in {
+            "enable.auto.commit": "false",
+            "auto.offset.reset": "none",
+            "max.partition.fetch.bytes": "65536",
+        }.items():
             settings.put(name, value)
         deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
         self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
@@ -107,10 +126,14 @@ class KafkaReader:
     def _place(self, topic: str, partition: int) -> Any:
         return self._java.org.apache.kafka.common.TopicPartition(topic, partition)
 
-    def records_at(self, topic: str, offsets: dict[int, int], seconds: float, max_bytes: int) -> dict[int, tuple[int, bytes | None]]:
-        """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition; None for a larger value.
+    def records_at(
+        self, topic: str, offsets: dict[int, int], seconds: float, max_bytes: int
+    ) -> dict[int, tuple[int, bytes | None]]:
+        """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition; None for a
+        larger value.
 
-        Leaves out the records that Kafka doesn't have, or doesn't deliver within `seconds`, or that don't fit into the memory.
+        Leaves out the records that Kafka doesn't have, or doesn't deliver within `seconds`, or that don't fit into the
+        memory.
         """
         places = {partition: self._place(topic, partition) for partition in offsets}
         found: dict[int, tuple[int, bytes | None]] = {}
@@ -134,14 +157,22 @@ class KafkaReader:
                 place = places.pop(partition)
                 self._consumer.pause([place])
                 if records and (record := records.records(place)[0]).offset() == offsets[partition]:
-                    found[partition] = record.timestamp(), record.value() if record.serializedValueSize() <= max_bytes else None
+                    found[partition] = (
+                        record.timestamp(),
+                        record.value() if record.serializedValueSize() <= max_bytes else None,
+                    )
         return found
 
-    def records_between(self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float,
-                        max_bytes: int) -> list[tuple[int, int, int, bytes | None]] | None:
-        """The partition, offset, timestamp and value of each record at these offsets (partition: the first, and the one after the last);
-        None for a larger value. None in all if one of them doesn't fit into the memory, or if they take more than so many `seconds`."""
-        places = {partition: self._place(topic, partition) for partition, (begin, end) in offsets.items() if begin < end}
+    def records_between(
+        self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float, max_bytes: int
+    ) -> list[tuple[int, int, int, bytes | None]] | None:
+        """The partition, offset, timestamp and value of each record at these offsets (partition: the first, and the one
+        after the last); None for a larger value. None in all if one of them doesn't fit into the memory, or if they
+        take more than so many `seconds`.
+        """
+        places = {
+            partition: self._place(topic, partition) for partition, (begin, end) in offsets.items() if begin < end
+        }
         found: list[tuple[int, int, int, bytes | None]] = []
         self._consumer.assign(list(places.values()))
         self._consumer.resume(list(places.values()))
@@ -156,7 +187,11 @@ class KafkaReader:
                     if record.partition() in places and record.offset() < offsets[record.partition()][1]:
                         value = record.value() if record.serializedValueSize() <= max_bytes else None
                         found.append((record.partition(), record.offset(), record.timestamp(), value))
-                done = [partition for partition, place in places.items() if self._consumer.position(place) >= offsets[partition][1]]
+                done = [
+                    partition
+                    for partition, place in places.items()
+                    if self._consumer.position(place) >= offsets[partition][1]
+                ]
             except Py4JJavaError as error:
                 if java_class(error) == OUT_OF_MEMORY:
                     self._consumer.unsubscribe()
@@ -171,23 +206,34 @@ class KafkaReader:
 
 class LargeRecord(NamedTuple):
     """A record that is too large, by its offset, and what a consumer can't read because of it."""
-    after: int  # the offset after the last record before it: a consumer that is asked for a later one comes to it, even if that holds none
+
+    # the offset after the last record before it: a consumer that is asked for a later one comes to it, even if that
+    # holds none
+    after: int
     offset: int
     end: int  # the offset after the message in which it is packed
 
 
-def large_records(spark: SparkSession, messages: bytes, begin: int, max_bytes: int) -> tuple[int | None, list[LargeRecord]]:
-    """The offset after these messages, as Kafka has them from the offset `begin` on, and the first record of more than `max_bytes` in
-    each that is compressed. A record is measured with its headers, and skipped rather than held. None if there is no whole message.
+def large_records(
+    spark: SparkSession, messages: bytes, begin: int, max_bytes: int
+) -> tuple[int | None, list[LargeRecord]]:
+    """The offset after these messages, as Kafka has them from the offset `begin` on, and the first record of more than
+    `max_bytes` in each that is compressed. A record is measured with its headers, and skipped rather than held. None if
+    there is no whole message.
     """
     java = _java(spark)
     collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common
     iterators, comparison = collections.IteratorUtils, collections.functors.ComparatorPredicate
     is_large = collections.PredicateUtils.transformedPredicate(
-        collections.TransformerUtils.invokerTransformer("sizeInBytes"), comparison.comparatorPredicate(
-            max_bytes, collections.ComparatorUtils.naturalComparator(), comparison.Criterion.LESS))
+        collections.TransformerUtils.invokerTransformer("sizeInBytes"),
+        comparison.comparatorPredicate(
+            max_bytes, collections.ComparatorUtils.naturalComparator(), comparison.Criterion.LESS
+        ),
+    )
     end, large = None, []
-    for message in kafka.record.MemoryRecords.readableRecords(java.java.nio.ByteBuffer.wrap(messages)).batches().iterator():
+    for message in (
+        kafka.record.MemoryRecords.readableRecords(java.java.nio.ByteBuffer.wrap(messages)).batches().iterator()
+    ):
         after, end = end or begin, message.lastOffset() + 1
         if not message.isCompressed() or message.magic() < 2:  # Kafka's format before 0.11
             continue

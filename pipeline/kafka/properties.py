@@ -19,8 +19,15 @@ import javaproperties
 PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 SASL_NAMES = ("sasl.mechanism", "sasl.jaas.config", "sasl.kerberos.service.name")
-SSL_NAMES = ("ssl.truststore.location", "ssl.truststore.certificates", "ssl.truststore.type", "ssl.keystore.location",
-             "ssl.keystore.type", "ssl.key.password", "ssl.endpoint.identification.algorithm")
+SSL_NAMES = (
+    "ssl.truststore.location",
+    "ssl.truststore.certificates",
+    "ssl.truststore.type",
+    "ssl.keystore.location",
+    "ssl.keystore.type",
+    "ssl.key.password",
+    "ssl.endpoint.identification.algorithm",
+)
 SECURITY_NAMES = ("security.protocol", *SASL_NAMES, *SSL_NAMES)  # those that both clients follow
 SECRETS = {"sasl.jaas.config", "ssl.key.password"}
 # Properties whose value is a class of Java, or the name of a default that has none in kafka-python.
@@ -37,7 +44,9 @@ def read_properties(path: str) -> dict[str, str]:
             return properties
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no properties file in UTF-8"
-        raise PipelineError(f"The Kafka properties {path} can't be read: {reason}. A line of it is name=value.") from None
+        raise PipelineError(
+            f"The Kafka properties {path} can't be read: {reason}. A line of it is name=value."
+        ) from None
 
 
 def spark_options(properties: dict[str, str]) -> dict[str, str]:
@@ -76,26 +85,34 @@ def security_protocol(properties: dict[str, str]) -> str:
 def check_security(properties: dict[str, str]) -> None:
     """Raises PipelineError if one of the two clients would leave out something that is to make the connection safe.
 
-    Both ignore a misspelt name without a word. `sasl.…` and `ssl.…` without the protocol that uses them do nothing, either.
+    Both ignore a misspelt name without a word. `sasl.…` and `ssl.…` without the protocol that uses them do nothing,
+    either.
     """
     for name in properties.keys() - set(SECURITY_NAMES):
         similar = difflib.get_close_matches(re.sub("[_-]", ".", name.lower()), SECURITY_NAMES, 1, cutoff=0.75)
         if similar or re.search("sasl|ssl|jaas|secur|(key|trust)store", name, re.IGNORECASE):
-            raise PipelineError(f"The Kafka property {name} is not one that both clients, Java's and kafka-python, can follow. "
-                                + (f"Do you mean {similar[0]}? " if similar else "") + f"They know {', '.join(SECURITY_NAMES)}.")
+            raise PipelineError(
+                f"The Kafka property {name} is not one that both clients, Java's and kafka-python, can follow. "
+                + (f"Do you mean {similar[0]}? " if similar else "")
+                + f"They know {', '.join(SECURITY_NAMES)}."
+            )
     protocol = security_protocol(properties)
     if protocol not in PROTOCOLS:
         raise PipelineError(f"The Kafka property security.protocol is {protocol}; it can be {', '.join(PROTOCOLS)}.")
     for names, user in ((SASL_NAMES, "SASL"), (SSL_NAMES, "SSL")):
         if user not in protocol and (unused := sorted(properties.keys() & set(names))):
-            raise PipelineError(f"The Kafka property {unused[0]} does nothing while security.protocol is {protocol}. Set "
-                                f"security.protocol to {' or '.join(each for each in PROTOCOLS if user in each)}, or leave it out.")
+            raise PipelineError(
+                f"The Kafka property {unused[0]} does nothing while security.protocol is {protocol}. Set "
+                f"security.protocol to {' or '.join(each for each in PROTOCOLS if user in each)}, or leave it out."
+            )
     mechanisms = (*USER_AND_PASSWORD, "GSSAPI")
     if "SASL" in protocol and properties.get("sasl.mechanism") not in mechanisms:
         raise PipelineError(f"The Kafka property sasl.mechanism has to be one of {', '.join(mechanisms)}.")
     if (algorithm := properties.get("ssl.endpoint.identification.algorithm", "")).lower() not in ("", "https"):
-        raise PipelineError(f"The Kafka property ssl.endpoint.identification.algorithm is {algorithm}; it can be https, or empty to "
-                            f"accept a certificate for any host.")
+        raise PipelineError(
+            f"The Kafka property ssl.endpoint.identification.algorithm is {algorithm}; it can be https, or empty to "
+            f"accept a certificate for any host."
+        )
 
 
 def _as_type_of(default: object, value: str, name: str) -> Any:
@@ -111,22 +128,29 @@ def _as_type_of(default: object, value: str, name: str) -> Any:
 
 def _user_and_password(jaas: str) -> dict[str, str]:
     """Takes them from `sasl.jaas.config`: a login module with username="…" and password="…"; a backslash escapes."""
-    found = {name: re.sub(r"\\(.)", r"\1", text)
-             for name, text in re.findall(r'\b(username|password)\s*=\s*"((?:[^"\\]|\\.)*)"', jaas)}
+    found = {
+        name: re.sub(r"\\(.)", r"\1", text)
+        for name, text in re.findall(r'\b(username|password)\s*=\s*"((?:[^"\\]|\\.)*)"', jaas)
+    }
     if found.keys() != {"username", "password"}:
-        raise PipelineError('The Kafka property sasl.jaas.config has to name the login module, username="…" and '
-                            'password="…", and to end with a semicolon.')
+        raise PipelineError(
+            'The Kafka property sasl.jaas.config has to name the login module, username="…" and '
+            'password="…", and to end with a semicolon.'
+        )
     return {f"sasl_plain_{name}": text for name, text in found.items()}
 
 
 def _ssl_context(properties: dict[str, str]) -> ssl.SSLContext:
     for store in ("truststore", "keystore"):
         if f"ssl.{store}.location" in properties and properties.get(f"ssl.{store}.type") != "PEM":
-            raise PipelineError(f"The Kafka property ssl.{store}.type has to be PEM, and ssl.{store}.location a PEM file: "
-                                f"kafka-python reads no other. keytool -exportcert -rfc writes one.")
+            raise PipelineError(
+                f"The Kafka property ssl.{store}.type has to be PEM, and ssl.{store}.location a PEM file: "
+                f"kafka-python reads no other. keytool -exportcert -rfc writes one."
+            )
     try:
-        context = ssl.create_default_context(cafile=properties.get("ssl.truststore.location"),
-                                             cadata=properties.get("ssl.truststore.certificates"))
+        context = ssl.create_default_context(
+            cafile=properties.get("ssl.truststore.location"), cadata=properties.get("ssl.truststore.certificates")
+        )
         if keystore := properties.get("ssl.keystore.location"):
             context.load_cert_chain(keystore, password=properties.get("ssl.key.password"))
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError

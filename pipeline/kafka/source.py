@@ -1,4 +1,6 @@
-"""The topic as the source of a stream: what is lost of it, how far behind the stream is, and what to do when Kafka is away."""
+"""The topic as the source of a stream: what is lost of it, how far behind the stream is, and what to do when Kafka is
+away.
+"""
 
 import hashlib
 import json
@@ -10,7 +12,16 @@ from typing import Any
 
 from pipeline.contract.contract import INCONSISTENT, MAX_RECORD_BYTES, OVERSIZED
 from pipeline.delta.tables import TablePair
-from pipeline.kafka.lookup import MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS, Gap, Offsets, RecordLookup, Result, is_too_large, kafka_options
+from pipeline.kafka.lookup import (
+    MAX_LOOKUP_SECONDS,
+    MAX_WAIT_SECONDS,
+    Gap,
+    Offsets,
+    RecordLookup,
+    Result,
+    is_too_large,
+    kafka_options,
+)
 from pipeline.kafka.private import KafkaReader, forget_fetched_records, kafka_offsets
 from pipeline.kafka.topics import Topic
 from pipeline.streaming.batches import done_in
@@ -28,14 +39,21 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 GOES_ON = "it goes on with the records that are left"
-GREGORIAN_START_MS = -12_219_292_800_000  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
+GREGORIAN_START_MS = (
+    -12_219_292_800_000
+)  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MAX_TIMESTAMP_MS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
 REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold none
-FIRST_SEARCH_OFFSETS = 100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
+FIRST_SEARCH_OFFSETS = (
+    100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
+)
 ELECTION_SECONDS = 3  # seconds after an election, the end of a partition is that of all its replicas again
-TOPIC_ID, TOPIC_NAME = "pipeline.topic.id", "pipeline.topic.name"  # properties of a table: the topic that it is written from
+TOPIC_ID, TOPIC_NAME = (
+    "pipeline.topic.id",
+    "pipeline.topic.name",
+)  # properties of a table: the topic that it is written from
 
 
 def _time(milliseconds: str) -> str:
@@ -65,9 +83,14 @@ def _values(tables: TablePair) -> dict[str, str]:
 
 
 def _is_oversized(kafka: DataFrame) -> Column:
-    """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
-    sizes = ([F.col("serializedKeySize"), F.col("serializedValueSize")] if "serializedValueSize" in kafka.columns else
-             [F.octet_length("key"), F.octet_length("value")])
+    """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of
+    `kafka_records`.
+    """
+    sizes = (
+        [F.col("serializedKeySize"), F.col("serializedValueSize")]
+        if "serializedValueSize" in kafka.columns
+        else [F.octet_length("key"), F.octet_length("value")]
+    )
     return F.coalesce(F.greatest(*sizes) > MAX_RECORD_BYTES, F.lit(False))
 
 
@@ -77,14 +100,20 @@ def _md5(value: str) -> str:
 
 
 def _is_same(value: str) -> str:
-    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `KafkaSource._in_kafka`."""
-    return (f"row.partition = record.partition AND row.offset = record.offset AND {_md5(f'row.{value}')} <=> record.md5 "
-            f"AND {_time('unix_millis(row.kafka_timestamp)')} <=> record.time")
+    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of
+    `KafkaSource._in_kafka`.
+    """
+    return (
+        f"row.partition = record.partition AND row.offset = record.offset AND {_md5(f'row.{value}')} <=> record.md5 "
+        f"AND {_time('unix_millis(row.kafka_timestamp)')} <=> record.time"
+    )
 
 
 def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
-    """Records as a stream takes them, from the columns of Spark's Kafka source: the value as `raw` and `raw_json`, where it came from,
-    `ingest_time`, `arrival_time`, which is null where the broker does not say, and a `reject_reason` for what is too large."""
+    """Records as a stream takes them, from the columns of Spark's Kafka source: the value as `raw` and `raw_json`,
+    where it came from, `ingest_time`, `arrival_time`, which is null where the broker does not say, and a
+    `reject_reason` for what is too large.
+    """
     return kafka.select(
         F.when(_is_oversized(kafka), OVERSIZED).alias("reject_reason"),
         F.col("value").alias("raw"),
@@ -92,15 +121,19 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
         F.lit(topic).alias("topic"),
         "partition",
         "offset",
-        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN_START_MS)), F.col("timestamp")).alias("kafka_timestamp"),
+        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN_START_MS)), F.col("timestamp")).alias(
+            "kafka_timestamp"
+        ),
         F.col("key").alias("kafka_key"),
         ingest_time.alias("ingest_time"),
         # With CreateTime it is what the producer says.
-        F.when(F.col("timestampType") == LOG_APPEND_TIME, F.col("timestamp")).alias("arrival_time"))
+        F.when(F.col("timestampType") == LOG_APPEND_TIME, F.col("timestamp")).alias("arrival_time"),
+    )
 
 
 class KafkaSource(Source):
-    """The topic as the source of a stream (streaming/source.py). `accept_data_loss`: passes over the records that it has lost by now.
+    """The topic as the source of a stream (streaming/source.py). `accept_data_loss`: passes over the records that it
+    has lost by now.
 
     `group`: the consumer group under which it notes how far it is.
     """
@@ -125,7 +158,9 @@ class KafkaSource(Source):
         return str(self.topic)
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
-        """Ends the stream that passes over lost records as soon as it is past them: the next one stops where more is lost."""
+        """Ends the stream that passes over lost records as soon as it is past them: the next one stops where more is
+        lost.
+        """
         if self.accept_data_loss and (done := done_in(query_of(batch))):
             end = self._offsets(done[-1], "endOffset")
             if all(end.get(partition, -1) >= offset for partition, offset in self.beginning.items()):
@@ -135,8 +170,10 @@ class KafkaSource(Source):
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
         if end and self.topic.name not in end:
-            raise PipelineError(f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} its "
-                                f"own --table and --checkpoint.")
+            raise PipelineError(
+                f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} its "
+                f"own --table and --checkpoint."
+            )
         if self.ends != (ends := end.get(self.topic.name, {})):  # else a second attempt at the same batch
             self.begins, self.ends = self.ends, ends
         return end
@@ -144,10 +181,14 @@ class KafkaSource(Source):
     def last_records(self) -> Column | None:
         if not self.ends:
             return None
-        ends = F.array(*(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends)))))
+        ends = F.array(
+            *(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends))))
+        )
         is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED_OFFSETS
         time = F.expr(_time("unix_millis(kafka_timestamp)")).alias("time")
-        records = F.collect_list(F.when(is_last, F.struct("partition", "offset", time, F.expr(_md5("raw")).alias("md5"))))
+        records = F.collect_list(
+            F.when(is_last, F.struct("partition", "offset", time, F.expr(_md5("raw")).alias("md5")))
+        )
         return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
@@ -161,8 +202,11 @@ class KafkaSource(Source):
             begin, end, size = self.begins.get(partition, 0), self.ends[partition], FIRST_SEARCH_OFFSETS
             while partition not in newest and end > begin:
                 with self._asking():
-                    rows = self._in_kafka(spark, {int(partition): (max(begin, end - size), end)}, lambda records: records.orderBy(
-                        F.desc("offset")).limit(REMEMBERED_OFFSETS).collect())
+                    rows = self._in_kafka(
+                        spark,
+                        {int(partition): (max(begin, end - size), end)},
+                        lambda records: records.orderBy(F.desc("offset")).limit(REMEMBERED_OFFSETS).collect(),
+                    )
                 last = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in rows]
                 newest |= {partition: last} if last else {}
                 end, size = end - size, size * 10
@@ -170,17 +214,24 @@ class KafkaSource(Source):
         return json.dumps(self.remembered)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
-        warn(f"A batch of {self.topic} was read twice, with different results: a rule is not the same for the same record, or Kafka has "
-             f"other records than before. Those that the tables lack are in the quarantine, as {INCONSISTENT} where they are valid.")
+        warn(
+            f"A batch of {self.topic} was read twice, with different results: a rule is not the same for the same record, or Kafka has "
+            f"other records than before. Those that the tables lack are in the quarantine, as {INCONSISTENT} where they are valid."
+        )
         row, record = written.alias("row"), judged.alias("record")
         # Of a record that is not read (`Gap`), Kafka's time is unknown.
-        is_written = F.expr("row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> "
-                            f"record.kafka_timestamp OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}')")
-        return record.join(row, is_written, "left_anti").withColumn("reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT)))
+        is_written = F.expr(
+            "row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> "
+            f"record.kafka_timestamp OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}')"
+        )
+        return record.join(row, is_written, "left_anti").withColumn(
+            "reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT))
+        )
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        """Reads records whose time, which a producer may set to any number, is more than Spark's reader takes, and passes over those that
-        don't fit into the memory."""
+        """Reads records whose time, which a producer may set to any number, is more than Spark's reader takes, and
+        passes over those that don't fit into the memory.
+        """
         if not (has_large := is_too_large(error)) and java_class(error) != "java.lang.ArithmeticException":
             raise error
         spark, offsets = batch.sparkSession, kafka_offsets(batch)
@@ -197,64 +248,103 @@ class KafkaSource(Source):
         records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
         records = records.withColumn("timestamp", F.when(is_time, F.timestamp_millis("timestamp")))
         for gap in gaps:
-            missing = spark.range(gap.begin, gap.end).selectExpr(f"{gap.partition} AS partition", "id AS offset",
-                                                                 f"{MAX_RECORD_BYTES + 1} AS serializedValueSize")
+            missing = spark.range(gap.begin, gap.end).selectExpr(
+                f"{gap.partition} AS partition", "id AS offset", f"{MAX_RECORD_BYTES + 1} AS serializedValueSize"
+            )
             records = records.unionByName(missing, allowMissingColumns=True)
         return records_of(records, self.topic.name, F.timestamp_millis(F.lit(batch_time_ms(batch))))
 
     def _name_unusual(self, found: list[Row], gaps: list[Gap]) -> None:
-        strange = [f"partition {row.partition} {row.records:,}, first at offset {row.first.offset} ({row.first.timestamp})"
-                   for row in found if not row.is_oversized]
+        strange = [
+            f"partition {row.partition} {row.records:,}, first at offset {row.first.offset} ({row.first.timestamp})"
+            for row in found
+            if not row.is_oversized
+        ]
         if strange:
-            warn(f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {', '.join(strange)}. The records "
-                 f"are read as any others, and their kafka_timestamp is null.")
-        oversized = [f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}" for row in found if row.is_oversized]
+            warn(
+                f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {', '.join(strange)}. The records "
+                f"are read as any others, and their kafka_timestamp is null."
+            )
+        oversized = [
+            f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}"
+            for row in found
+            if row.is_oversized
+        ]
         oversized += [f"partition {gap.partition} offsets {gap.begin} to {gap.end - 1}" for gap in gaps]
         if oversized:
-            warn(f"Some records of {self.topic} have more than {MAX_RECORD_BYTES:,} bytes, unpacked, or are packed together with one that "
-                 f"has: {', '.join(oversized)}. They are in the quarantine as {OVERSIZED}, without their content.")
+            warn(
+                f"Some records of {self.topic} have more than {MAX_RECORD_BYTES:,} bytes, unpacked, or are packed together with one that "
+                f"has: {', '.join(oversized)}. They are in the quarantine as {OVERSIZED}, without their content."
+            )
 
     def identity(self) -> dict[str, str]:
         with self._asking():
             topic_id = self.topic.id()
         return {TOPIC_ID: topic_id, TOPIC_NAME: self.topic.name} if topic_id else {}  # brokers before 2.8 have none
 
-    def require_same_source(self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]) -> bool:
+    def require_same_source(
+        self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]
+    ) -> bool:
         is_other_topic = self.topic.name not in (unread or [written_from.get(TOPIC_NAME, self.topic.name)])
         if written_from.get(TOPIC_ID) in (None, identity.get(TOPIC_ID)) or not identity or is_other_topic:
             return False
         start = unread.get(self.topic.name) or "its beginning"
-        self._lose(f"{self.topic} was deleted and recreated since the table was written: what the old one had from {start} on "
-                   f"(partition: offset) is gone.", "the new topic is read from its beginning", is_accepted=not self.has_started)
+        self._lose(
+            f"{self.topic} was deleted and recreated since the table was written: what the old one had from {start} on "
+            f"(partition: offset) is gone.",
+            "the new topic is read from its beginning",
+            is_accepted=not self.has_started,
+        )
         return True
 
-    def require_unread_records(self, spark: SparkSession, tables: TablePair, unread: dict[str, Any], planned: dict[str, Any], checkpoint: str,
-                     last_records: str | None) -> str | None:
+    def require_unread_records(
+        self,
+        spark: SparkSession,
+        tables: TablePair,
+        unread: dict[str, Any],
+        planned: dict[str, Any],
+        checkpoint: str,
+        last_records: str | None,
+    ) -> str | None:
         self.remembered = json.loads(last_records or "{}")
         self.ends = unread.get(self.topic.name, {})  # where the next batch begins
         if self.accept_data_loss:
             with self._asking():
                 self.beginning = self.topic.beginning()
         if unread and self.topic.name not in unread:
-            raise PipelineError(f"The checkpoint {checkpoint} is that of the topic {', '.join(unread)}. Give the topic "
-                                f"{self.topic.name} a --table and a --checkpoint of its own.")
+            raise PipelineError(
+                f"The checkpoint {checkpoint} is that of the topic {', '.join(unread)}. Give the topic "
+                f"{self.topic.name} a --table and a --checkpoint of its own."
+            )
         next_offsets = {int(partition): offset for partition, offset in unread.get(self.topic.name, {}).items()}
         with self._asking():
-            end = self._end_at_least({int(partition): offset for partition, offset in (planned or unread).get(self.topic.name, {}).items()})
-            shorter = ", ".join(f"partition {partition} offsets {end[int(partition)]} to {offset - 1}"
-                                for partition, offset in sorted(planned.get(self.topic.name, {}).items())
-                                if next_offsets.get(int(partition), 0) <= end.get(int(partition), offset) < offset)
+            end = self._end_at_least(
+                {int(partition): offset for partition, offset in (planned or unread).get(self.topic.name, {}).items()}
+            )
+            shorter = ", ".join(
+                f"partition {partition} offsets {end[int(partition)]} to {offset - 1}"
+                for partition, offset in sorted(planned.get(self.topic.name, {}).items())
+                if next_offsets.get(int(partition), 0) <= end.get(int(partition), offset) < offset
+            )
             lost, too_far = self.topic.lost(next_offsets) if unread else "", self.topic.read_too_far(next_offsets)
         if lost:
-            self._lose(f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
-                       f"or something else did.", GOES_ON)
+            self._lose(
+                f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
+                f"or something else did.",
+                GOES_ON,
+            )
         if too_far:  # checked first, because records of an open transaction can't be read for the comparison
-            raise PipelineError(f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
-                                f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config.")
+            raise PipelineError(
+                f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
+                f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config."
+            )
         places = self._replaced(spark, tables, next_offsets) if unread else {}
         if shorter:
-            self._lose(f"Kafka lost records of {self.topic} that were about to be read: {shorter}.", GOES_ON,
-                       is_accepted=not self.has_started)
+            self._lose(
+                f"Kafka lost records of {self.topic} that were about to be read: {shorter}.",
+                GOES_ON,
+                is_accepted=not self.has_started,
+            )
             places = places or next_offsets
         return json.dumps({self.topic.name: places}) if places or shorter else None
 
@@ -263,24 +353,45 @@ class KafkaSource(Source):
         deadline = time.monotonic() + ELECTION_SECONDS
         while True:
             end = self.topic.end()
-            if all(end.get(partition, offset) >= offset for partition, offset in offsets.items()) or time.monotonic() > deadline:
+            if (
+                all(end.get(partition, offset) >= offset for partition, offset in offsets.items())
+                or time.monotonic() > deadline
+            ):
                 return end
             time.sleep(0.5)
 
     def require_read_records(self, spark: SparkSession) -> None:
         """Compares the last record read of each partition before this batch with the one that Kafka has now."""
-        newest = {int(partition): max(records, key=lambda record: record["offset"])
-                  for partition, records in self.remembered.items() if records}
-        newest = {partition: record for partition, record in newest.items() if record.get("time") is not None or record.get("md5")}
+        newest = {
+            int(partition): max(records, key=lambda record: record["offset"])
+            for partition, records in self.remembered.items()
+            if records
+        }
+        newest = {
+            partition: record
+            for partition, record in newest.items()
+            if record.get("time") is not None or record.get("md5")
+        }
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
-            there = self.reader.records_at(self.topic.name, {partition: record["offset"] for partition, record in newest.items()},
-                                           MAX_LOOKUP_SECONDS, MAX_RECORD_BYTES)
-        others = [f"partition {partition} offset {newest[partition]['offset']}" for partition, (time, value) in there.items()
-                  if _differs((newest[partition].get("time"), newest[partition].get("md5")), (_known_time(time), _hash(value)))]
+            there = self.reader.records_at(
+                self.topic.name,
+                {partition: record["offset"] for partition, record in newest.items()},
+                MAX_LOOKUP_SECONDS,
+                MAX_RECORD_BYTES,
+            )
+        others = [
+            f"partition {partition} offset {newest[partition]['offset']}"
+            for partition, (time, value) in there.items()
+            if _differs(
+                (newest[partition].get("time"), newest[partition].get("md5")), (_known_time(time), _hash(value))
+            )
+        ]
         if others:
-            raise PipelineError(f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
-                                f"others in their place: {', '.join(others)}. Start again to see which records are lost.")
+            raise PipelineError(
+                f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
+                f"others in their place: {', '.join(others)}. Start again to see which records are lost."
+            )
 
     def begin_at(self, place: str) -> None:
         self.has_started, self.starting_offsets = True, "earliest"
@@ -290,38 +401,72 @@ class KafkaSource(Source):
             self.starting_offsets = json.dumps({self.topic.name: added | json.loads(place)[self.topic.name]})
 
     def _replaced(self, spark: SparkSession, tables: TablePair, next_offsets: dict[int, int]) -> dict[int, int]:
-        """Where to go on in each partition if some have lost records that were read, and perhaps have others in their place; else {}.
+        """Where to go on in each partition if some have lost records that were read, and perhaps have others in their
+        place; else {}.
 
-        Other records are recognised by their values. With read_committed, any record between the last one that was read and the next
-        offset is another one, too. Raises PipelineError if the loss is not accepted.
+        Other records are recognised by their values. With read_committed, any record between the last one that was read
+        and the next offset is another one, too. Raises PipelineError if the loss is not accepted.
         """
         with self._asking():
             first, end = self.topic.beginning(), self.topic.end()
-        known = {(int(partition), record["offset"]): (record.get("time"), record.get("md5"))
-                 for partition, records in self.remembered.items() for record in records if int(partition) in end}
+        known = {
+            (int(partition), record["offset"]): (record.get("time"), record.get("md5"))
+            for partition, records in self.remembered.items()
+            for record in records
+            if int(partition) in end
+        }
         last = dict(sorted(known))  # the last offset of each partition wins
         is_committed = self.topic.isolation_level.lower() == "read_committed"
-        ranges = {partition: (max(offset - REMEMBERED_OFFSETS, first[partition]),
-                              min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]))
-                  for partition, offset in last.items()}
-        others = {partition for partition, offset, time, md5 in self._few_in_kafka(spark, ranges) if offset > last[partition]
-                  or _differs(known.get((partition, offset), (time, md5)), (time, md5))}
+        ranges = {
+            partition: (
+                max(offset - REMEMBERED_OFFSETS, first[partition]),
+                min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]),
+            )
+            for partition, offset in last.items()
+        }
+        others = {
+            partition
+            for partition, offset, time, md5 in self._few_in_kafka(spark, ranges)
+            if offset > last[partition] or _differs(known.get((partition, offset), (time, md5)), (time, md5))
+        }
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
             return {}
-        places = {partition: self._parting(spark, tables, partition, first[partition], min(end[partition], next_offsets[partition]))
-                  for partition in sorted(others & next_offsets.keys())}
-        lost = ", ".join(f"partition {partition} offsets {place} to {next_offsets[partition] - 1}" for partition, place in places.items())
-        self._lose(f"Kafka has lost records of {self.topic} that were read, and has others in their place, or will have: {lost}. Perhaps "
-                   f"its disk or an older copy of it came back.", "the others are read, too", is_accepted=not self.has_started)
-        self.remembered = {partition: records for partition, records in self.remembered.items() if int(partition) not in places}
-        return {partition: max(offset, next_offsets.get(partition, offset)) for partition, offset in first.items()} | places
+        places = {
+            partition: self._parting(
+                spark, tables, partition, first[partition], min(end[partition], next_offsets[partition])
+            )
+            for partition in sorted(others & next_offsets.keys())
+        }
+        lost = ", ".join(
+            f"partition {partition} offsets {place} to {next_offsets[partition] - 1}"
+            for partition, place in places.items()
+        )
+        self._lose(
+            f"Kafka has lost records of {self.topic} that were read, and has others in their place, or will have: {lost}. Perhaps "
+            f"its disk or an older copy of it came back.",
+            "the others are read, too",
+            is_accepted=not self.has_started,
+        )
+        self.remembered = {
+            partition: records for partition, records in self.remembered.items() if int(partition) not in places
+        }
+        return {
+            partition: max(offset, next_offsets.get(partition, offset)) for partition, offset in first.items()
+        } | places
 
     def _parting(self, spark: SparkSession, tables: TablePair, partition: int, first: int, end: int) -> int:
         """The offset from `first` to `end` from which on Kafka has other records than the tables."""
+
         def newest_same(records: DataFrame) -> int | None:
-            same = [spark.read.format("delta").load(table).alias("row").join(records, F.expr(_is_same(value))).select("record.offset")
-                    for table, value in _values(tables).items()]
+            same = [
+                spark.read.format("delta")
+                .load(table)
+                .alias("row")
+                .join(records, F.expr(_is_same(value)))
+                .select("record.offset")
+                for table, value in _values(tables).items()
+            ]
             [[offset]] = same[0].union(same[1]).agg(F.max("offset")).collect()
             return offset
 
@@ -339,12 +484,17 @@ class KafkaSource(Source):
         begins, ends = (each.get(self.topic.name, {}) for each in (begin, end))
         with self._asking():
             first, last = self.topic.beginning(), self.topic.end()
-        ranges = {int(partition): (max(begins.get(partition, 0), first[int(partition)]), min(offset, last[int(partition)]))
-                  for partition, offset in ends.items() if int(partition) in last}
+        ranges = {
+            int(partition): (max(begins.get(partition, 0), first[int(partition)]), min(offset, last[int(partition)]))
+            for partition, offset in ends.items()
+            if int(partition) in last
+        }
 
         def delete(records: DataFrame) -> None:
             for table, value in _values(tables).items():
-                DeltaTable.forPath(spark, table).alias("row").merge(records, _is_same(value)).whenMatchedDelete().execute()
+                DeltaTable.forPath(spark, table).alias("row").merge(
+                    records, _is_same(value)
+                ).whenMatchedDelete().execute()
 
         self._in_kafka(spark, ranges, delete)
 
@@ -358,10 +508,18 @@ class KafkaSource(Source):
         return [(partition, offset, _known_time(time), _hash(value)) for partition, offset, time, value in found]
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
-        """The answer of `question` to the records that Kafka has at these offsets. They come as "record": `partition`, `offset`, `time`
-        (`_time`) and `md5` (`_md5`) of the value."""
-        return self.lookup.ask(spark, offsets, lambda records: question(
-            records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias("record")))
+        """The answer of `question` to the records that Kafka has at these offsets. They come as "record": `partition`,
+        `offset`, `time` (`_time`) and `md5` (`_md5`) of the value.
+        """
+        return self.lookup.ask(
+            spark,
+            offsets,
+            lambda records: question(
+                records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias(
+                    "record"
+                )
+            ),
+        )
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names the records that Kafka removes while the stream skips lost ones."""
@@ -369,18 +527,33 @@ class KafkaSource(Source):
             return
         with self._asking():
             first = self.topic.beginning()
-        ranges = {partition: (max(self.beginning.get(partition, 0), self.begins.get(str(partition), 0)),
-                              min(offset, self.ends.get(str(partition), 0))) for partition, offset in sorted(first.items())}
-        if gone := ", ".join(f"partition {partition} offsets {begin} to {end - 1}" for partition, (begin, end) in ranges.items()
-                             if begin < end):
-            say(f"Kafka removed more records of {self.topic} while the stream caught up: {gone}. Those it had not read yet are lost.")
+        ranges = {
+            partition: (
+                max(self.beginning.get(partition, 0), self.begins.get(str(partition), 0)),
+                min(offset, self.ends.get(str(partition), 0)),
+            )
+            for partition, offset in sorted(first.items())
+        }
+        if gone := ", ".join(
+            f"partition {partition} offsets {begin} to {end - 1}"
+            for partition, (begin, end) in ranges.items()
+            if begin < end
+        ):
+            say(
+                f"Kafka removed more records of {self.topic} while the stream caught up: {gone}. Those it had not read yet are lost."
+            )
         self.beginning = first
 
     def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)
-        if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):  # the start names them
+        if re.search(
+            "may have been lost|is out of range for partition|Offsets out of range", problem
+        ):  # the start names them
             if self.has_failed:  # and has found nothing
-                self._lose(f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).", GOES_ON)
+                self._lose(
+                    f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).",
+                    GOES_ON,
+                )
             self.has_failed = True
             return
         self.topic.wait_until_available(error.__cause__ if isinstance(error.__cause__, KafkaError) else error, stopping)
@@ -391,9 +564,11 @@ class KafkaSource(Source):
             self.topic.commit_offsets(self.group, self._offsets(progress, "endOffset"))
         except Exception as error:  # whatever it is, it is no reason to stop
             if not self.has_warned:
-                warn(f"Kafka does not note how far the stream is ({type(error).__name__}), so that its tools can't show the lag of the "
-                     f"group {self.group}. The stream goes on without. It needs permission to read that group, which can have no "
-                     f"other member; --group-id names another one.")
+                warn(
+                    f"Kafka does not note how far the stream is ({type(error).__name__}), so that its tools can't show the lag of the "
+                    f"group {self.group}. The stream goes on without. It needs permission to read that group, which can have no "
+                    f"other member; --group-id names another one."
+                )
             self.has_warned = True
 
     def lag(self, progress: dict[str, Any]) -> dict[int, int]:
@@ -422,8 +597,10 @@ class KafkaSource(Source):
         try:
             yield
         except (KafkaError, TimeoutError) as error:
-            raise SourceAwayError(f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
-                                  f"then this script: it goes on from the last committed offsets.") from error
+            raise SourceAwayError(
+                f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
+                f"then this script: it goes on from the last committed offsets."
+            ) from error
         except (PySparkException, Py4JJavaError) as error:  # of a reading by Spark
             self.topic.require_access(error)
             raise

@@ -12,22 +12,28 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 
-def streams_of(spark: SparkSession, source: KafkaSource, options: argparse.Namespace) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
-    """The topic as streams, each with its trigger: if data loss is accepted, first one that passes over what is lost by now;
-    then the one that the options ask for, which stops where Kafka loses more."""
+def streams_of(
+    spark: SparkSession, source: KafkaSource, options: argparse.Namespace
+) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
+    """The topic as streams, each with its trigger: if data loss is accepted, first one that passes over what is lost by
+    now; then the one that the options ask for, which stops where Kafka loses more.
+    """
     if options.accept_data_loss:
         yield read_topic(spark, source, options, fail_on_data_loss=False), AVAILABLE_NOW
         source.accept_data_loss = False
     yield read_topic(spark, source, options), trigger_of(options)
 
 
-def read_topic(spark: SparkSession, source: KafkaSource, options: argparse.Namespace, fail_on_data_loss: bool = True) -> DataFrame:
+def read_topic(
+    spark: SparkSession, source: KafkaSource, options: argparse.Namespace, fail_on_data_loss: bool = True
+) -> DataFrame:
     """The topic as a stream of `records_of`; `ingest_time` is the start of its batch."""
     topic = source.topic
     kafka = (
         spark.readStream.format("kafka")
         .option("kafka.max.poll.records", 5000)  # 500, Kafka's default, takes half as long again
-        # Whatever a batch is to read is there. Kafka's default waits half a second in each partition for what comes after it.
+        # Whatever a batch is to read is there. Kafka's default waits half a second in each partition for what comes
+        # after it.
         .option("kafka.fetch.max.wait.ms", 0)
         .options(**kafka_options(topic))
         .option("subscribe", topic.name)

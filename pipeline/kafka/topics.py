@@ -33,10 +33,12 @@ from kafka.structs import OffsetAndMetadata
 
 TOPIC = "sensor_data"
 PARTITIONS = 3
-# A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds, and so is one that is too large unpacked:
-# https://kafka.apache.org/39/documentation.html#topicconfigs
+# A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds, and so is one that is too
+# large unpacked: https://kafka.apache.org/39/documentation.html#topicconfigs
 CONFIGS = {"message.timestamp.after.max.ms": "86400000", "compression.type": "uncompressed"}
-COMMIT_OFFSETS_SECONDS = 3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
+COMMIT_OFFSETS_SECONDS = (
+    3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
+)
 MAX_OUTAGE_SECONDS = 300  # seconds that a running stream waits for its broker to come back
 
 
@@ -44,15 +46,22 @@ def add_topic_options(parser: argparse.ArgumentParser) -> None:
     """The options of `add_broker_options`, --topic and --wait."""
     add_broker_options(parser)
     parser.add_argument("--topic", type=topic_name, default=TOPIC, help="Kafka topic")
-    parser.add_argument("--wait", type=at_least(0, float), default=30, metavar="SECONDS",
-                        help="how long to wait for a broker or a topic that is not there yet")
+    parser.add_argument(
+        "--wait",
+        type=at_least(0, float),
+        default=30,
+        metavar="SECONDS",
+        help="how long to wait for a broker or a topic that is not there yet",
+    )
 
 
 def topic_name(value: str) -> str:
     """The type of an option that takes the name of a topic: https://kafka.apache.org/39/documentation.html#topicconfigs"""
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in (".", ".."):
-        raise argparse.ArgumentTypeError(f'{value!r} is not a valid topic name, which has only letters A to Z, digits, ".", "_" and "-", '
-                                         f"at most 249 of them")
+        raise argparse.ArgumentTypeError(
+            f'{value!r} is not a valid topic name, which has only letters A to Z, digits, ".", "_" and "-", '
+            f"at most 249 of them"
+        )
     return value
 
 
@@ -69,17 +78,24 @@ class Topic(Broker):
         # What a transaction has aborted was never sent, and what it has not committed may yet be aborted.
         self.isolation_level = self.properties.get("isolation.level", "read_committed")
         if self.isolation_level.upper() not in IsolationLevel.__members__:
-            raise PipelineError(f"The Kafka property isolation.level is {self.isolation_level}; it can be read_committed or "
-                                f"read_uncommitted.")
+            raise PipelineError(
+                f"The Kafka property isolation.level is {self.isolation_level}; it can be read_committed or "
+                f"read_uncommitted."
+            )
 
     def __str__(self) -> str:
         return f'the topic "{self.name}" on {self.servers}'
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Topic":
-        """The topic that the options of `add_topic_options` name; with those of `add_broker_options` alone, the default one."""
-        return cls(options.bootstrap_servers, getattr(options, "topic", TOPIC),
-                   read_properties(options.kafka_config) if options.kafka_config else None)
+        """The topic that the options of `add_topic_options` name; with those of `add_broker_options` alone, the default
+        one.
+        """
+        return cls(
+            options.bootstrap_servers,
+            getattr(options, "topic", TOPIC),
+            read_properties(options.kafka_config) if options.kafka_config else None,
+        )
 
     def group_of(self, table: str) -> str:
         """The consumer group under which a stream into `table` notes how far it is, unless --group-id says another."""
@@ -104,6 +120,7 @@ class Topic(Broker):
 
     def _require(self, create: bool) -> None:
         """Raises NoBrokerError or NoTopicError if one is not there; `create` makes the topic."""
+
         def look(admin: Admin) -> None:
             if self.name in admin.list_topics():
                 [topic] = admin.describe_topics([self.name])
@@ -114,7 +131,8 @@ class Topic(Broker):
                 raise NoTopicError(
                     f'No topic "{self.name}" on {self.servers}, or none that this user may see. Create it: '
                     f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
-                    f"--replication-factor 1.")
+                    f"--replication-factor 1."
+                )
             try:
                 self._create(admin, CONFIGS)
             except TopicAlreadyExistsError:
@@ -123,16 +141,24 @@ class Topic(Broker):
                 # A broker that has just started knows of none that could have a replica.
                 if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
                     raise
-                raise PipelineError(f"Kafka refuses to make {self} ({type(error).__name__}). Choose another --topic, or have it made by "
-                                    f"somebody who may.") from error
+                raise PipelineError(
+                    f"Kafka refuses to make {self} ({type(error).__name__}). Choose another --topic, or have it made by "
+                    f"somebody who may."
+                ) from error
             say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
+
         self.ask(look)
 
     def _create(self, admin: Admin, configs: dict[str, str]) -> None:
         try:
-            admin.create_topics({self.name: {"num_partitions": PARTITIONS, "replication_factor": 1, "configs": configs}},
-                                wait_for_metadata=True)
-        except (InvalidConfigurationError, PolicyViolationError):  # brokers before 3.6 don't know it, others may not allow it
+            admin.create_topics(
+                {self.name: {"num_partitions": PARTITIONS, "replication_factor": 1, "configs": configs}},
+                wait_for_metadata=True,
+            )
+        except (
+            InvalidConfigurationError,
+            PolicyViolationError,
+        ):  # brokers before 3.6 don't know it, others may not allow it
             if not configs:
                 raise
             self._create(admin, {})
@@ -170,9 +196,11 @@ class Topic(Broker):
         """Where `unread` is past the start of a transaction that is still open, as text; "" if nowhere."""
         end = self._offsets(OffsetSpec.LATEST)
         settled = self._offsets(OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
-        return ", ".join(f"partition {partition} from offset {settled[partition]} on"
-                         for partition, next_offset in sorted(unread.items())
-                         if partition in end and settled[partition] < next_offset <= end[partition])
+        return ", ".join(
+            f"partition {partition} from offset {settled[partition]} on"
+            for partition, next_offset in sorted(unread.items())
+            if partition in end and settled[partition] < next_offset <= end[partition]
+        )
 
     def _offsets(self, spec: OffsetSpec, **options: Any) -> dict[int, int]:
         """The first or last offset of each partition."""
@@ -180,8 +208,10 @@ class Topic(Broker):
         if topic["error_code"]:  # of a broker that does not know the topic yet it would be an empty one
             raise for_code(topic["error_code"])()
         places = {TopicPartition(self.name, partition["partition_index"]): spec for partition in topic["partitions"]}
-        return {place.partition: found.offset
-                for place, found in self._admin.list_partition_offsets(places, **options).items()}
+        return {
+            place.partition: found.offset
+            for place, found in self._admin.list_partition_offsets(places, **options).items()
+        }
 
     def messages(self, partition: int, offset: int) -> bytes:
         """Kafka's messages from the one with the record at `offset` on, as `Admin.messages` gives them."""
@@ -192,11 +222,18 @@ class Topic(Broker):
     @cached_property
     def _notes(self) -> Admin:
         """A client of its own: the stream asks the other one at the same time."""
-        return self.client(Admin, request_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000, bootstrap_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000)
+        return self.client(
+            Admin, request_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000, bootstrap_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000
+        )
 
     def commit_offsets(self, group: str, offsets: dict[int, int]) -> None:
-        """Notes in Kafka that the consumer group `group` goes on at these offsets (partition: next offset). Raises KafkaError."""
-        places = {TopicPartition(self.name, partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
+        """Notes in Kafka that the consumer group `group` goes on at these offsets (partition: next offset). Raises
+        KafkaError.
+        """
+        places = {
+            TopicPartition(self.name, partition): OffsetAndMetadata(offset, "", -1)
+            for partition, offset in offsets.items()
+        }
         deadline = time.monotonic() + COMMIT_OFFSETS_SECONDS
         while True:
             try:
@@ -243,17 +280,22 @@ class Topic(Broker):
         self.require_access(error)
         message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"
         has_no_topic = re.search(
-            r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message)
+            r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message
+        )
         is_away = r"kafka\.\S*(Timeout|Disconnect|Network|NotAvailable|NotLeader)\w*Exception|java\.util\.concurrent\.TimeoutException"
         if not (has_no_topic or isinstance(error, KafkaError) or re.search(is_away, message)):
             raise error
         if not has_no_topic:
             say(f"Kafka on {self.servers} no longer answers.")
         try:
-            self.wait(10 if has_no_topic else MAX_OUTAGE_SECONDS, stopping=stopping)  # a broker has no topic for a moment after its start
+            self.wait(
+                10 if has_no_topic else MAX_OUTAGE_SECONDS, stopping=stopping
+            )  # a broker has no topic for a moment after its start
         except NoTopicError:
-            raise PipelineError(f"{self} is gone, with what was not read yet, or this user may no longer see it. To go on with a "
-                                f"new one, make it and start with --accept-data-loss.".replace("the", "The", 1)) from error
+            raise PipelineError(
+                f"{self} is gone, with what was not read yet, or this user may no longer see it. To go on with a "
+                f"new one, make it and start with --accept-data-loss.".replace("the", "The", 1)
+            ) from error
         except NoBrokerError:
             if not has_no_topic:
                 raise

@@ -33,7 +33,9 @@ class Follower:
         self.id, self.version = newest_state(spark, path)
 
     def new(self) -> Iterator[DataFrame | str]:
-        """The rows that each commit since the last call has added, in order, or a sentence about rows that can't be shown so."""
+        """The rows that each commit since the last call has added, in order, or a sentence about rows that can't be
+        shown so.
+        """
         table_id, newest = newest_state(self.spark, self.path)
         if table_id != self.id:
             yield f"{self.path} is a new table. All of its rows follow."
@@ -49,8 +51,10 @@ class Follower:
             if commit.has_changed_rows:
                 yield f"Version {commit.version} of {self.path} ({commit.operation}) has changed or removed rows that were shown."
             elif any(size is None for size in self._sizes(commit)):
-                yield (f"The rows that version {commit.version} of {self.path} has added are not shown: its files were removed before "
-                       f"they were read here.")
+                yield (
+                    f"The rows that version {commit.version} of {self.path} has added are not shown: its files were removed before "
+                    f"they were read here."
+                )
             elif commit.files:
                 yield commit.rows
         yield from self._pass_over(newest)
@@ -58,8 +62,10 @@ class Follower:
     def _pass_over(self, version: int) -> Iterator[str]:
         """Names the versions up to this one that the table's log no longer has."""
         if version > self.version:
-            yield (f"The rows that the versions {self.version + 1} to {version} of {self.path} have added are not shown: the table's "
-                   f"log lost these versions before they were read here.")
+            yield (
+                f"The rows that the versions {self.version + 1} to {version} of {self.path} have added are not shown: the table's "
+                f"log lost these versions before they were read here."
+            )
             self.version = version
 
     def _sizes(self, commit: Commit) -> Iterator[int | None]:
@@ -105,7 +111,9 @@ def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
                 for new in follower.new():
                     if isinstance(new, DataFrame) and follower.path == quarantine:
                         reasons.update(dict(map(tuple, new.groupBy("reject_reason").count().collect())))
-                    if follower.path == shown_is and isinstance(new, DataFrame):  # the newest commit first, whatever its time
+                    if follower.path == shown_is and isinstance(
+                        new, DataFrame
+                    ):  # the newest commit first, whatever its time
                         newer = in_order(new, options, newest_first=True).limit(most_rows)
                         rows = in_memory(newer.unionByName(rows, allowMissingColumns=True).limit(most_rows))
                     elif follower.path == shown_is:
@@ -117,10 +125,21 @@ def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
             first = rows.select(F.unix_micros("ingest_time")).first()
             age = f"; the newest row is {max(0, time.time() - first[0] / 1e6):,.0f} s old" if first else ""
             most_frequent = sorted(reasons, key=lambda reason: (-reasons[reason], reason))[:5]
-            named = "; since the start " + ", ".join(f"{reason} {reasons[reason]:,}" for reason in most_frequent) if reasons else ""
+            named = (
+                "; since the start " + ", ".join(f"{reason} {reasons[reason]:,}" for reason in most_frequent)
+                if reasons
+                else ""
+            )
             table, _ = as_table(rows, console.width, options.raw)
-            view.update(Group(Text(f"{after[0]:,} accepted, {rates[0]:,.1f} a second{age}"),
-                              Text(f"{after[1]:,} rejected, {rates[1]:,.1f} a second{named}"), Text(), table), refresh=True)
+            view.update(
+                Group(
+                    Text(f"{after[0]:,} accepted, {rates[0]:,.1f} a second{age}"),
+                    Text(f"{after[1]:,} rejected, {rates[1]:,.1f} a second{named}"),
+                    Text(),
+                    table,
+                ),
+                refresh=True,
+            )
             time.sleep(REFRESH_SECONDS)
             wait_for_tables(spark, options.table)
 
@@ -144,7 +163,9 @@ def _in_lines(spark: SparkSession, options: argparse.Namespace) -> None:
                 if added := sorted({*rows.columns} - {*columns} - left_out):
                     warn(f"New columns of {follower.path} are not shown: {', '.join(added)}. Start again to see them.")
                     left_out.update(added)
-                rows = rows.select(*(f"`{name}`" if name in rows.columns else F.lit(None).alias(name) for name in columns))
+                rows = rows.select(
+                    *(f"`{name}`" if name in rows.columns else F.lit(None).alias(name) for name in columns)
+                )
             _say_rows(rows, options)
 
 

@@ -16,14 +16,18 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
     parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
     parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")
-    parser.add_argument("--follow", action="store_true",
-                        help="go on: on a terminal the newest rows in place, else each new row as a line; Ctrl+C ends it")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="go on: on a terminal the newest rows in place, else each new row as a line; Ctrl+C ends it",
+    )
     add_reader_options(parser)
     options = parser.parse_args()
 
     spark = build_spark("reader", READER_JVM, options.verbose)
     if options.follow:
         from pipeline.readers.follow import follow
+
         follow(spark, options)
         return
     accepted = read_table(spark, options.table, written_by)

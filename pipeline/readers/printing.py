@@ -27,7 +27,17 @@ from rich.text import Text
 CUT_AT = 120  # characters of a value, unless all of it is asked for
 FOLD_AT = 30  # columns of the terminal that a long value gets, where not all have room on a line
 # Columns that a narrow terminal leaves out, in this order: the tables' own columns before the contract's.
-LEAST_NEEDED = ("raw_json", "_rescued_data", "kafka_key", "topic", "kafka_timestamp", "source_file", "partition", "offset", "ingest_time")
+LEAST_NEEDED = (
+    "raw_json",
+    "_rescued_data",
+    "kafka_key",
+    "topic",
+    "kafka_timestamp",
+    "source_file",
+    "partition",
+    "offset",
+    "ingest_time",
+)
 ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
 
@@ -45,7 +55,9 @@ def in_order(rows: DataFrame, options: argparse.Namespace, newest_first: bool = 
 
 
 def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel: Any) -> DataFrame:
-    """The newest rows that the options of a reader ask for, the newest first; of the newest version, or of another (`versionAsOf`)."""
+    """The newest rows that the options of a reader ask for, the newest first; of the newest version, or of another
+    (`versionAsOf`).
+    """
     path = table_of(options)
     rows = spark.read.format("delta").options(**time_travel).load(path)
     if since := newest_since(spark, path, options.limit):
@@ -56,8 +68,12 @@ def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel:
 def add_reader_options(parser: argparse.ArgumentParser) -> None:
     """The options that all readers have: --limit, --format."""
     parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
-    parser.add_argument("--format", choices=("table", "json", "csv"), default="table",
-                        help="a table for people, or for programs all columns: json, an object per line, or csv")
+    parser.add_argument(
+        "--format",
+        choices=("table", "json", "csv"),
+        default="table",
+        help="a table for people, or for programs all columns: json, an object per line, or csv",
+    )
 
 
 def read_table(spark: SparkSession, path: str, written_by: str, **time_travel: Any) -> DataFrame:
@@ -77,8 +93,11 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
     them: Delta skips each file whose rows are all older. None if no file may be skipped.
     """
     statistics = F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>")
-    files = (files_of(spark, path).select(statistics.alias("file"))
-             .select("file.numRecords", F.unix_micros("file.minValues.ingest_time").alias("since")))
+    files = (
+        files_of(spark, path)
+        .select(statistics.alias("file"))
+        .select("file.numRecords", F.unix_micros("file.minValues.ingest_time").alias("since"))
+    )
     rows = 0
     for file in files.orderBy(F.desc("since")).limit(limit).collect():  # enough: a file has at least one row
         rows += file.numRecords or 0
@@ -88,7 +107,9 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
 
 
 def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) -> None:
-    """Prints the first `limit` rows in the `form` of --format. `whole`: a table with no value cut and no column left out."""
+    """Prints the first `limit` rows in the `form` of --format. `whole`: a table with no value cut and no column left
+    out.
+    """
     rows = rows.limit(limit)
     if form == "table":
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
@@ -125,15 +146,19 @@ def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
         for row in rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).toLocalIterator():
             yield "  ".join("null" if text is None else text for text in row)
     else:
-        texts = [F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
-                 for name, kind in rows.dtypes]
+        texts = [
+            F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
+            for name, kind in rows.dtypes
+        ]
         for row in rows.select(*texts).toLocalIterator():
             yield csv_line(row)
 
 
 def csv_line(values: Iterable[str | None]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(values)  # before Python 3.13, it quotes only those line breaks that it writes
+    csv.writer(line, lineterminator="\r\n").writerow(
+        values
+    )  # before Python 3.13, it quotes only those line breaks that it writes
     return line.getvalue().removesuffix("\r\n")
 
 
@@ -154,7 +179,9 @@ def _cell(name: str, kind: str, whole: bool) -> Column:
 
 
 def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, list[str]]:
-    """The rows as a table of at most `width` columns of the terminal, and the names of the columns that have no room there."""
+    """The rows as a table of at most `width` columns of the terminal, and the names of the columns that have no room
+    there.
+    """
     kinds = dict(rows.dtypes)
     cells = rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).collect()
     widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in cells)))) for name in kinds}
@@ -164,8 +191,12 @@ def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, l
             shown.remove(name)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in shown:
-        is_number = kinds[name] in ("tinyint", "smallint", "int", "bigint", "float", "double") or kinds[name].startswith("decimal")
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=widths[name] <= FOLD_AT)
+        is_number = kinds[name] in ("tinyint", "smallint", "int", "bigint", "float", "double") or kinds[
+            name
+        ].startswith("decimal")
+        table.add_column(
+            name, justify="right" if is_number else "left", overflow="fold", no_wrap=widths[name] <= FOLD_AT
+        )
     for row in cells:
         table.add_row(*(Text("null", style="dim") if row[name] is None else Text(row[name]) for name in shown))
     return table, [name for name in kinds if name not in shown]

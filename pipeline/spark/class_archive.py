@@ -29,8 +29,8 @@ def use_archive(java: Java, jars: list[str]) -> str:
     """
     make, use = OPTIONS[java.release >= 25]
     path = os.path.realpath(java.path)
-    # Java refuses it, silently, if one of the jars has another path or another time, as PySpark's have in another virtual
-    # environment, or in one that was made again.
+    # Java refuses it, silently, if one of the jars has another path or another time, as PySpark's have in another
+    # virtual environment, or in one that was made again.
     times = [str(os.path.getmtime(each)) for each in (path, SPARK_JARS)]
     place = _short_hash(path, str(SPARK_JARS))
     archive = cache_folder() / f"classes-{place}-{_short_hash(*times, *jars)}.jsa"
@@ -52,11 +52,19 @@ def _short_hash(*texts: str) -> str:
 def _make(archive: Path, option: str) -> None:
     """Makes the archive by a training run; `option` tells Java to."""
     draft = archive.with_suffix(".draft")
-    run = subprocess.Popen([sys.executable, "-m", "pipeline.training_run", option, draft], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.training_run", option, draft],
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         if code := run.wait():
-            warn(f"Java's class archive could not be made (exit code {code}). This start takes longer; the next one tries again.")
+            warn(
+                f"Java's class archive could not be made (exit code {code}). This start takes longer; the next one tries again."
+            )
         else:
             if not draft.exists():  # this Java can't make one, and starts with an empty one, too
                 draft.write_bytes(b"")

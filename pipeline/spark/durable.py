@@ -10,7 +10,12 @@ def sync(paths: Iterable[str | Path]) -> None:
 
     An executor on another machine writes a checksum file `.NAME.crc` beside each; they are synced too.
     """
-    existing = [path for each in paths for path in (each, Path(each).with_name(f".{Path(each).name}.crc")) if os.path.exists(path)]
+    existing = [
+        path
+        for each in paths
+        for path in (each, Path(each).with_name(f".{Path(each).name}.crc"))
+        if os.path.exists(path)
+    ]
     for path in dict.fromkeys([*map(str, existing), *(os.path.dirname(path) for path in existing)]):
         number = os.open(path, os.O_RDONLY)
         try:

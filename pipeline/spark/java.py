@@ -27,8 +27,9 @@ KAFKA_SOURCE = f"org.apache.spark:spark-sql-kafka-0-10_{SCALA}:{pyspark.__versio
 
 # Releases with long-term support that Spark 4.2 runs on: https://spark.apache.org/docs/4.2.0/#downloading
 SUPPORTED_JAVA = (17, 21, 25)
-INSTALL_JAVA = ("Install OpenJDK 17, 21 or 25 (Debian, Ubuntu: apt install openjdk-17-jre-headless) or set JAVA_HOME to "
-                "one.")
+INSTALL_JAVA = (
+    "Install OpenJDK 17, 21 or 25 (Debian, Ubuntu: apt install openjdk-17-jre-headless) or set JAVA_HOME to one."
+)
 
 
 class Java(NamedTuple):
@@ -51,19 +52,27 @@ def find_java() -> Java:
         raise PipelineError(f"{java} can't be run: {first_line(run.stdout + run.stderr)}. {INSTALL_JAVA}")
     version = re.search(r"^java\.base@(\d+)(?:\.(\d+)\.(\d+))?", modules, re.MULTILINE)
     if not version or int(version[1]) not in SUPPORTED_JAVA:
-        raise PipelineError(f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, but Spark needs Java "
-                            f"17, 21 or 25. {INSTALL_JAVA}")
+        raise PipelineError(
+            f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, but Spark needs Java "
+            f"17, 21 or 25. {INSTALL_JAVA}"
+        )
     # With its collector G1, which a cluster's executors use: https://issues.apache.org/jira/browse/SPARK-55852
     if version[1] == "25" and (int(version[2] or 0), int(version[3] or 0)) < (0, 3):
-        raise PipelineError(f"{java} is Java {version[0].removeprefix('java.base@')}, which can corrupt data. Take 25.0.3 or "
-                            f"later, or OpenJDK 17 or 21.")
+        raise PipelineError(
+            f"{java} is Java {version[0].removeprefix('java.base@')}, which can corrupt data. Take 25.0.3 or "
+            f"later, or OpenJDK 17 or 21."
+        )
     if "jdk.incubator.vector@" not in modules:
-        raise PipelineError(f"{java} lacks the module jdk.incubator.vector, which Spark loads at its start. {INSTALL_JAVA}")
+        raise PipelineError(
+            f"{java} lacks the module jdk.incubator.vector, which Spark loads at its start. {INSTALL_JAVA}"
+        )
     return Java(java, int(version[1]))
 
 
 def require_own(folder: Path | str, option: str) -> None:
-    """Raises PipelineError if others could change what is in a folder, or where a link leads. `option` names another folder."""
+    """Raises PipelineError if others could change what is in a folder, or where a link leads. `option` names another
+    folder.
+    """
     link, status = os.lstat(folder), os.stat(folder)
     if strangers := {link.st_uid, status.st_uid} - {os.getuid(), 0}:
         problem = f"belongs to another user ({min(strangers)})"
@@ -71,8 +80,10 @@ def require_own(folder: Path | str, option: str) -> None:
         problem = "can be changed by every user of this machine"
     else:
         return
-    raise PipelineError(f"The folder {folder} {problem}, who could have this script run or overwrite other files. Name another folder "
-                        f"with {option}, or give it to this user alone (chown, chmod).")
+    raise PipelineError(
+        f"The folder {folder} {problem}, who could have this script run or overwrite other files. Name another folder "
+        f"with {option}, or give it to this user alone (chown, chmod)."
+    )
 
 
 def cache_folder() -> Path:
@@ -87,11 +98,14 @@ def cache_folder() -> Path:
     except RuntimeError:
         raise PipelineError(f"This user has no home folder to keep Spark's jars in. {elsewhere}") from None
     except OSError as error:
-        raise PipelineError(f"The folder {folder} for Spark's jars can't be made: {error.strerror}. {elsewhere}") from None
+        raise PipelineError(
+            f"The folder {folder} for Spark's jars can't be made: {error.strerror}. {elsewhere}"
+        ) from None
     require_own(folder, "PIPELINE_CACHE")
     if os.pathsep in str(folder):
-        raise PipelineError(f'The folder {folder} has a "{os.pathsep}" in its path, at which Java splits its class path. '
-                            f"{elsewhere}")
+        raise PipelineError(
+            f'The folder {folder} has a "{os.pathsep}" in its path, at which Java splits its class path. {elsewhere}'
+        )
     return folder
 
 
@@ -104,8 +118,9 @@ def spark_jars(*coordinates: str) -> list[str]:
 def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> list[str]:
     """Paths of the jars of Maven `coordinates` and of all they depend on, less the artifacts named `without`.
 
-    The first call downloads them with the Ivy that comes with pyspark into `cache_folder()`, says so, and compares them with `SUMS`;
-    from then on a list beside them answers. Raises PipelineError if a jar can't be downloaded, or is not the one that it should be.
+    The first call downloads them with the Ivy that comes with pyspark into `cache_folder()`, says so, and compares them
+    with `SUMS`; from then on a list beside them answers. Raises PipelineError if a jar can't be downloaded, or is not
+    the one that it should be.
     """
     coordinates = sorted(coordinates)
     cache = cache_folder()
@@ -113,8 +128,10 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
     if jars := _listed_in(known):
         return jars
     if not os.access(cache, os.W_OK):
-        raise PipelineError(f"This user may not write Spark's jars to {cache}. Give it permission, or name another folder: "
-                            f"export PIPELINE_CACHE=/path/to/folder.")
+        raise PipelineError(
+            f"This user may not write Spark's jars to {cache}. Give it permission, or name another folder: "
+            f"export PIPELINE_CACHE=/path/to/folder."
+        )
     with in_progress() as note:
         note(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …")
         with FileLock(cache / "first-start.lock"):  # Ivy's cache is no place for two
@@ -128,9 +145,11 @@ def require_known(jars: Iterable[Path]) -> None:
     sums = {name: sum_ for sum_, name in map(str.split, SUMS.read_text(encoding="utf-8").splitlines())}
     for jar in jars:
         if hashlib.sha256(jar.read_bytes()).hexdigest() != sums.get(jar.name):
-            raise PipelineError(f"{jar} is not the file that this project was tested with: {SUMS} has "
-                                f"{'another SHA-256 sum' if jar.name in sums else 'no SHA-256 sum'} for it. Remove it and start again; if "
-                                f"you have changed a version yourself, add the sums of its jars there (sha256sum).")
+            raise PipelineError(
+                f"{jar} is not the file that this project was tested with: {SUMS} has "
+                f"{'another SHA-256 sum' if jar.name in sums else 'no SHA-256 sum'} for it. Remove it and start again; if "
+                f"you have changed a version yourself, add the sums of its jars there (sha256sum)."
+            )
 
 
 def _listed_in(known: Path) -> list[str]:
@@ -143,22 +162,46 @@ def _download(coordinates: list[str], without: Iterable[str], known: Path) -> No
     """Downloads the jars into the folder of the file `known`, which is the list of them afterwards."""
     dependencies = "".join(
         '<dependency org={} name={} rev={} conf="default"/>'.format(*map(quoteattr, coordinate.split(":")))
-        for coordinate in coordinates)
+        for coordinate in coordinates
+    )
     exclusions = "".join(f"<exclude module={quoteattr(name)}/>" for name in sorted(without))
     with tempfile.TemporaryDirectory() as folder:
         module, classpath = Path(folder, "ivy.xml"), Path(folder, "classpath")
-        module.write_text('<ivy-module version="2.0"><info organisation="pipeline" module="jars"/>'
-                          f"<dependencies>{dependencies}{exclusions}</dependencies></ivy-module>")
+        module.write_text(
+            '<ivy-module version="2.0"><info organisation="pipeline" module="jars"/>'
+            f"<dependencies>{dependencies}{exclusions}</dependencies></ivy-module>"
+        )
         ivy = subprocess.run(
-            [find_java().path, "-jar", *map(str, SPARK_JARS.glob("ivy-*.jar")), "-ivy", str(module), "-cache", str(known.parent),
-             "-confs", "default", "-types", "jar", "bundle", "-cachepath", str(classpath)],
-            capture_output=True, text=True, errors="replace")
+            [
+                find_java().path,
+                "-jar",
+                *map(str, SPARK_JARS.glob("ivy-*.jar")),
+                "-ivy",
+                str(module),
+                "-cache",
+                str(known.parent),
+                "-confs",
+                "default",
+                "-types",
+                "jar",
+                "bundle",
+                "-cachepath",
+                str(classpath),
+            ],
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
         if ivy.returncode != 0 or not classpath.exists():
-            problems = [line.strip(" \t:") for line in (ivy.stdout + ivy.stderr).splitlines()
-                        if re.search(r"not found|failed|exception|unresolved", line, re.IGNORECASE)]
+            problems = [
+                line.strip(" \t:")
+                for line in (ivy.stdout + ivy.stderr).splitlines()
+                if re.search(r"not found|failed|exception|unresolved", line, re.IGNORECASE)
+            ]
             raise PipelineError(
                 f"Could not download {', '.join(coordinates)} from Maven Central ({'; '.join(problems[:2])}). Check the "
-                f"connection or the proxy (JAVA_TOOL_OPTIONS=-Dhttps.proxyHost=…) and start again.")
+                f"connection or the proxy (JAVA_TOOL_OPTIONS=-Dhttps.proxyHost=…) and start again."
+            )
         require_known(map(Path, classpath.read_text(encoding="utf-8").strip().split(os.pathsep)))
         draft = known.with_suffix(".draft")
         shutil.copy(classpath, draft)

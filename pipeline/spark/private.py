@@ -27,8 +27,8 @@ def without_pandas(module: str) -> None:
             del sys.modules[name]
 
 
-# F.lit imports this module, only to know whether it may have been given something of theirs. Where they are installed, for
-# dashboard.py, that would take a second of each start and print a warning about their versions.
+# F.lit imports this module, only to know whether it may have been given something of theirs. Where they are installed,
+# for dashboard.py, that would take a second of each start and print a warning about their versions.
 without_pandas("pyspark.testing.utils")
 
 
@@ -41,7 +41,8 @@ OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
 
 
 def protect_callbacks(spark: SparkSession) -> None:
-    """Makes the port on which Spark's JVM calls `foreachBatch` ask for the session's secret; PySpark lets any user of the machine call it.
+    """Makes the port on which Spark's JVM calls `foreachBatch` ask for the session's secret; PySpark lets any user of
+    the machine call it.
 
     Py4J has the check on Python's side, but its Java side forgets the secret as it is told the port (0.10.9.9).
     """
@@ -72,7 +73,8 @@ def number_of_tasks(rows: DataFrame) -> int:
 
 
 def observed(spark: SparkSession, observation: Observation, seconds: int) -> dict[str, Any] | None:
-    """The figures that an observation has seen, by their names, as Java has them; its own `get` waits forever, and converts all to Python.
+    """The figures that an observation has seen, by their names, as Java has them; its own `get` waits forever, and
+    converts all to Python.
 
     None if it has seen no query end within so many seconds; {} if Spark has left it out of the plan.
     """
@@ -83,8 +85,10 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> dic
         return None
     if not row.length():
         return {}
-    return {field.name(): row.getList(number) if field.dataType().typeName() == "array" else row.get(number)
-            for number, field in enumerate(row.schema().fields())}
+    return {
+        field.name(): row.getList(number) if field.dataType().typeName() == "array" else row.get(number)
+        for number, field in enumerate(row.schema().fields())
+    }
 
 
 def in_memory(rows: DataFrame) -> DataFrame:

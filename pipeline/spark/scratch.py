@@ -11,11 +11,15 @@ PREFIX = "pipeline-spark-"
 
 
 def scratch_folder() -> str:
-    """A new folder for this user alone, which is removed when the process ends. Removes those of processes that were killed."""
+    """A new folder for this user alone, which is removed when the process ends. Removes those of processes that were
+    killed.
+    """
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _lock(left):
             shutil.rmtree(left, ignore_errors=True)
-    draft = Path(tempfile.mkdtemp(prefix="new-"))  # under its own name, another start could remove it before it is locked
+    draft = Path(
+        tempfile.mkdtemp(prefix="new-")
+    )  # under its own name, another start could remove it before it is locked
     _lock(draft)
     folder = draft.rename(draft.with_name(f"{PREFIX}{draft.name}"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -23,7 +27,9 @@ def scratch_folder() -> str:
 
 
 def _lock(folder: Path) -> bool:
-    """Locks a folder of this user until the process ends. False if another process has the lock, or there is no such folder."""
+    """Locks a folder of this user until the process ends. False if another process has the lock, or there is no such
+    folder.
+    """
     try:
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,14 +23,16 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.logger import PySparkLogger
 from pyspark.sql import SparkSession
 
-# A record of 999 levels, or a rule's pattern on a long text, takes more than Java's default stack of 1 MB, whose overflow ends the JVM.
+# A record of 999 levels, or a rule's pattern on a long text, takes more than Java's default stack of 1 MB, whose
+# overflow ends the JVM.
 STACK = "-Xss16m"
 UTC = "-Duser.timezone=UTC"  # Spark's Kafka source shifts times before 1900 by what the machine's zone had then
 SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.sql.session.timeZone": "UTC",
-    # A rule that can't be computed for a record (a division by 0) is null and so does not hold; by default it stops the stream.
+    # A rule that can't be computed for a record (a division by 0) is null and so does not hold; by default it stops the
+    # stream.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.legacy.sizeOfNull": "false",  # null, not -1, as with ANSI
     # A record may carry any date from the year 0 on; without this a date before 1900 would fail the whole batch.
@@ -51,13 +53,15 @@ SETTINGS = {
     "spark.sql.codegen.hugeMethodLimit": "8000",
     # Delta looks at its log by several small queries a batch, which planning again while they run only delays.
     "spark.sql.adaptive.enabled": "false",
-    # What is listed or shuffled here is small; the defaults, 10,000 and 200 tasks, made a VACUUM take a minute, not 5 s.
+    # What is listed or shuffled here is small; the defaults, 10,000 and 200 tasks, made a VACUUM take a minute, not 5
+    # s.
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
     "spark.sql.shuffle.partitions": "4",
     # As quick as snappy, Spark's default, and half the size.
     "spark.sql.parquet.compression.codec": "zstd",
-    # By default Parquet keeps a hundred rows in memory before it looks how large they are, and the least and the greatest value of each
-    # column until the file is done: the largest records, which are in these, would take more than there is.
+    # By default Parquet keeps a hundred rows in memory before it looks how large they are, and the least and the
+    # greatest value of each column until the file is done: the largest records, which are in these, would take more
+    # than there is.
     "spark.sql.parquet.enableVectorizedReader": "false",  # it takes 4,096 rows at a time
     "spark.hadoop.parquet.page.size.row.check.min": "1",
     "spark.hadoop.parquet.block.size.row.check.min": "1",
@@ -67,19 +71,21 @@ SETTINGS = {
     "spark.hadoop.parquet.column.statistics.enabled#_rescued_data": "false",
     # Java's serialization, through which a second reading's records go to the disk, holds the last hundred of them.
     "spark.serializer.objectStreamReset": "1",
-    # Auto compaction merges files of less than the one size into files of the other. A batch waits for it, so it is a little
-    # at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
+    # Auto compaction merges files of less than the one size into files of the other. A batch waits for it, so it is a
+    # little at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
     "spark.databricks.delta.autoCompact.minFileSize": str(3 * 512 * 1024),
     "spark.databricks.delta.autoCompact.maxFileSize": str(32 * 1024 * 1024),
-    # Delta writes its log through this, without Hadoop's checksum files: it lists the log at every commit. `build_spark` turns them
-    # off for all other files; hadoop-aws needs the class that fs.file.impl names by default.
+    # Delta writes its log through this, without Hadoop's checksum files: it lists the log at every commit.
+    # `build_spark` turns them off for all other files; hadoop-aws needs the class that fs.file.impl names by default.
     "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
-    # The input folder is listed, though another job of Spark's has left a list of its own there, with paths that may be of elsewhere.
+    # The input folder is listed, though another job of Spark's has left a list of its own there, with paths that may be
+    # of elsewhere.
     "spark.sql.streaming.fileStreamSink.ignoreMetadata": "true",
     # Spark keeps a consumer for each partition from batch to batch, by default for 64 partitions at most.
     "spark.kafka.consumer.cache.capacity": "1000",
     "spark.executor.extraJavaOptions": f"{STACK} {UTC}",  # on a cluster
-    # A record too large for the memory fails its task, of which the source learns which one it is; by default it ends the JVM.
+    # A record too large for the memory fails its task, of which the source learns which one it is; by default it ends
+    # the JVM.
     "spark.executor.killOnFatalError.depth": "0",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
@@ -87,20 +93,27 @@ SETTINGS = {
 # Settings of the driver's JVM. Under spark-submit it runs already, and they are options of spark-submit instead.
 # A stream is after throughput, not short pauses: the parallel collector takes a fifth less time than the default, G1.
 # Java's best compiler (C2) takes what has run twenty times as often as by default: at a start it was half of the CPU.
-STREAM_JVM = {"spark.driver.extraJavaOptions": (
-    f"{STACK} -XX:+UseParallelGC -XX:Tier4InvocationThreshold=100000 -XX:Tier4MinInvocationThreshold=12000 "
-    "-XX:Tier4CompileThreshold=300000 -XX:Tier4BackEdgeThreshold=800000")}
+STREAM_JVM = {
+    "spark.driver.extraJavaOptions": (
+        f"{STACK} -XX:+UseParallelGC -XX:Tier4InvocationThreshold=100000 -XX:Tier4MinInvocationThreshold=12000 "
+        "-XX:Tier4CompileThreshold=300000 -XX:Tier4BackEdgeThreshold=800000"
+    )
+}
 # A reader lives for seconds, most of them start-up, which the quick compiler alone (C1) shortens.
 READER_JVM = {"spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1"}
 
 
-TASK_MEMORY = 512 * 1024 * 1024  # bytes of heap for each task: for any record within the limits, two were seen to fit into 1 GB
+TASK_MEMORY = (
+    512 * 1024 * 1024
+)  # bytes of heap for each task: for any record within the limits, two were seen to fit into 1 GB
 MAX_DEFAULT_TASKS = 8  # more take a larger heap, which the user has to ask for
 
 
-def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool = False,
-                make_archive: str | None = None) -> SparkSession:
-    """A SparkSession with Delta and the Kafka source, in UTC, on this machine's cores or on the master that spark-submit was given.
+def build_spark(
+    app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool = False, make_archive: str | None = None
+) -> SparkSession:
+    """A SparkSession with Delta and the Kafka source, in UTC, on this machine's cores or on the master that
+    spark-submit was given.
 
     `jvm`: settings of the driver's JVM, `STREAM_JVM` or `READER_JVM`. `verbose`: lets Spark's own log through.
     What spark-submit was told by `--conf` wins over `SETTINGS`. Raises PipelineError if Spark can't start.
@@ -122,7 +135,8 @@ def build_spark(app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool =
         for key, value in (SETTINGS | {"spark.hadoop.fs.permissions.umask-mode": f"{umask():03o}"}).items():
             conf.setIfMissing(key, value)
         context = SparkContext(conf=conf, gateway=gateway)
-        # After a power cut, Hadoop would refuse a whole data file whose checksum file is empty. The instance is the one that Spark uses.
+        # After a power cut, Hadoop would refuse a whole data file whose checksum file is empty. The instance is the one
+        # that Spark uses.
         local_files = gateway.jvm.org.apache.hadoop.fs.FileSystem.getLocal(context._jsc.hadoopConfiguration())
         local_files.setWriteChecksum(False)
         local_files.setVerifyChecksum(False)
@@ -140,25 +154,41 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
     """What Spark's JVM is started with on this machine, which is also said to it by the environment."""
     java = find_java()
     jars = spark_jars(DELTA, KAFKA_SOURCE)
-    java_options = [*jvm["spark.driver.extraJavaOptions"].split(), UTC, f"-Djava.io.tmpdir={scratch_folder()}", "-Xlog:disable",
-                    make_archive or use_archive(java, jars)]
+    java_options = [
+        *jvm["spark.driver.extraJavaOptions"].split(),
+        UTC,
+        f"-Djava.io.tmpdir={scratch_folder()}",
+        "-Xlog:disable",
+        make_archive or use_archive(java, jars),
+    ]
     if not has_name():
         java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
     # Not the home of another Spark that the user may have.
     os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
     # Nothing outside this machine has a reason to reach the driver of a local session.
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    # Of the memory that Java's compiler frees, the C library keeps some for each of its arenas, by default eight a core.
+    # Of the memory that Java's compiler frees, the C library keeps some for each of its arenas, by default eight a
+    # core.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
-    return SparkConf(loadDefaults=False).setAll([*(jvm | {
-        "spark.driver.memory": f"{heap_size(os.cpu_count() or 1, _memory()) // 2**20}m",
-        "spark.driver.extraClassPath": os.pathsep.join(jars),
-        "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options))}).items()])
+    return SparkConf(loadDefaults=False).setAll(
+        [
+            *(
+                jvm
+                | {
+                    "spark.driver.memory": f"{heap_size(os.cpu_count() or 1, _memory()) // 2**20}m",
+                    "spark.driver.extraClassPath": os.pathsep.join(jars),
+                    "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options)),
+                }
+            ).items()
+        ]
+    )
 
 
 def heap_size(cores: int, memory: int) -> int:
-    """The bytes of a JVM's heap on a machine with so many cores and bytes of memory: never less than 1 GB, else half the memory at most."""
+    """The bytes of a JVM's heap on a machine with so many cores and bytes of memory: never less than 1 GB, else half
+    the memory at most.
+    """
     return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(cores, MAX_DEFAULT_TASKS), memory // 2))
 
 
@@ -171,7 +201,9 @@ def _memory() -> int:
 
 
 def umask() -> int:
-    """The permissions that new files of this process don't get; Hadoop sets those of its files itself, whatever they are."""
+    """The permissions that new files of this process don't get; Hadoop sets those of its files itself, whatever they
+    are.
+    """
     os.umask(mask := os.umask(0o077))
     return mask
 
@@ -198,11 +230,16 @@ def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
         except PySparkRuntimeError as error:
             lines = os.pread(stderr.fileno(), 100_000, 0).decode(errors="replace").strip().splitlines()
             reason = next((line for line in lines if "rror" in line or "xception" in line), "no reason given")
-            told = [f"{name}={os.environ[name]}" for name in ("SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS", "JAVA_TOOL_OPTIONS")
-                    if name in os.environ]
-            raise PipelineError(f"Spark's JVM did not start: {reason.strip(' .')}."
-                                + (f" Check {' and '.join(told)}." if told else "")
-                                + " --verbose shows everything it says.") from error
+            told = [
+                f"{name}={os.environ[name]}"
+                for name in ("SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS", "JAVA_TOOL_OPTIONS")
+                if name in os.environ
+            ]
+            raise PipelineError(
+                f"Spark's JVM did not start: {reason.strip(' .')}."
+                + (f" Check {' and '.join(told)}." if told else "")
+                + " --verbose shows everything it says."
+            ) from error
     # A terminal or a service manager signals the JVM, too. What is to be done is the script's business, but to end
     # spark-submit itself.
     java = gateway.jvm.sun.misc

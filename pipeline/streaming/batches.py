@@ -56,7 +56,7 @@ class Batches:
             newest = progress if batch else newest
             if batch and batch.rows:
                 source = self.writer.source
-                say(batch_line(batch, progress, source.left(progress, sum(batch.rows.values()))))
+                say(batch_line(batch, progress, source.backlog(progress, sum(batch.rows.values()))))
                 self.metrics.batch(batch, progress, source.lag(progress))
         if newest:
             self.writer.source.commit_offsets(newest)
@@ -87,7 +87,10 @@ def batch_line(report: BatchReport, progress: dict[str, Any], left: Backlog | No
     unknown = ", ".join(map(without_controls, report.unknown[:MAX_FIELDS]))
     if len(report.unknown) > MAX_FIELDS:
         unknown += f" and {len(report.unknown) - MAX_FIELDS:,} more"
-    return (f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
-            f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
-            + (f", {left.amount:,} {left.kind}" if left else "") + (f" ({seconds_left:,.0f} s at this rate)" if seconds_left > 3 else "")
-            + (f", {report.with_unknown:,} with fields unknown to the contract: {unknown}" if report.unknown else ""))
+    return (
+        f"batch {progress['batchId']}: {rows:,} rows in, {report.rows.get(None, 0):,} accepted, "
+        f"{sum(rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}, {seconds:.1f} s"
+        + (f", {left.amount:,} {left.kind}" if left else "")
+        + (f" ({seconds_left:,.0f} s at this rate)" if seconds_left > 3 else "")
+        + (f", {report.with_unknown:,} with fields unknown to the contract: {unknown}" if report.unknown else "")
+    )

@@ -62,23 +62,31 @@ def lock_checkpoint(path: str) -> Iterator[None]:
     except Timeout:
         raise PipelineError(in_use_message(path)) from None
     except OSError as error:
-        raise PipelineError(f"{place}, the lock of the checkpoint, can't be written: {error.strerror}. Make room for it, give this "
-                            f"user permission, or name another place with --checkpoint.") from error
+        raise PipelineError(
+            f"{place}, the lock of the checkpoint, can't be written: {error.strerror}. Make room for it, give this "
+            f"user permission, or name another place with --checkpoint."
+        ) from error
     with lock:
         yield
 
 
 def require_separate_places(options: argparse.Namespace) -> None:
-    """PipelineError if the stream has a folder in a table, whose clean-up would delete it. Other stores are not looked at."""
-    ours = {os.path.realpath(table) for table in map(local_path, (options.table, quarantine_of(options.table))) if table}
+    """PipelineError if the stream has a folder in a table, whose clean-up would delete it. Other stores are not looked
+    at.
+    """
+    ours = {
+        os.path.realpath(table) for table in map(local_path, (options.table, quarantine_of(options.table))) if table
+    }
     for option in ("checkpoint", "input", "archive"):
         place = local_path(getattr(options, option, None) or "")
         inner = Path(os.path.realpath(place or ""), "…")  # the folder itself is no place for it either
         for table in inner.parents if place else ():
             is_table = str(table) in ours or (table / "_delta_log").is_dir()
             if is_table and inner.relative_to(table).parts[0][0] not in "._":  # which are left alone
-                raise PipelineError(f"--{option} {place} must not be in the table {table}, which deletes what does not belong to it. "
-                                    f"Name another place.")
+                raise PipelineError(
+                    f"--{option} {place} must not be in the table {table}, which deletes what does not belong to it. "
+                    f"Name another place."
+                )
 
 
 def damaged_message(path: str, reason: str) -> str:
@@ -86,8 +94,10 @@ def damaged_message(path: str, reason: str) -> str:
 
 
 def in_use_message(path: str) -> str:
-    return (f"Another stream is using the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
-            f"of its own.")
+    return (
+        f"Another stream is using the checkpoint {path}. Stop that one, or give this one a --table and a --checkpoint "
+        f"of its own."
+    )
 
 
 class Checkpoint:
@@ -114,15 +124,17 @@ class Checkpoint:
         return max((int(name) for name in self.files.names_in(f"{self.path}/{folder}") if name.isdecimal()), default=-1)
 
     def drop_cut_id(self) -> None:
-        """Removes the stream's id if a power cut left it empty. It is synced before the tables are created, so nothing refers to it."""
+        """Removes the stream's id if a power cut left it empty. It is synced before the tables are created, so nothing
+        refers to it.
+        """
         if self.last_done < 0 and ID in self.files.names_in(self.path):
             self._drop_cut(ID)
 
     def drop_cut_entries(self, written: int) -> None:
         """Removes the newest entries where a power cut has left no whole one, so that Spark begins their batch again.
 
-        `written`: the last batch in the tables. Its own plan was synced before the write, so only the entry that marks it as done, or the
-        plan of a later batch, can be cut.
+        `written`: the last batch in the tables. Its own plan was synced before the write, so only the entry that marks
+        it as done, or the plan of a later batch, can be cut.
         """
         while self.last_done >= 0 and self._drop_cut(f"commits/{self.last_done}"):
             self.last_done -= 1
@@ -133,25 +145,39 @@ class Checkpoint:
             if newest and self._drop_cut(f"sources/0/{newest}"):
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif newest and self._has_too_many_patterns(f"sources/0/{newest}"):
-                say(f"Batch {planned} of {self.path} has too many files with wildcards in their names. It is split into smaller ones.")
+                say(
+                    f"Batch {planned} of {self.path} has too many files with wildcards in their names. It is split into smaller ones."
+                )
                 self.files.delete(f"{self.path}/sources/0/{newest}")
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
-                say(f"Batch {planned} of {self.path} was planned to end before it begins. Nothing of it was written: it is planned again.")
+                say(
+                    f"Batch {planned} of {self.path} was planned to end before it begins. Nothing of it was written: it is planned again."
+                )
                 self.files.delete(f"{self.path}/offsets/{planned}")
-        elif newest and (planned < 0 or int(newest.removesuffix(".compact")) > self.end_of(planned).get("logOffset", float("inf"))):
+        elif newest and (
+            planned < 0 or int(newest.removesuffix(".compact")) > self.end_of(planned).get("logOffset", float("inf"))
+        ):
             self._drop_cut(f"sources/0/{newest}")  # of files whose batch was not planned yet
 
     def _has_too_many_patterns(self, file: str) -> bool:
-        """Whether an entry of the file log has more files with wildcards in their names than Spark can list; see `MAX_PATTERNS`."""
+        """Whether an entry of the file log has more files with wildcards in their names than Spark can list; see
+        `MAX_PATTERNS`.
+        """
         entries = [json.loads(line) for line in (self.files.read(f"{self.path}/{file}") or "").split("\n")[1:]]
-        files = [entry for entry in entries if {"path", "batchId"} <= entry.keys()]  # and none of Kafka, whose entry is by topic
+        files = [
+            entry for entry in entries if {"path", "batchId"} <= entry.keys()
+        ]  # and none of Kafka, whose entry is by topic
         paths = [unquote(file["path"]) for file in files if file["batchId"] == files[-1]["batchId"]]
-        return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS ** 2
+        return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS**2
 
     def _is_whole(self, file: str) -> bool:
-        """Whether one of Spark's files is complete: a version line, which only the stream's id lacks, and lines of JSON."""
-        text = (self.files.read(f"{self.path}/{file}") or "").removeprefix("\0")  # with which Kafka's sources/0/0 begins
+        """Whether one of Spark's files is complete: a version line, which only the stream's id lacks, and lines of
+        JSON.
+        """
+        text = (self.files.read(f"{self.path}/{file}") or "").removeprefix(
+            "\0"
+        )  # with which Kafka's sources/0/0 begins
         lines = text.strip("\n").split("\n")
         try:
             return (lines[0].startswith("v") or file == ID) and isinstance(json.loads(lines[-1]), dict | int)
@@ -161,7 +187,9 @@ class Checkpoint:
     def _drop_cut(self, file: str) -> bool:
         if self._is_whole(file):
             return False
-        say(f"{self.path}/{file} is cut, perhaps by a power cut. Its batch is begun again; nothing is lost or written twice.")
+        say(
+            f"{self.path}/{file} is cut, perhaps by a power cut. Its batch is begun again; nothing is lost or written twice."
+        )
         self.files.delete(f"{self.path}/{file}")
         return True
 
@@ -188,8 +216,9 @@ class Checkpoint:
             raise PipelineError(damaged_message(self.path, f"{file} is not JSON")) from None
 
     def last_batch(self) -> dict[str, Any]:
-        """The note that `write_last_batch` has written; {} for none, and for one of an earlier batch, since which a version without such
-        notes has run."""
+        """The note that `write_last_batch` has written; {} for none, and for one of an earlier batch, since which a
+        version without such notes has run.
+        """
         try:
             note = json.loads(self.files.read(f"{self.path}/{LAST_BATCH}") or "{}")
         except ValueError:  # cut by a crash, where a store can't replace a file whole
@@ -197,7 +226,9 @@ class Checkpoint:
         return note if note.get("batch", 0) in (self.last_done, self.last_done + 1) else {}
 
     def write_last_batch(self, note: dict[str, Any]) -> None:
-        """Stores the facts about a batch, before Spark marks the batch as done; before the first one only the tables' `versions`."""
+        """Stores the facts about a batch, before Spark marks the batch as done; before the first one only the tables'
+        `versions`.
+        """
         file, local = f"{self.path}/{LAST_BATCH}", local_path(self.path)
         if local is None:
             self.files.write(file, json.dumps(note))
@@ -205,8 +236,9 @@ class Checkpoint:
             durable.replace(f"{local}/{LAST_BATCH}", json.dumps(note))
 
     def sync(self, batch_id: int, end: dict[str, Any]) -> None:
-        """Returns once the disk has what Spark has written by the start of a batch, which is to go to `end`; does nothing for
-        another store than this machine."""
+        """Returns once the disk has what Spark has written by the start of a batch, which is to go to `end`; does
+        nothing for another store than this machine.
+        """
         if (local := local_path(self.path)) is not None:
             files = f"sources/0/{end.get('logOffset', 0)}"  # a folder's names of files
             written = (ID, f"commits/{batch_id - 1}", f"offsets/{batch_id}", files, f"{files}.compact")
@@ -221,27 +253,35 @@ class Checkpoint:
 
 
 def _goes_back(begin: Any, end: Any) -> bool:
-    """Whether a batch from `begin` to `end`, as its source writes them, ends before it begins or lacks a partition: for a moment, Kafka has
-    told an old copy of itself."""
+    """Whether a batch from `begin` to `end`, as its source writes them, ends before it begins or lacks a partition: for
+    a moment, Kafka has told an old copy of itself.
+    """
     if isinstance(begin, dict):
-        return any(_goes_back(offset, end.get(place, -1) if isinstance(end, dict) else -1) for place, offset in begin.items())
+        return any(
+            _goes_back(offset, end.get(place, -1) if isinstance(end, dict) else -1) for place, offset in begin.items()
+        )
     return end < begin
 
 
 @dataclass(frozen=True)
 class Start:
-    """The result of the start checks: the stream's `checkpoint` and, as table properties, the `identity` of its source and the
-    contract and mode that it is `read_by`."""
+    """The result of the start checks: the stream's `checkpoint` and, as table properties, the `identity` of its source
+    and the contract and mode that it is `read_by`.
+    """
+
     checkpoint: Checkpoint
     identity: dict[str, str]
     read_by: dict[str, str]
 
 
-def check_start(spark: SparkSession, source: Source, tables: TablePair, contract: Contract, checkpoint_path: str) -> Start:
-    """Makes sure that checkpoint, tables, source and contract belong together, and that the tables have the contract's columns.
+def check_start(
+    spark: SparkSession, source: Source, tables: TablePair, contract: Contract, checkpoint_path: str
+) -> Start:
+    """Makes sure that checkpoint, tables, source and contract belong together, and that the tables have the contract's
+    columns.
 
-    Raises PipelineError if going on would lose records (a checkpoint that has read them, tables that don't have them) or
-    write them twice.
+    Raises PipelineError if going on would lose records (a checkpoint that has read them, tables that don't have them)
+    or write them twice.
     """
     checkpoint = Checkpoint(spark, checkpoint_path)
     checkpoint.drop_cut_id()
@@ -256,7 +296,9 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
     # A new checkpoint without a batch begins where an accepted loss has left off.
     unread = checkpoint.unread() or json.loads(written_from.get(STARTS_AT) or "{}")
     identity = source.identity()
-    start = Start(checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode})
+    start = Start(
+        checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
+    )
     is_ours = written_from.get(WRITER, NO_WRITER) in (NO_WRITER, checkpoint.id())
     if is_ours and source.require_same_source(identity, written_from, unread):
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, identity | {STARTS_AT: ""})
@@ -274,14 +316,31 @@ def check_start(spark: SparkSession, source: Source, tables: TablePair, contract
 
 
 def _last_written(spark: SparkSession, checkpoint: Checkpoint, properties: dict[str, dict[str, str] | None]) -> int:
-    """The last batch in one of the tables, by their `properties`. After a power cut, the quarantine may have one that the table lacks."""
-    return max((version_and_last_batch(spark, table, checkpoint.id())[1] for table, found in properties.items() if found is not None), default=-1)
+    """The last batch in one of the tables, by their `properties`. After a power cut, the quarantine may have one that
+    the table lacks.
+    """
+    return max(
+        (
+            version_and_last_batch(spark, table, checkpoint.id())[1]
+            for table, found in properties.items()
+            if found is not None
+        ),
+        default=-1,
+    )
 
 
-def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tables: TablePair,
-                properties: dict[str, dict[str, str] | None], begin: dict[str, Any], changed: dict[str, str]) -> Checkpoint:
-    """Sets the checkpoint aside and frees its tables for a new one, which is returned. `begin`: of the batch that is not done;
-    `changed`: further properties of the table."""
+def _start_over(
+    spark: SparkSession,
+    source: Source,
+    checkpoint: Checkpoint,
+    tables: TablePair,
+    properties: dict[str, dict[str, str] | None],
+    begin: dict[str, Any],
+    changed: dict[str, str],
+) -> Checkpoint:
+    """Sets the checkpoint aside and frees its tables for a new one, which is returned. `begin`: of the batch that is
+    not done; `changed`: further properties of the table.
+    """
     if properties[tables.table] is None:  # nothing was written yet
         if properties[tables.quarantine] is not None:
             set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
@@ -290,7 +349,9 @@ def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tab
     written = _last_written(spark, checkpoint, properties)
     if written > checkpoint.last_done:  # the new checkpoint will know nothing of this batch
         source.take_back(spark, tables, begin, checkpoint.end_of(written))
-    replaced = (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER  # one that has written nothing may not own it yet
+    replaced = (
+        (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER
+    )  # one that has written nothing may not own it yet
     # One commit. If a crash interrupts the steps after it, the next start finishes them.
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)
@@ -300,9 +361,12 @@ def _start_over(spark: SparkSession, source: Source, checkpoint: Checkpoint, tab
     return _finish_starting_over(spark, checkpoint, tables, properties)
 
 
-def _finish_starting_over(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair,
-                          properties: dict[str, dict[str, str] | None]) -> Checkpoint:
-    """Frees the quarantine and sets the checkpoint aside if the table no longer is theirs; returns the checkpoint to go on with."""
+def _finish_starting_over(
+    spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, dict[str, str] | None]
+) -> Checkpoint:
+    """Frees the quarantine and sets the checkpoint aside if the table no longer is theirs; returns the checkpoint to go
+    on with.
+    """
     of_table, of_quarantine = properties[tables.table] or {}, properties[tables.quarantine]
     if of_table.get(WRITER) != NO_WRITER or REPLACED not in of_table:
         return checkpoint
@@ -319,69 +383,98 @@ def _set_aside(spark: SparkSession, checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(spark, checkpoint.path)
 
 
-def _check_tables(spark: SparkSession, checkpoint: Checkpoint, found: dict[str, dict[str, str] | None],
-                  tables: TablePair) -> None:
+def _check_tables(
+    spark: SparkSession, checkpoint: Checkpoint, found: dict[str, dict[str, str] | None], tables: TablePair
+) -> None:
     """`found`: the properties of both tables, None for one that is not there."""
     for table, properties in found.items():
         if properties is None and checkpoint.last_done >= 0:
-            raise PipelineError(f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
-                                f"such table. Put the table back, or {READ_AGAIN}.")
+            raise PipelineError(
+                f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
+                f"such table. Put the table back, or {READ_AGAIN}."
+            )
         # Other files than hidden ones, such as .gitkeep and an unfinished _delta_log.
         in_the_way = [name for name in FileSystem(spark, table).names_in(table) if name[0] not in "._"]
         if properties is None and in_the_way or properties is not None and WRITER not in properties:
-            raise PipelineError(f"There is something at {table} that this pipeline has not created. Name another place "
-                                f"with --table.")
+            raise PipelineError(
+                f"There is something at {table} that this pipeline has not created. Name another place with --table."
+            )
         is_free = properties is not None and properties[WRITER] == NO_WRITER and checkpoint.last_done < 0
         if properties is not None and properties[WRITER] != checkpoint.id() and not is_free:
-            raise PipelineError(f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
-                                f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}.")
+            raise PipelineError(
+                f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
+                f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}."
+            )
         version, written = (-1, -1) if properties is None else version_and_last_batch(spark, table, checkpoint.id())
         # A batch is in the table before it is done, and in the quarantine only if it has rejected records.
         is_older = table == tables.table and written < checkpoint.last_done
         if is_older or written > checkpoint.last_begun():
-            raise PipelineError(f"The {'table' if is_older else 'checkpoint'} is an older copy: {table} has batch {written} of the "
-                                f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. Going on would lose records. "
-                                f"Put back both and the quarantine as they were at one moment, or {READ_AGAIN}.")
+            raise PipelineError(
+                f"The {'table' if is_older else 'checkpoint'} is an older copy: {table} has batch {written} of the "
+                f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. Going on would lose records. "
+                f"Put back both and the quarantine as they were at one moment, or {READ_AGAIN}."
+            )
         if properties is not None:
-            _check_commits(Commits(spark, table, version), checkpoint, "table" if table == tables.table else "quarantine")
+            _check_commits(
+                Commits(spark, table, version), checkpoint, "table" if table == tables.table else "quarantine"
+            )
 
 
 def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
-    """Raises PipelineError if a table, the stream's `table` or `quarantine` by its `role`, has lost one of its newest commits or
-    files, or has the last batch from another checkpoint."""
+    """Raises PipelineError if a table, the stream's `table` or `quarantine` by its `role`, has lost one of its newest
+    commits or files, or has the last batch from another checkpoint.
+    """
     _, damage = commits.damage()
     if damage:
-        raise PipelineError(f"The table {commits.table} is damaged: {damage}. Put back a backup of it and of its checkpoint, or "
-                            f"{READ_AGAIN}.")
+        raise PipelineError(
+            f"The table {commits.table} is damaged: {damage}. Put back a backup of it and of its checkpoint, or "
+            f"{READ_AGAIN}."
+        )
     note = checkpoint.last_batch()
     written = note.get("versions", {}).get(role, -1)
     if commits.newest < written:
-        raise PipelineError(f"The table is an older copy: {commits.table} has version {commits.newest}, but the checkpoint "
-                            f"{checkpoint.path} belongs to version {written}. Going on would lose records. Put back both tables and "
-                            f"the checkpoint as they were at one moment, or {READ_AGAIN}.")
+        raise PipelineError(
+            f"The table is an older copy: {commits.table} has version {commits.newest}, but the checkpoint "
+            f"{checkpoint.path} belongs to version {written}. Going on would lose records. Put back both tables and "
+            f"the checkpoint as they were at one moment, or {READ_AGAIN}."
+        )
     if role == "table" and "batch" in note:
         planned = checkpoint.end_of(note["batch"])
-        require_same_contents(commits, checkpoint, note["batch"], note["contents"] if planned == note["end"] else planned)
+        require_same_contents(
+            commits, checkpoint, note["batch"], note["contents"] if planned == note["end"] else planned
+        )
 
 
 def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: int, contents: dict[str, Any]) -> None:
-    """Raises PipelineError if the table has a batch of this number that holds something else: a copy of the checkpoint has written it."""
+    """Raises PipelineError if the table has a batch of this number that holds something else: a copy of the checkpoint
+    has written it.
+    """
     if commits.contents_of(checkpoint.id() or "", batch_id) not in (None, contents):
-        raise PipelineError(f"The batch {batch_id} in {commits.table} holds other records than in the checkpoint {checkpoint.path}, of "
-                            f"which somebody has started a copy. Going on would lose records. Go on with the other copy, or "
-                            f"{READ_AGAIN}.")
+        raise PipelineError(
+            f"The batch {batch_id} in {commits.table} holds other records than in the checkpoint {checkpoint.path}, of "
+            f"which somebody has started a copy. Going on would lose records. Go on with the other copy, or "
+            f"{READ_AGAIN}."
+        )
 
 
-def _fit_table(spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str], start: Start) -> None:
+def _fit_table(
+    spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str], start: Start
+) -> None:
     """Brings the table, which has these `properties`, to the contract's columns.
 
     Raises PipelineError if it can't, or if a batch was half written and is now read by another contract or in another
     mode: some of its records would then be in both tables, or in none.
     """
     is_changed = any(properties.get(name, value) != value for name, value in start.read_by.items())
-    if is_changed and _last_written(spark, checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties)) > checkpoint.last_done:
-        raise PipelineError(f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
-                            f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now.")
+    if (
+        is_changed
+        and _last_written(spark, checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties))
+        > checkpoint.last_done
+    ):
+        raise PipelineError(
+            f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
+            f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now."
+        )
     add_missing_columns(spark, tables.table, tables.columns)
     known = start.identity | properties | start.read_by  # an earlier start may not have been told the identity
     if changed := {name: value for name, value in known.items() if properties.get(name) != value}:

@@ -19,17 +19,28 @@ class Metrics(NoMetrics):
         disable_created_metrics()  # when each series began, which nothing here asks for
         registry = CollectorRegistry()
         self.accepted = Counter("pipeline_accepted_records", "Records written to the table", registry=registry)
-        self.rejected = Counter("pipeline_rejected_records", "Records written to the quarantine", ["reason"], registry=registry)
-        self.seconds = Histogram("pipeline_batch_seconds", "Duration of a batch", registry=registry,
-                                 buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300))
-        self.lag = Gauge("pipeline_lag_records", "Records of the partition that were not read yet", ["partition"], registry=registry)
-        self.newest = Gauge("pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry)
+        self.rejected = Counter(
+            "pipeline_rejected_records", "Records written to the quarantine", ["reason"], registry=registry
+        )
+        self.seconds = Histogram(
+            "pipeline_batch_seconds",
+            "Duration of a batch",
+            registry=registry,
+            buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
+        )
+        self.lag = Gauge(
+            "pipeline_lag_records", "Records of the partition that were not read yet", ["partition"], registry=registry
+        )
+        self.newest = Gauge(
+            "pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry
+        )
         self.commit = Gauge("pipeline_last_commit_timestamp_seconds", "End of the last batch", registry=registry)
         try:
             server, _ = start_http_server(port, host, registry)
         except OSError as error:
-            raise PipelineError(f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another "
-                                f"--metrics-port.") from error
+            raise PipelineError(
+                f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another --metrics-port."
+            ) from error
         self.figures: Any = server.get_app()
         server.set_app(self._answer)
         say(f"Metrics: http://{host}:{port}/metrics")

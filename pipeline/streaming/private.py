@@ -1,6 +1,7 @@
 """Private parts of Spark's streaming engine: the query behind a micro-batch.
 
-Without them, a batch knows neither which query it belongs to nor when it was planned, and could not be recognised after a crash.
+Without them, a batch knows neither which query it belongs to nor when it was planned, and could not be recognised after
+a crash.
 """
 
 from typing import Any, cast
@@ -15,14 +16,18 @@ def stream_of(batch: DataFrame) -> str:
 
 
 def query_of(batch: DataFrame) -> StreamingQuery:
-    """The query that has given this micro-batch to `foreachBatch`. The session of the batch is a copy, which knows of no query."""
+    """The query that has given this micro-batch to `foreachBatch`. The session of the batch is a copy, which knows of
+    no query.
+    """
     query = SparkSession.builder.getOrCreate().streams.get(stream_of(batch))
     assert query
     return query
 
 
 def batch_time_ms(batch: DataFrame) -> int:
-    """When this micro-batch was planned, in milliseconds since 1970: its current_timestamp(), which otherwise comes with a record only."""
+    """When this micro-batch was planned, in milliseconds since 1970: its current_timestamp(), which otherwise comes
+    with a record only.
+    """
     batch_id = int(batch.sparkSession.sparkContext.getLocalProperty("streaming.sql.batchId") or 0)
     offsets = cast(Any, query_of(batch))._jsq.streamingQuery().offsetLog().get(batch_id)
     return offsets.get().metadataOpt().get().batchTimestampMs()

@@ -15,7 +15,14 @@ from pipeline.delta.locks import CONFLICTS
 from pipeline.delta.tables import TablePair
 from pipeline.spark.private import OUT_OF_MEMORY, protect_callbacks
 from pipeline.streaming.batches import Batches
-from pipeline.streaming.checkpoints import Start, check_start, damaged_message, in_use_message, lock_checkpoint, require_separate_places
+from pipeline.streaming.checkpoints import (
+    Start,
+    check_start,
+    damaged_message,
+    in_use_message,
+    lock_checkpoint,
+    require_separate_places,
+)
 from pipeline.streaming.source import Source, SourceAwayError
 from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.arguments import location, port_number, table_location
@@ -31,7 +38,9 @@ from pyspark.sql import DataFrame, SparkSession
 AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when all is read that is there
 NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
 MAX_FAILURES = 3  # in a row, each after a wait for the source
-RECOVERED_SECONDS = 600  # seconds that a query has run without records, after which its next failure is not in a row with earlier ones
+RECOVERED_SECONDS = (
+    600  # seconds that a query has run without records, after which its next failure is not in a row with earlier ones
+)
 MAX_SET_BACK_SECONDS = 10  # seconds that the clock may go backwards, for which Spark begins no batch
 
 
@@ -42,16 +51,35 @@ class ClockSetBackError(Exception):
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
     """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --metrics-port."""
     add_readings_option(parser)
-    parser.add_argument("--table", type=table_location, default=table,
-                        help="Delta table to append to; rejected records go to TABLE_quarantine")
-    parser.add_argument("--checkpoint", type=location, default=checkpoint,
-                        help="where the stream remembers what it has read; belongs to the table")
-    parser.add_argument("--trigger", type=_interval, default=trigger, metavar='"N seconds"',
-                        help='how often a batch starts; "0 seconds": as soon as the last one is done')
+    parser.add_argument(
+        "--table",
+        type=table_location,
+        default=table,
+        help="Delta table to append to; rejected records go to TABLE_quarantine",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=location,
+        default=checkpoint,
+        help="where the stream remembers what it has read; belongs to the table",
+    )
+    parser.add_argument(
+        "--trigger",
+        type=_interval,
+        default=trigger,
+        metavar='"N seconds"',
+        help='how often a batch starts; "0 seconds": as soon as the last one is done',
+    )
     parser.add_argument("--once", action="store_true", help="process what is there now, then exit")
-    parser.add_argument("--metrics-port", type=port_number, metavar="N",
-                        help="serve Prometheus' metrics at http://HOST:N/metrics, and /healthz")
-    parser.add_argument("--metrics-host", metavar="HOST", default="127.0.0.1", help="address of this machine that they are served on")
+    parser.add_argument(
+        "--metrics-port",
+        type=port_number,
+        metavar="N",
+        help="serve Prometheus' metrics at http://HOST:N/metrics, and /healthz",
+    )
+    parser.add_argument(
+        "--metrics-host", metavar="HOST", default="127.0.0.1", help="address of this machine that they are served on"
+    )
 
 
 def _interval(value: str) -> str:
@@ -65,10 +93,16 @@ def trigger_of(options: argparse.Namespace) -> dict[str, Any]:
     return AVAILABLE_NOW if options.once else {"processingTime": options.trigger}
 
 
-def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, dict[str, Any]]], source: Source, tables: TablePair,
-                      contract: Contract, options: argparse.Namespace) -> None:
-    """Runs `streams` of `source`, each with its trigger, into `tables`, one after the other, until the last ends or a signal comes:
-    then the running batch is finished. If the source stops answering, it waits for it and goes on.
+def run_until_stopped(
+    spark: SparkSession,
+    streams: Iterable[tuple[DataFrame, dict[str, Any]]],
+    source: Source,
+    tables: TablePair,
+    contract: Contract,
+    options: argparse.Namespace,
+) -> None:
+    """Runs `streams` of `source`, each with its trigger, into `tables`, one after the other, until the last ends or a
+    signal comes: then the running batch is finished. If the source stops answering, it waits for it and goes on.
 
     Raises PipelineError if it can't start or can't go on.
     """
@@ -87,7 +121,10 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
         with lock_checkpoint(options.checkpoint), suppress(Stopped):
             start = check()
             metrics = _metrics(options)
-            say(f"Writing to {tables.table}, rejected records to {tables.quarantine}." + ("" if options.once else " Ctrl+C stops."))
+            say(
+                f"Writing to {tables.table}, rejected records to {tables.quarantine}."
+                + ("" if options.once else " Ctrl+C stops.")
+            )
             for stream, trigger in streams:
                 error: Exception | None = None
                 failures = 0
@@ -110,8 +147,10 @@ def run_until_stopped(spark: SparkSession, streams: Iterable[tuple[DataFrame, di
                         raise PipelineError(explanation) from error
                     failures = 1 if batches or time.monotonic() - began > RECOVERED_SECONDS else failures + 1
                     if failures > MAX_FAILURES:
-                        raise PipelineError(f"{source} failed {failures} times in a row, though it answers in between: "
-                                            f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)) from error
+                        raise PipelineError(
+                            f"{source} failed {failures} times in a row, though it answers in between: "
+                            f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)
+                        ) from error
                     source.wait_until_available(error, stopping)
     if not options.once:
         say("Stopped. The next start goes on from here.")
@@ -121,18 +160,30 @@ def _metrics(options: argparse.Namespace) -> NoMetrics:
     if not options.metrics_port:
         return NoMetrics()
     from pipeline.streaming.metrics import Metrics
+
     return Metrics(options.metrics_host, options.metrics_port)
 
 
-def run_query(stream: DataFrame, trigger: dict[str, Any], writer: TableWriter, checkpoint: str, stopping: StopFlag,
-              metrics: NoMetrics) -> tuple[int, Exception | None]:
+def run_query(
+    stream: DataFrame,
+    trigger: dict[str, Any],
+    writer: TableWriter,
+    checkpoint: str,
+    stopping: StopFlag,
+    metrics: NoMetrics,
+) -> tuple[int, Exception | None]:
     """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
 
     Prints a line for each batch that has taken in records.
     """
     batches = Batches(writer, stopping, metrics)
     try:
-        query = stream.writeStream.foreachBatch(batches.write).option("checkpointLocation", checkpoint).trigger(**trigger).start()
+        query = (
+            stream.writeStream.foreachBatch(batches.write)
+            .option("checkpointLocation", checkpoint)
+            .trigger(**trigger)
+            .start()
+        )
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
     metrics.working(True)
@@ -163,11 +214,15 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
     message = first_line(root_cause(error))
     if java_class(error) == OUT_OF_MEMORY:
-        return (f"The memory of Spark's JVM does not suffice for a batch ({message}). Give it more, as docs/operations.md says under "
-                f"Not enough memory, and start again. {NEXT_START}")
+        return (
+            f"The memory of Spark's JVM does not suffice for a batch ({message}). Give it more, as docs/operations.md says under "
+            f"Not enough memory, and start again. {NEXT_START}"
+        )
     if isinstance(error, CONFLICTS):
-        return (f"Others changed {table} or its quarantine each time that a batch was to be written ({message}). Stop them while the "
-                f"stream runs, then start again. {NEXT_START}")
+        return (
+            f"Others changed {table} or its quarantine each time that a batch was to be written ({message}). Stop them while the "
+            f"stream runs, then start again. {NEXT_START}"
+        )
     if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
         return in_use_message(checkpoint)
     if re.search(r"[Ii]ncomplete log file|[Ll]og file was malformed", message):
@@ -180,8 +235,10 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     denied = re.search(r"(/.*): Permission denied", message)
     if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
         return unreadable_folder_message(denied[1])
-    if re.search(r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
-                 message):
+    if re.search(
+        r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
+        message,
+    ):
         closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
         return f"This user may not write to {closed} ({message}). Give it permission and start again. {NEXT_START}"
     return None

@@ -33,9 +33,11 @@ OBSERVATION_SECONDS = 60  # seconds after a batch was written
 
 
 class BatchReport(NamedTuple):
-    """What became of a batch: rows by reject_reason (None: accepted), how many of those accepted had fields that the contract
-    does not name, and which, the newest of their times (microseconds since 1970; None without one), and what the source wants to
-    remember of the last records."""
+    """What became of a batch: rows by reject_reason (None: accepted), how many of those accepted had fields that the
+    contract does not name, and which, the newest of their times (microseconds since 1970; None without one), and what
+    the source wants to remember of the last records.
+    """
+
     rows: dict[str | None, int]
     with_unknown: int
     unknown: list[str]
@@ -80,33 +82,49 @@ class TableWriter:
             report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream, contents)
         except (PySparkException, Py4JJavaError) as error:
             report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream, contents)
-        # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask) is no other one.
+        # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask)
+        # is no other one.
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
-            raise PipelineError(f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names "
-                                f"the lost records, and takes back those of the new one.")
+            raise PipelineError(
+                f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names "
+                f"the lost records, and takes back those of the new one."
+            )
         self.source.require_read_records(spark)
         if rejected is not None:
             has_changed, rows = rejected
-            writer = f"{stream}{AGAIN}" if has_changed else stream  # the quarantine may have the batch already, by an earlier reading
+            writer = (
+                f"{stream}{AGAIN}" if has_changed else stream
+            )  # the quarantine may have the batch already, by an earlier reading
             self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
             rows.unpersist()
         self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
         # Delta would work this out as the next batch begins; now the records of this one are already visible.
-        checkpoint.write_last_batch({"batch": batch_id, "end": end, "contents": contents,
-                                     "versions": self._synced_versions(spark, stream),
-                                     "last_records": self.source.remember(spark, report.last_records)})
+        checkpoint.write_last_batch(
+            {
+                "batch": batch_id,
+                "end": end,
+                "contents": contents,
+                "versions": self._synced_versions(spark, stream),
+                "last_records": self.source.remember(spark, report.last_records),
+            }
+        )
         if batch_id % CLEAN_UP_EVERY == CLEAN_UP_EVERY - 1:
             self._clean_up(spark)  # when the disk has what takes the place of the old files
         return report
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
         """The versions of the tables, once the disk has them."""
-        return {"table": self._sync(spark, self.tables.table, stream), "quarantine": self._sync(spark, self.tables.quarantine, stream)}
+        return {
+            "table": self._sync(spark, self.tables.table, stream),
+            "quarantine": self._sync(spark, self.tables.quarantine, stream),
+        }
 
     def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
         """Returns the version of a table once the disk has it."""
         version, _ = version_and_last_batch(spark, table, stream)
-        first = self.synced.get(table, version - NEWEST_COMMITS) + 1  # an earlier process may have been killed before it came here
+        first = (
+            self.synced.get(table, version - NEWEST_COMMITS) + 1
+        )  # an earlier process may have been killed before it came here
         sync_commits(spark, table, range(max(0, first), version + 1))
         self.synced[table] = version
         return version
@@ -115,26 +133,34 @@ class TableWriter:
         for table in (self.tables.quarantine, self.tables.table):
             try:
                 clean_up(spark, table)
-            except (PySparkException, Py4JJavaError) as error:  # the records are there; the next thousand batches try again
+            except (
+                PySparkException,
+                Py4JJavaError,
+            ) as error:  # the records are there; the next thousand batches try again
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 
-    def _write_accepted(self, records: DataFrame, batch_id: int, stream: str,
-                        contents: dict[str, Any]) -> tuple[BatchReport, tuple[bool, DataFrame] | None]:
+    def _write_accepted(
+        self, records: DataFrame, batch_id: int, stream: str, contents: dict[str, Any]
+    ) -> tuple[BatchReport, tuple[bool, DataFrame] | None]:
         """Appends the valid ones of `records` to the table, unless the batch is there already.
 
-        Returns the report, and what `_rejected` does. One pass over the records finds all of that: what is rejected is little as a rule,
-        and kept in memory.
+        Returns the report, and what `_rejected` does. One pass over the records finds all of that: what is rejected is
+        little as a rule, and kept in memory.
         """
         spark = records.sparkSession
         cores = spark.sparkContext.defaultParallelism
         judged = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
         rows, seen = self._observed(judged, kept_by_task=min(100_000, MAX_KEPT_ROWS // cores))
-        is_repeated = batch_id <= version_and_last_batch(spark, self.tables.table, stream)[1]  # it was written before a crash
+        is_repeated = (
+            batch_id <= version_and_last_batch(spark, self.tables.table, stream)[1]
+        )  # it was written before a crash
         with _code_generation(spark):
             if is_repeated:
                 rows.where(_is_valid()).write.format("noop").mode("overwrite").save()
             else:
-                self._append(rows.where(_is_valid()), self.tables.table, self.tables.columns, batch_id, stream, contents)
+                self._append(
+                    rows.where(_is_valid()), self.tables.table, self.tables.columns, batch_id, stream, contents
+                )
         found = observed(spark, seen, OBSERVATION_SECONDS)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
@@ -144,24 +170,35 @@ class TableWriter:
             found = observed(spark, seen, OBSERVATION_SECONDS) or {}
         version, _ = version_and_last_batch(spark, self.tables.table, stream)
         # Rows that somebody has deleted since, on purpose, are none that a second reading has rejected.
-        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(stream, batch_id)
+        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
+            stream, batch_id
+        )
         of_table = self._accepted(spark, found, is_compared)
         return self._report(found, judged), self._rejected(judged, found, of_table)
 
     def _accepted(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
-        """How many of the batch's records are in the table, and their fingerprint; unless that `is_compared`, by this reading."""
+        """How many of the batch's records are in the table, and their fingerprint; unless that `is_compared`, by this
+        reading.
+        """
         if not is_compared:
             return found["accepted"], found["fingerprint"]
-        [[count, fingerprint]] = self._written(spark, self.tables.table, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        [[count, fingerprint]] = (
+            self._written(spark, self.tables.table, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        )
         return count, fingerprint
 
     def _written(self, spark: SparkSession, table: str, found: dict[str, Any]) -> DataFrame:
         """The batch's rows in a table, by their origin."""
         rows = spark.read.format("delta").load(table)
-        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"]))).select(*self.tables.origin)
+        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"]))).select(
+            *self.tables.origin
+        )
 
-    def _rejected(self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]) -> tuple[bool, DataFrame] | None:
-        """The rejected records as the quarantine takes them, and whether they are others than those of an earlier reading; None for none.
+    def _rejected(
+        self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]
+    ) -> tuple[bool, DataFrame] | None:
+        """The rejected records as the quarantine takes them, and whether they are others than those of an earlier
+        reading; None for none.
 
         `found`: the figures of a reading; `of_table`: `_accepted`.
         """
@@ -171,7 +208,8 @@ class TableWriter:
             return None
         if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
             return False, dataframe_of(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
-        # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or in none.
+        # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or
+        # in none.
         again, seen = self._observed(judged)
         with _code_generation(judged.sparkSession):
             # A cache would hold a batch of rows in memory.
@@ -180,7 +218,9 @@ class TableWriter:
         if (figures.get("accepted"), figures.get("fingerprint")) == of_table:
             return False, rejected
         rejected.unpersist()
-        written = [self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)]
+        written = [
+            self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)
+        ]
         rows = self.source.rejected_otherwise(judged, written[0].union(written[1]))
         return self.source.knows_records, rows.select(*columns)
 
@@ -223,20 +263,37 @@ class TableWriter:
         unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
         return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"], found["last_records"])
 
-    def _append(self, records: DataFrame, table: str, columns: dict[str, str], batch_id: int, stream: str,
-                contents: dict[str, Any]) -> None:
-        """Appends `records` to `table` with a note of the batch's `contents`, unless its log says that this stream's batch is there:
-        a batch repeated after a crash. Raises PipelineError if the table is gone, which Delta would make anew without a word."""
+    def _append(
+        self,
+        records: DataFrame,
+        table: str,
+        columns: dict[str, str],
+        batch_id: int,
+        stream: str,
+        contents: dict[str, Any],
+    ) -> None:
+        """Appends `records` to `table` with a note of the batch's `contents`, unless its log says that this stream's
+        batch is there: a batch repeated after a crash. Raises PipelineError if the table is gone, which Delta would
+        make anew without a word.
+        """
         if not DeltaTable.isDeltaTable(records.sparkSession, table):
-            raise PipelineError(f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the start "
-                                f"says what is missing.")
-        # Delta counts the small files that this process writes. It merges those of earlier ones at the first commit, which
-        # takes the count below zero: by default it then merges at each commit, until the files are a large one.
-        records.sparkSession.conf.set("spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled",
-                                      table not in self.appended_to)
+            raise PipelineError(
+                f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the start "
+                f"says what is missing."
+            )
+        # Delta counts the small files that this process writes. It merges those of earlier ones at the first commit,
+        # which takes the count below zero: by default it then merges at each commit, until the files are a large one.
+        records.sparkSession.conf.set(
+            "spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled", table not in self.appended_to
+        )
         self.appended_to.add(table)
-        (records.select(*(f"`{column}`" for column in columns)).write.format("delta").mode("append")
-         .options(txnAppId=stream, txnVersion=batch_id, userMetadata=contents_note(stream, batch_id, contents)).save(table))
+        (
+            records.select(*(f"`{column}`" for column in columns))
+            .write.format("delta")
+            .mode("append")
+            .options(txnAppId=stream, txnVersion=batch_id, userMetadata=contents_note(stream, batch_id, contents))
+            .save(table)
+        )
 
 
 def _is_valid() -> Column:

@@ -9,13 +9,21 @@ from collections.abc import Callable
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         """Names the default of an option that has one; a switch and an option that may be left out have none."""
-        return (action.help or "") if action.default is None or action.default is False else super()._get_help_string(action) or ""
+        return (
+            (action.help or "")
+            if action.default is None or action.default is False
+            else super()._get_help_string(action) or ""
+        )
 
 
 def argument_parser(manual: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` is the script's module docstring, followed by the options and their defaults; with --verbose."""
+    """A parser whose `--help` is the script's module docstring, followed by the options and their defaults; with
+    --verbose.
+    """
     parser = argparse.ArgumentParser(description=manual, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error, and Spark's own log where it runs")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show the traceback of an error, and Spark's own log where it runs"
+    )
     return parser
 
 
@@ -46,8 +54,12 @@ def table_location(value: str) -> str:
     return location(value)
 
 
-def at_least(minimum: float, number: Callable[[str], float] = int, at_most: float = 2**31 - 1) -> Callable[[str], float]:
-    """The type of an option that takes a number from `minimum` to `at_most`; by default the most that Spark takes for rows or files."""
+def at_least(
+    minimum: float, number: Callable[[str], float] = int, at_most: float = 2**31 - 1
+) -> Callable[[str], float]:
+    """The type of an option that takes a number from `minimum` to `at_most`; by default the most that Spark takes for
+    rows or files.
+    """
 
     def parse(value: str) -> float:
         try:

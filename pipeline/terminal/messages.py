@@ -11,7 +11,9 @@ def say(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Prints a line to stderr. It may quote a file's name or an error, so no control character of it reaches the screen."""
+    """Prints a line to stderr. It may quote a file's name or an error, so no control character of it reaches the
+    screen.
+    """
     print(without_controls(line), file=sys.stderr, flush=True)
 
 

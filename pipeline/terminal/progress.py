@@ -11,7 +11,8 @@ from pipeline.terminal.messages import is_screen
 def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None]]:
     """Gives a function that says on stderr what is being waited for, "" for nothing.
 
-    On a terminal in place, with the time that has passed; elsewhere a line, once for each text, or none if `only_on_terminal`.
+    On a terminal in place, with the time that has passed; elsewhere a line, once for each text, or none if
+    `only_on_terminal`.
     """
     if not is_screen(sys.stderr):
         said = {""}
@@ -20,10 +21,12 @@ def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None
             if what not in said and not only_on_terminal:
                 said.add(what)
                 print(what, file=sys.stderr, flush=True)
+
         yield note
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console, shown = Console(stderr=True), ""
     progress: Progress | None = None
 
@@ -40,10 +43,17 @@ def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None
             if not fits:
                 console.print(what, markup=False, highlight=False)
             # Transient, and only while there is something to show: it hides the cursor, and writes ten times a second.
-            progress = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console,
-                                transient=True, redirect_stdout=sys.stdout.isatty())
+            progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),
+            )
             progress.add_task(what if fits else "")
             progress.start()
+
     try:
         yield show
     finally:

@@ -22,10 +22,11 @@ def _is_interrupted(error: BaseException | None) -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence, 141 if nobody
-    reads its output any more.
+    """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence,
+    141 if nobody reads its output any more.
 
-    `--verbose` on the command line adds the traceback. Users who are neither the script's own nor of its group can't read its files.
+    `--verbose` on the command line adds the traceback. Users who are neither the script's own nor of its group can't
+    read its files.
     """
     on_stop_signal(Interrupt())
     os.umask(os.umask(0o007) | 0o007)
@@ -45,8 +46,10 @@ def run(main: Callable[[], None]) -> None:
             return
         message = str(error)
         if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
-            message = ("Spark's JVM has died; perhaps the system killed it, or its memory did not suffice. Nothing is lost: "
-                       "start again. --verbose shows what it said last.")
+            message = (
+                "Spark's JVM has died; perhaps the system killed it, or its memory did not suffice. Nothing is lost: "
+                "start again. --verbose shows what it said last."
+            )
         elif not isinstance(error, PipelineError):
             message = f"{first_line(root_cause(error))} (--verbose shows all of it)"
         warn(f"error: {message}")

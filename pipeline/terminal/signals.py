@@ -2,7 +2,8 @@
 
 Each script imports this before all else, because the other imports take a second. What a signal does then changes with
 what there is to clean up: it ends the process at once while modules are imported, raises KeyboardInterrupt under
-`pipeline.terminal.arguments.run`, waits in `delay_stop_signals`, and sets a StopFlag where a loop looks at one (`on_stop_signal(stopping.set)`).
+`pipeline.terminal.arguments.run`, waits in `delay_stop_signals`, and sets a StopFlag where a loop looks at one
+(`on_stop_signal(stopping.set)`).
 """
 
 import io
@@ -19,8 +20,7 @@ from types import FrameType
 from pipeline.paths import REPOSITORY
 
 # The last comes when a terminal closes; nohup ignores it.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM,
-                *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
 SAME_PRESS_SECONDS = 2  # seconds within which a second signal means no more than the first
 
 
@@ -38,7 +38,9 @@ def on_stop_signal(action: Callable[[], object]) -> None:
 
 
 class StopFlag:
-    """A threading.Event for the handler of a signal: Event's own `set` waits for a lock, which the interrupted thread may hold."""
+    """A threading.Event for the handler of a signal: Event's own `set` waits for a lock, which the interrupted thread
+    may hold.
+    """
 
     def __init__(self) -> None:
         self._is_set = False
@@ -69,7 +71,8 @@ def ignore_stop_signals() -> None:
 
 
 class Interrupt:
-    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would interrupt the clean-up after the first.
+    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would interrupt the
+    clean-up after the first.
 
     Where Python can't let it out, as in a callback of the garbage collector, the signal comes again a moment later.
     """
@@ -134,6 +137,8 @@ def _use_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:  # not in a test that imports a script
+if (
+    Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY
+):  # not in a test that imports a script
     on_stop_signal(lambda: os._exit(0))
     _use_utf8()

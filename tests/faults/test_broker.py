@@ -36,9 +36,13 @@ def own_broker(start, tmp_path):
 
 def processes(data_dir, name: str = "") -> list[psutil.Process]:
     """The servers with this data, as `name`.properties says."""
-    return [process for process in psutil.process_iter(["cmdline"])
-            if process.info["cmdline"] and process.info["cmdline"][-1].startswith(str(data_dir))
-            and process.info["cmdline"][-1].endswith(f"{name}.properties")]
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"]
+        and process.info["cmdline"][-1].startswith(str(data_dir))
+        and process.info["cmdline"][-1].endswith(f"{name}.properties")
+    ]
 
 
 def kill(data_dir, name: str) -> None:
@@ -47,18 +51,22 @@ def kill(data_dir, name: str) -> None:
 
 
 def messages(broker: str, topic: str) -> list:
-    with KafkaConsumer(topic, bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000) as consumer:
+    with KafkaConsumer(
+        topic, bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000
+    ) as consumer:
         return list(consumer)
 
 
 def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
-        spark, own_broker, tmp_path, start, produce, account):
+    spark, own_broker, tmp_path, start, produce, account
+):
     start_broker, broker = own_broker
     kafka = start_broker()
     # These make an outage of seconds what one of minutes is with Kafka's defaults.
     impatient = tmp_path / "impatient.properties"
     impatient.write_text("default.api.timeout.ms=10000\nrequest.timeout.ms=8000\n")
-    # A batch that is just being read waits two minutes for Kafka, for which the producer, too, has two minutes by default.
+    # A batch that is just being read waits two minutes for Kafka, for which the producer, too, has two minutes by
+    # default.
     patient = tmp_path / "patient.properties"
     patient.write_text("delivery.timeout.ms=600000\n")
     topic = ["--bootstrap-servers", broker, "--topic", "readings"]
@@ -102,7 +110,9 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     last_start.process.kill()
     kill(tmp_path, "kafka")
     assert producer.wait() == 1
-    assert re.search(r"error: [\d,]+ of [\d,]+ messages could not be delivered to the topic", producer.output), producer.output
+    assert re.search(r"error: [\d,]+ of [\d,]+ messages could not be delivered to the topic", producer.output), (
+        producer.output
+    )
 
 
 def test_partitions_whose_broker_is_away_are_waited_for(own_broker, tmp_path, start):

@@ -76,7 +76,9 @@ def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(world, 
             kafka.consume()
         os.rename(away, table)
     other.options = kafka.options
-    with pytest.raises(PipelineError, match=f"is that of the topic {kafka.topic.name}. Give the topic {other.topic.name} a --table"):
+    with pytest.raises(
+        PipelineError, match=f"is that of the topic {kafka.topic.name}. Give the topic {other.topic.name} a --table"
+    ):
         other.consume()
 
     assert kafka.rows() == rows
@@ -111,7 +113,9 @@ def test_an_older_copy_and_a_damaged_checkpoint_are_refused(ingest, tmp_path):
         damaged.write_bytes(content)
         with pytest.raises((PipelineError, StreamingQueryException)) as error:
             run()
-        said = str(error.value) if isinstance(error.value, PipelineError) else explain(error.value, "table", "checkpoint")
+        said = (
+            str(error.value) if isinstance(error.value, PipelineError) else explain(error.value, "table", "checkpoint")
+        )
         assert re.search("The checkpoint .* is damaged: ", said or ""), (file, content, error.value)
         put_back(checkpoint=2)
 
@@ -125,7 +129,9 @@ def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, broker, silver
     producer = produce(topic)
     first.wait_for("batch")
     run = run_script(CONSUMER, *options, "--once")
-    assert run.returncode == 1 and run.stderr.startswith(f"error: Another stream is using the checkpoint {options[-1]}. Stop that one")
+    assert run.returncode == 1 and run.stderr.startswith(
+        f"error: Another stream is using the checkpoint {options[-1]}. Stop that one"
+    )
     first.wait_for("batch", times=3)
     delivered = acknowledged(producer)
     assert first.stop() == 0

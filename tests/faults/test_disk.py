@@ -37,37 +37,73 @@ def test_a_folder_of_the_input_that_may_not_be_read_is_named(tmp_path):
     closed = tmp_path / "input" / "lost+found"
     closed.mkdir(parents=True)
     closed.chmod(0)
-    said = stopped(["streaming_files_to_delta_bronze.py", "--input", closed.parent, "--table", tmp_path / "t",
-                    "--checkpoint", tmp_path / "c", "--once"])
+    said = stopped(
+        [
+            "streaming_files_to_delta_bronze.py",
+            "--input",
+            closed.parent,
+            "--table",
+            tmp_path / "t",
+            "--checkpoint",
+            tmp_path / "c",
+            "--once",
+        ]
+    )
     assert f"This user may not read the folder {closed}. Give it permission" in said
     closed.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", ["one.json", "packed.json.gz"])
 @pytest.mark.parametrize("fault, said", [("Permission denied", "Permission denied"), ("EIO", "Input/output error")])
-def test_a_file_that_may_not_or_cannot_be_read_is_condemned_for_nothing_and_read_later(spark, tmp_path, name, fault, said, run_here):
+def test_a_file_that_may_not_or_cannot_be_read_is_condemned_for_nothing_and_read_later(
+    spark, tmp_path, name, fault, said, run_here
+):
     folder, table = tmp_path / "input", tmp_path / "t"
     folder.mkdir()
-    options = ["streaming_files_to_delta_bronze.py", "--input", folder, "--table", table, "--checkpoint", tmp_path / "c", "--once"]
+    options = [
+        "streaming_files_to_delta_bronze.py",
+        "--input",
+        folder,
+        "--table",
+        table,
+        "--checkpoint",
+        tmp_path / "c",
+        "--once",
+    ]
     put(folder, name, reading())
     put(folder, "other.json", reading())
     if fault == "EIO":
-        prefix = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-P", folder / name, "-e", "trace=read,pread64", "-e",
-                  "inject=read,pread64:error=EIO"]
+        prefix = [
+            "strace",
+            "-f",
+            "-qq",
+            "--seccomp-bpf",
+            "-o",
+            "/dev/null",
+            "-P",
+            folder / name,
+            "-e",
+            "trace=read,pread64",
+            "-e",
+            "inject=read,pread64:error=EIO",
+        ]
         if subprocess.run(["strace", "-f", "true"], capture_output=True).returncode:
             pytest.skip("needs strace, and the right to use it")
     else:
         (folder / name).chmod(0)
         prefix = AS_ANYONE if os.geteuid() == 0 else []
     error = stopped(options, prefix)
-    assert f"{folder}/{name} can't be read at the moment: " in error and said in error and "Nothing is lost" in error, error
+    assert f"{folder}/{name} can't be read at the moment: " in error and said in error and "Nothing is lost" in error, (
+        error
+    )
     (folder / name).chmod(0o600)
     run = run_here(*options)
     assert (run.returncode, run.stderr) == (0, "") and "2 rows in, 2 accepted" in run.stdout
 
 
 def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_afterwards(
-        spark, broker, silver, disk, produce, account):
+    spark, broker, silver, disk, produce, account
+):
     folder, remount = disk
     options = [*silver[0], "--table", folder / "silver", "--checkpoint", folder / "checkpoint"]
     command = [CONSUMER, *options, "--once", "--max-offsets-per-trigger", 20_000]
@@ -76,7 +112,9 @@ def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_a
     producer = produce(silver[0])
 
     folder.chmod(0o555)
-    assert f"{folder}/.checkpoint.lock, the lock of the checkpoint, can't be written: Permission denied" in stopped(command)
+    assert f"{folder}/.checkpoint.lock, the lock of the checkpoint, can't be written: Permission denied" in stopped(
+        command
+    )
     folder.chmod(0o755)
     assert run_script(*command).returncode == 0
     run_script(*send, 60_000)

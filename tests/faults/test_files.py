@@ -21,9 +21,15 @@ RECORD = reading(device_id="sensor-001")
 def tables(spark, table) -> tuple[Counter, list]:
     """Rows of the table by file; (reason, file) of those in the quarantine."""
     accepted, rejected = (spark.read.format("delta").load(path) for path in (str(table), quarantine_of(str(table))))
-    return (Counter({os.path.basename(row.source_file): row["count"]
-                     for row in accepted.groupBy("source_file").count().collect()}),
-            sorted((row.reject_reason, os.path.basename(row.source_file)) for row in rejected.collect()))
+    return (
+        Counter(
+            {
+                os.path.basename(row.source_file): row["count"]
+                for row in accepted.groupBy("source_file").count().collect()
+            }
+        ),
+        sorted((row.reject_reason, os.path.basename(row.source_file)) for row in rejected.collect()),
+    )
 
 
 def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(spark, tmp_path, start, account):
@@ -58,11 +64,17 @@ def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(s
     assert stream.stop() == 0 and "Traceback" not in stream.output
 
     accepted, rejected = tables(spark, tmp_path / "bronze")
-    assert accepted["growing.json"] >= 1 and ("malformed_json", "growing.json") in rejected  # as it was when it was taken
+    assert (
+        accepted["growing.json"] >= 1 and ("malformed_json", "growing.json") in rejected
+    )  # as it was when it was taken
     whole = {"Grüße aus der Küche 1.json": 1, "replaced.json": 1, "renamed.json": 3}
     assert {file: accepted[file] for file in whole} == whole
-    account("files that grow, are renamed or replaced", [(file, line) for file in whole for line in range(whole[file])],
-            [(file, line) for file in whole for line in range(accepted[file])], [])
+    account(
+        "files that grow, are renamed or replaced",
+        [(file, line) for file in whole for line in range(whole[file])],
+        [(file, line) for file in whole for line in range(accepted[file])],
+        [],
+    )
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pytestconfig, account, run_here):
@@ -86,8 +98,19 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     (folder / "bell \x1b[31m.json.gz").write_bytes(b"no gzip")
     put(folder, "small.json", RECORD, RECORD[:20])
 
-    run = run_script(BRONZE, "--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint",
-                     "--once", "--max-unpacked", 100, timeout=3600)
+    run = run_script(
+        BRONZE,
+        "--input",
+        folder,
+        "--table",
+        tmp_path / "bronze",
+        "--checkpoint",
+        tmp_path / "checkpoint",
+        "--once",
+        "--max-unpacked",
+        100,
+        timeout=3600,
+    )
 
     assert run.returncode == 0 and "Traceback" not in run.stderr and "\x1b" not in run.stderr, run.stderr
     unreadable = ["bell \x1b[31m.json.gz", "bomb.json.gz", "broken.json.gz", "many.json.gz", "one_line.json"]
@@ -97,7 +120,11 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     accepted, rejected = tables(spark, tmp_path / "bronze")
     assert accepted == Counter({"large.json": lines // 1000 * 1000, "small.json": 1})
     assert rejected == [("malformed_json", "small.json"), *(("unreadable_file", file) for file in unreadable)]
-    account(f"a file of {size:,} bytes, a line of as many, and what can't be read", range(lines // 1000 * 1000 + 7),
-            range(sum(accepted.values())), range(sum(accepted.values()), sum(accepted.values()) + len(rejected)))
+    account(
+        f"a file of {size:,} bytes, a line of as many, and what can't be read",
+        range(lines // 1000 * 1000 + 7),
+        range(sum(accepted.values())),
+        range(sum(accepted.values()), sum(accepted.values()) + len(rejected)),
+    )
     shown = run_here("read_bronze.py", "--table", tmp_path / "bronze", "--rejected")
     assert shown.returncode == 0 and "\x1b" not in shown.stdout and "\ufffd[31m" in shown.stdout

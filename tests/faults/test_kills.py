@@ -57,7 +57,9 @@ def kill_again_and_again(start, command: list, table: str, kills: int) -> int:
     return between
 
 
-def test_the_consumer_is_killed_while_the_producer_runs(spark, broker, silver, start, produce, account, pytestconfig, run_here):
+def test_the_consumer_is_killed_while_the_producer_runs(
+    spark, broker, silver, start, produce, account, pytestconfig, run_here
+):
     topic, options = silver
     kills = 20 if pytestconfig.option.long else 2
     producer = produce(topic)
@@ -84,7 +86,9 @@ def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, acc
         while not done.wait(0.1):
             file = f"{len(sent) // 20}.json"
             # Every twentieth line breaks a rule.
-            put(folder, file, *[reading(device_id=f"line-{line}", value=500 if line == 7 else 20) for line in range(20)])
+            put(
+                folder, file, *[reading(device_id=f"line-{line}", value=500 if line == 7 else 20) for line in range(20)]
+            )
             sent.extend((file, f"line-{line}") for line in range(20))
 
     writer = threading.Thread(target=write_files)
@@ -98,7 +102,10 @@ def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, acc
     assert (last.returncode, last.stderr) == (0, "")
 
     accepted, rejected = (spark.read.format("delta").load(path).collect() for path in (table, quarantine_of(table)))
-    account(f"{kills} kills of the Bronze job, {between} of them between its two writes", sent,
-            [(os.path.basename(row.source_file), row.device_id) for row in accepted],
-            [(os.path.basename(row.source_file), json.loads(row.raw)["device_id"]) for row in rejected])
+    account(
+        f"{kills} kills of the Bronze job, {between} of them between its two writes",
+        sent,
+        [(os.path.basename(row.source_file), row.device_id) for row in accepted],
+        [(os.path.basename(row.source_file), json.loads(row.raw)["device_id"]) for row in rejected],
+    )
     assert between

@@ -48,7 +48,9 @@ def read_five(spark, silver, admin):
 def make_topic(admin, topic: str, partitions: int = 1) -> None:
     while topic not in admin.list_topics():
         try:
-            admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True)
+            admin.create_topics(
+                {topic: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True
+            )
         except TopicAlreadyExistsError:  # the old one is still being deleted
             time.sleep(0.2)
 
@@ -60,12 +62,15 @@ def wait_for_more(broker: str, topic: str, beyond: dict[int, int], records: int)
 
 def next_offsets(arrived: list) -> dict[int, int]:
     """Where the next batch begins in each partition, by what is in the tables."""
-    return {partition: max(offset for _, where, offset in arrived if where == partition) + 1
-            for partition in {partition for _, partition, _ in arrived}}
+    return {
+        partition: max(offset for _, where, offset in arrived if where == partition) + 1
+        for partition in {partition for _, partition, _ in arrived}
+    }
 
 
 def test_records_that_retention_removed_stop_the_job_which_names_them_and_can_be_told_to_go_on(
-        spark, broker, silver, admin, produce, account, capsys):
+    spark, broker, silver, admin, produce, account, capsys
+):
     (_, _, _, topic), options = silver
     world = world_of(spark, options)
     make_topic(admin, topic, partitions=2)
@@ -76,9 +81,11 @@ def test_records_that_retention_removed_stop_the_job_which_names_them_and_can_be
     read = next_offsets(accepted + rejected)
     wait_for_more(broker, topic, read, 50)
     admin.delete_records({TopicPartition(topic, 0): read[0] + 15, TopicPartition(topic, 1): read[1] + 20})
-    removed = (f"partition 0 offsets {read[0]} to {read[0] + 14}, partition 1 offsets {read[1]} to {read[1] + 19}")
+    removed = f"partition 0 offsets {read[0]} to {read[0] + 14}, partition 1 offsets {read[1]} to {read[1] + 19}"
 
-    with pytest.raises(PipelineError, match=f"{removed}.* Nothing was skipped. With --accept-data-loss it goes on with the records"):
+    with pytest.raises(
+        PipelineError, match=f"{removed}.* Nothing was skipped. With --accept-data-loss it goes on with the records"
+    ):
         world.consume()
     assert origins(spark, broker, options)[1:] == (accepted, rejected)
 
@@ -92,7 +99,8 @@ def test_records_that_retention_removed_stop_the_job_which_names_them_and_can_be
 
 
 def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_records_than_the_old_one(
-        spark, broker, silver, admin, produce, account, capsys):
+    spark, broker, silver, admin, produce, account, capsys
+):
     (_, _, _, topic), options = silver
     world = world_of(spark, options)
     make_topic(admin, topic)
@@ -106,8 +114,10 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     make_topic(admin, topic)
     wait_for_more(broker, topic, read, 1)
 
-    complaint = re.escape(f'"{topic}" on {broker} was deleted and recreated since the table was written: what the old one had from '
-                          f"{{'0': {read[0]}}} on (partition: offset) is gone. Nothing was skipped. With --accept-data-loss")
+    complaint = re.escape(
+        f'"{topic}" on {broker} was deleted and recreated since the table was written: what the old one had from '
+        f"{{'0': {read[0]}}} on (partition: offset) is gone. Nothing was skipped. With --accept-data-loss"
+    )
     with pytest.raises(PipelineError, match=complaint):
         world.consume()
     assert origins(spark, broker, options)[1:] == (accepted, rejected)
@@ -120,20 +130,32 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     # Both topics have an offset 0, so what was there before goes by another name.
     old = [("the old topic", *origin[1:]) for origin in accepted + rejected]
     new = [list((Counter(now) - Counter(before)).elements()) for now, before in zip(arrived, (accepted, rejected))]
-    account("the topic deleted and made again, --accept-data-loss", old + in_topic, old[:len(accepted)] + new[0],
-            old[len(accepted):] + new[1])
+    account(
+        "the topic deleted and made again, --accept-data-loss",
+        old + in_topic,
+        old[: len(accepted)] + new[0],
+        old[len(accepted) :] + new[1],
+    )
     assert delivered >= len(old + in_topic)  # the rest was in the old topic and not read yet
 
 
 def records(spark, topic: str) -> DataFrame:
     """Two of them, as the stream reads them."""
     return spark.range(2).select(
-        F.lit(reading()).alias("raw"), F.lit("{}").alias("raw_json"), F.lit(topic).alias("topic"), F.lit(0).alias("partition"),
+        F.lit(reading()).alias("raw"),
+        F.lit("{}").alias("raw_json"),
+        F.lit(topic).alias("topic"),
+        F.lit(0).alias("partition"),
         F.col("id").alias("offset"),
-        F.current_timestamp().alias("kafka_timestamp"), F.lit(b"").alias("kafka_key"), F.current_timestamp().alias("ingest_time"))
+        F.current_timestamp().alias("kafka_timestamp"),
+        F.lit(b"").alias("kafka_key"),
+        F.current_timestamp().alias("ingest_time"),
+    )
 
 
-def test_a_batch_whose_topic_was_made_again_meanwhile_ends_the_stream(spark, broker, silver, admin, tmp_path, monkeypatch):
+def test_a_batch_whose_topic_was_made_again_meanwhile_ends_the_stream(
+    spark, broker, silver, admin, tmp_path, monkeypatch
+):
     (_, _, _, name), _ = silver
     make_topic(admin, name)
     topic = Topic(broker, name)
@@ -145,7 +167,9 @@ def test_a_batch_whose_topic_was_made_again_meanwhile_ends_the_stream(spark, bro
         return batch
 
     tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
-    writer = TableWriter(tables, CONTRACT, source, Start(Checkpoint(spark, str(tmp_path / "checkpoint")), source.identity(), {}))
+    writer = TableWriter(
+        tables, CONTRACT, source, Start(Checkpoint(spark, str(tmp_path / "checkpoint")), source.identity(), {})
+    )
     batch = records(spark, name)
     writer.write(batch, 0, "test")
     monkeypatch.setattr(source, "read_batch", make_it_again)
@@ -159,7 +183,9 @@ def test_a_batch_whose_topic_can_not_be_asked_for_any_more_is_kept(spark, broker
     make_topic(admin, name)
     source = KafkaSource(Topic(broker, name), accept_data_loss=False, group="lost")
     tables = silver_tables(str(tmp_path / "table"), CONTRACT.columns)
-    writer = TableWriter(tables, CONTRACT, source, Start(Checkpoint(spark, str(tmp_path / "checkpoint")), source.identity(), {}))
+    writer = TableWriter(
+        tables, CONTRACT, source, Start(Checkpoint(spark, str(tmp_path / "checkpoint")), source.identity(), {})
+    )
     monkeypatch.setattr(source, "read_batch", lambda batch: [admin.delete_topics([name]), batch][1])
     writer.write(records(spark, name), 0, "test")
     assert spark.read.format("delta").load(tables.table).count() == 2
@@ -217,7 +243,9 @@ def test_a_new_partition_that_has_lost_its_beginning_is_named(read_five, admin):
     admin.create_partitions({topic: 2})
     world.send(*[reading()] * 5, partition=1)
     admin.delete_records({TopicPartition(topic, 1): 3})
-    with pytest.raises(PipelineError, match="partition 1 offsets 0 to 2. .* Nothing was skipped. With --accept-data-loss"):
+    with pytest.raises(
+        PipelineError, match="partition 1 offsets 0 to 2. .* Nothing was skipped. With --accept-data-loss"
+    ):
         world.consume()
     assert [world.consume(accept_data_loss=True), world.consume()] == [(2, 0), (0, 0)]
 
@@ -240,16 +268,22 @@ def test_records_that_are_lost_before_the_first_batch_is_done_are_said_with_the_
     with pytest.raises((StreamingQueryException, Py4JJavaError)) as lost:
         world.consume()
     source.wait_until_available(lost.value, StopFlag())  # the start looks at what is lost
-    with pytest.raises(PipelineError, match="no longer has records of the topic .* Nothing was skipped. With --accept-data-loss"):
+    with pytest.raises(
+        PipelineError, match="no longer has records of the topic .* Nothing was skipped. With --accept-data-loss"
+    ):
         source.wait_until_available(lost.value, StopFlag())
     assert world.consume(accept_data_loss=True) == (2, 0)
 
 
-@pytest.mark.parametrize("problem", ["Connect to the bucket s3a://lake timed out", "Unable to execute HTTP request: Read timed out"])
+@pytest.mark.parametrize(
+    "problem", ["Connect to the bucket s3a://lake timed out", "Unable to execute HTTP request: Read timed out"]
+)
 def test_a_table_whose_store_does_not_answer_is_not_taken_for_a_broker_that_does_not(broker, problem):
     error = RuntimeError(problem)
     with pytest.raises(RuntimeError, match=problem):
-        KafkaSource(Topic(broker, "door_authorizations"), accept_data_loss=False, group="g").wait_until_available(error, StopFlag())
+        KafkaSource(Topic(broker, "door_authorizations"), accept_data_loss=False, group="g").wait_until_available(
+            error, StopFlag()
+        )
 
 
 def test_another_topic_is_not_taken_for_the_old_one_made_again(world):
@@ -292,8 +326,7 @@ def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, br
     assert f'error: The topic "{topic}" on {broker} is gone' in consumer.output and "Traceback" not in consumer.output
 
 
-def test_partitions_that_are_added_are_read_from_their_beginning(
-        spark, broker, silver, admin, start, produce, account):
+def test_partitions_that_are_added_are_read_from_their_beginning(spark, broker, silver, admin, start, produce, account):
     (_, _, _, topic), options = silver
     make_topic(admin, topic)
     producers = [produce(silver[0])]

@@ -1,4 +1,6 @@
-"""A power cut leaves files empty or missing, a checkpoint is copied, and a batch that is read twice is judged in two ways."""
+"""A power cut leaves files empty or missing, a checkpoint is copied, and a batch that is read twice is judged in two
+ways.
+"""
 
 import itertools
 import json
@@ -33,14 +35,16 @@ def copy_of_two_batches(tmp_path_factory):
 
 @pytest.fixture
 def two_batches(ingest, tmp_path, copy_of_two_batches):
-    """A folder and its stream, which has written two batches of a valid and a broken record: once, and then they are copied."""
+    """A folder and its stream, which has written two batches of a valid and a broken record: once, and then they are
+    copied.
+    """
     folder, run = ingest
     if copy_of_two_batches.exists():
         shutil.copytree(copy_of_two_batches, tmp_path, dirs_exist_ok=True)
         log = tmp_path / "checkpoint" / "sources" / "0"
         for entry in log.glob("[0-9]"):
             (log / f".{entry.name}.crc").unlink(missing_ok=True)
-            entry.write_text(re.sub('file://.*/input/', f"file://{folder}/", entry.read_text()))
+            entry.write_text(re.sub("file://.*/input/", f"file://{folder}/", entry.read_text()))
     else:
         write_two_batches(folder, run)
         shutil.copytree(tmp_path, copy_of_two_batches)
@@ -68,7 +72,9 @@ def newest(folder: Path, pattern: str) -> Path:
 @pytest.mark.parametrize("table", ["bronze", "bronze_quarantine"])
 @pytest.mark.parametrize("pattern", ["*.parquet", "_delta_log/*.json"])
 @pytest.mark.parametrize("damage", ["removed", "emptied"])
-def test_a_start_names_the_newest_file_of_a_table_that_is_not_there_as_it_was_written(two_batches, tmp_path, table, pattern, damage):
+def test_a_start_names_the_newest_file_of_a_table_that_is_not_there_as_it_was_written(
+    two_batches, tmp_path, table, pattern, damage
+):
     folder, run = two_batches
     file = newest(tmp_path / table, pattern)
     content = file.read_bytes()
@@ -83,8 +89,15 @@ def test_a_start_names_the_newest_file_of_a_table_that_is_not_there_as_it_was_wr
     assert run() == (1, 1)
 
 
-@pytest.mark.parametrize("pattern, cut", [("bronze/*.parquet", b""), ("bronze/_delta_log/*.json", b"\0" * 900),
-                                          ("bronze_quarantine/*.parquet", b"\0" * 900), ("bronze_quarantine/_delta_log/*.json", b"")])
+@pytest.mark.parametrize(
+    "pattern, cut",
+    [
+        ("bronze/*.parquet", b""),
+        ("bronze/_delta_log/*.json", b"\0" * 900),
+        ("bronze_quarantine/*.parquet", b"\0" * 900),
+        ("bronze_quarantine/_delta_log/*.json", b""),
+    ],
+)
 def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tmp_path, capsys, pattern, cut):
     """The power was cut after Delta's commit, before the files were synced and the batch was noted."""
     folder, run = two_batches
@@ -112,7 +125,11 @@ def test_no_commit_is_set_aside_that_would_not_be_written_again(two_batches, tmp
     shutil.copytree(tmp_path / "bronze", tmp_path / "bronze_before")
     damaged = sorted((tmp_path / "bronze").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)[-2]
     os.truncate(damaged, 0)
-    for checkpoint, problem in (("copied", "is an older copy"), ("of_second", "was not written with"), ("", "is damaged")):
+    for checkpoint, problem in (
+        ("copied", "is an older copy"),
+        ("of_second", "was not written with"),
+        ("", "is damaged"),
+    ):
         with pytest.raises(PipelineError, match=problem):
             run(**run_on | {"checkpoint": f"{tmp_path}/checkpoint_{checkpoint}".rstrip("_")})
 
@@ -145,8 +162,15 @@ def test_rows_that_were_deleted_after_a_crash_do_not_come_back(two_batches, tmp_
 
 
 @pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("pattern", ["bronze/*.parquet", "bronze/_delta_log/*{}.json", "bronze_quarantine/*.parquet",
-                                     "bronze_quarantine/_delta_log/*{}.json"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "bronze/*.parquet",
+        "bronze/_delta_log/*{}.json",
+        "bronze_quarantine/*.parquet",
+        "bronze_quarantine/_delta_log/*{}.json",
+    ],
+)
 def test_a_power_cut_during_the_first_batch_leaves_nothing_to_mend(ingest, tmp_path, monkeypatch, pattern, step):
     """Before the tables are noted in the checkpoint, and after their first commits."""
     folder, run = ingest
@@ -154,7 +178,9 @@ def test_a_power_cut_during_the_first_batch_leaves_nothing_to_mend(ingest, tmp_p
     steps = itertools.count(1)
     write = Checkpoint.write_last_batch
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "write_last_batch", lambda *arguments: write(*arguments) if next(steps) < step else 1 / 0)
+        patch.setattr(
+            Checkpoint, "write_last_batch", lambda *arguments: write(*arguments) if next(steps) < step else 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             run.stream()
     for file in tmp_path.glob(pattern.format(step - 1)):
@@ -198,7 +224,7 @@ def test_a_power_cut_before_the_first_batch_leaves_nothing_to_mend(ingest, tmp_p
     assert [run(), run()] == [(1, 1), (0, 0)]
 
 
-@pytest.mark.parametrize("cut", ["", "v1\n{\"path"])
+@pytest.mark.parametrize("cut", ["", 'v1\n{"path'])
 def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(ingest, tmp_path, capsys, cut):
     folder, run = ingest
     write_two_batches(folder, run)
@@ -283,6 +309,7 @@ def test_a_repeated_batch_is_the_same_though_its_file_is_gone(two_batches, tmp_p
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path, monkeypatch, capsys, crash):
     """Such a rule is refused at the start; should one get in, this is the second line."""
+
     class Given(GivenRecords):
         topic = "the topic"
         rejected_otherwise, knows_records = KafkaSource.rejected_otherwise, True
@@ -291,21 +318,34 @@ def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path
     tables = silver_tables(str(tmp_path / "silver"), contract.columns)
     writer = TableWriter(tables, contract, Given(), Start(Checkpoint(spark, str(tmp_path / "checkpoint")), {}, {}))
     records = spark.range(400).select(
-        F.format_string('{"value": %d}', "id").cast("binary").alias("raw"), F.format_string('{"value": %d}', "id").alias("raw_json"),
-        F.lit("topic").alias("topic"), F.lit(0).alias("partition"), F.col("id").alias("offset"),
+        F.format_string('{"value": %d}', "id").cast("binary").alias("raw"),
+        F.format_string('{"value": %d}', "id").alias("raw_json"),
+        F.lit("topic").alias("topic"),
+        F.lit(0).alias("partition"),
+        F.col("id").alias("offset"),
         F.when(F.col("id") % 3 > 0, F.timestamp_seconds("id")).alias("kafka_timestamp"),
-        F.repeat(F.lit("k"), F.lit(0 if crash else MAX_KEPT_BYTES)).cast("binary").alias("kafka_key"),  # too long to be kept in memory
-        F.timestamp_seconds(F.lit(1_795_000_000)).alias("ingest_time"))
+        F.repeat(F.lit("k"), F.lit(0 if crash else MAX_KEPT_BYTES))
+        .cast("binary")
+        .alias("kafka_key"),  # too long to be kept in memory
+        F.timestamp_seconds(F.lit(1_795_000_000)).alias("ingest_time"),
+    )
     if crash:
         with monkeypatch.context() as patch:
             patch.setattr(writer.source, "after_batch", lambda *_: 1 / 0)
             append = TableWriter._append
-            patch.setattr(TableWriter, "_append", lambda self, records, table, *rest: append(self, records, table, *rest)
-                          if table == tables.table else None)
+            patch.setattr(
+                TableWriter,
+                "_append",
+                lambda self, records, table, *rest: (
+                    append(self, records, table, *rest) if table == tables.table else None
+                ),
+            )
             with pytest.raises(ZeroDivisionError):
                 writer.write(records, 0, "test")
     writer.write(records, 0, "test")
-    accepted, rejected = (spark.read.format("delta").load(table).collect() for table in (tables.table, tables.quarantine))
+    accepted, rejected = (
+        spark.read.format("delta").load(table).collect() for table in (tables.table, tables.quarantine)
+    )
     assert sorted(row.offset for row in accepted + rejected) == list(range(400)) and 100 < len(accepted) < 300
     assert {row.reject_reason for row in rejected} == {"coin", INCONSISTENT}
     assert "was read twice, with different results" in capsys.readouterr().err

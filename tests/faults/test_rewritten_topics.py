@@ -1,4 +1,6 @@
-"""Kafka comes back with an older copy of its log, which fills up again; a topic is made again and the stream killed at any moment."""
+"""Kafka comes back with an older copy of its log, which fills up again; a topic is made again and the stream killed at
+any moment.
+"""
 
 import os
 import shutil
@@ -36,21 +38,28 @@ def send(world, numbers, partition: int = 0) -> None:
 
 def arrived(world) -> list[int]:
     """The numbers of the records in both tables."""
-    rows = [world.spark.read.format("delta").load(path).selectExpr(f"unix_millis(kafka_timestamp) - {NOW} AS number").collect()
-            for path in (world.options.table, quarantine_of(world.options.table))]
+    rows = [
+        world.spark.read.format("delta")
+        .load(path)
+        .selectExpr(f"unix_millis(kafka_timestamp) - {NOW} AS number")
+        .collect()
+        for path in (world.options.table, quarantine_of(world.options.table))
+    ]
     return sorted(row.number for both in rows for row in both)
 
 
 @pytest.fixture
 def old_broker(monkeypatch):
-    """Brokers before 2.8 have no ids of topics: one that is made again with the same records is an older copy of the log to all that
-    the stream can see."""
+    """Brokers before 2.8 have no ids of topics: one that is made again with the same records is an older copy of the
+    log to all that the stream can see.
+    """
     monkeypatch.setattr(Topic, "id", lambda _: "")
 
 
 @pytest.fixture
 def rewrite(broker, old_broker):
     """A function that makes a topic again, with these records in its partitions."""
+
     def rewrite_topic(world, *partitions) -> None:
         with KafkaAdminClient(bootstrap_servers=broker) as admin:
             admin.delete_topics([world.topic.name])
@@ -58,6 +67,7 @@ def rewrite(broker, old_broker):
             make_topic(admin, world.topic.name, len(partitions))
         for partition, numbers in enumerate(partitions):
             send(world, numbers, partition)
+
     return rewrite_topic
 
 
@@ -73,18 +83,24 @@ def read_hundred(world, old_broker):
     return world
 
 
-@pytest.mark.parametrize("log, place", [
-    ([*range(80), *range(200, 240)], 80),  # has filled up beyond what was read
-    ([*range(80), *range(200, 210)], 80),  # not yet
-    (range(99), 99),
-    (range(200, 400), 0),  # a new topic, with more records than the old one
-])
+@pytest.mark.parametrize(
+    "log, place",
+    [
+        ([*range(80), *range(200, 240)], 80),  # has filled up beyond what was read
+        ([*range(80), *range(200, 210)], 80),  # not yet
+        (range(99), 99),
+        (range(200, 400), 0),  # a new topic, with more records than the old one
+    ],
+)
 def test_a_log_that_lost_its_tail_stops_the_job_and_what_it_has_instead_is_read_if_that_is_accepted(
-        read_hundred, rewrite, capsys, log, place):
+    read_hundred, rewrite, capsys, log, place
+):
     world = read_hundred
     rewrite(world, log, [*range(1000, 1050), *range(2000, 2010)])
     lost = f"in their place, or will have: partition 0 offsets {place} to 99. .*"
-    with pytest.raises(PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss the others are read, too"):
+    with pytest.raises(
+        PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss the others are read, too"
+    ):
         world.consume()
     assert arrived(world) == [*range(100), *range(1000, 1050)]
     world.consume(accept_data_loss=True)
@@ -106,7 +122,9 @@ def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_bat
             return super().write(*arguments)
 
     send(world, range(100, 120))
-    with pytest.raises(PipelineError, match="While the stream was running, .* in their place: partition 0 offset 99. Start again"):
+    with pytest.raises(
+        PipelineError, match="While the stream was running, .* in their place: partition 0 offset 99. Start again"
+    ):
         world.consume(Replaced)
     with pytest.raises(PipelineError, match="partition 0 offsets 80 to 99. .*Nothing was skipped"):
         world.consume()
@@ -114,7 +132,9 @@ def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_bat
     assert arrived(world) == [*range(100), *range(200, 260), *range(1000, 1050), *range(2000, 2010)]
 
 
-def test_records_that_were_fetched_with_the_batch_before_are_read_again_from_a_log_that_is_another_by_now(world, rewrite):
+def test_records_that_were_fetched_with_the_batch_before_are_read_again_from_a_log_that_is_another_by_now(
+    world, rewrite
+):
     world = world()
     world.make(1)
     send(world, range(100))
@@ -164,7 +184,9 @@ def test_a_log_that_lost_the_end_of_a_planned_batch_is_noticed_though_it_fills_u
     plan(world.consume)
     rewrite(world, range(end - 10))
     lost = f"Kafka lost records of .* that were about to be read: partition 0 offsets {end - 10} to {end - 1}"
-    with pytest.raises(PipelineError, match=f"{lost}. Nothing was skipped. With --accept-data-loss it goes on with the records"):
+    with pytest.raises(
+        PipelineError, match=f"{lost}. Nothing was skipped. With --accept-data-loss it goes on with the records"
+    ):
         world.consume()
     world.consume(accept_data_loss=True)
     assert arrived(world) == [*range(end - 10)]
@@ -217,6 +239,7 @@ def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewri
 
     def crashing(function):
         """The first time that a step is done, the stream dies after it."""
+
         def step(*arguments, **named):
             result = function(*arguments, **named)
             name = f"{function.__name__} {[each for each in arguments if isinstance(each, str | dict)]}"
@@ -224,6 +247,7 @@ def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewri
                 done.append(name)
                 raise Crash
             return result
+
         return step
 
     monkeypatch.setattr(checkpoints, "set_properties", crashing(checkpoints.set_properties))
@@ -268,7 +292,9 @@ def test_rejected_records_are_taken_back_though_a_power_cut_left_the_table_witho
     newest.with_suffix(".crc").unlink()
     rewrite(world, range(110), range(1000, 1050))
     world.consume(accept_data_loss=True)
-    assert arrived(world) == sorted([*range(110), *(number for number in range(110, 120) if number % 4 == 0), *range(1000, 1050)])
+    assert arrived(world) == sorted(
+        [*range(110), *(number for number in range(110, 120) if number % 4 == 0), *range(1000, 1050)]
+    )
 
 
 def test_a_note_of_an_earlier_batch_is_not_believed(read_hundred):
@@ -301,7 +327,9 @@ def test_a_topic_that_is_made_again_twice_is_read_from_its_beginning(world, brok
     assert arrived(world) == [*range(10), *range(200, 230)]
 
 
-def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_as_it_committed_records_of_it(world, broker):
+def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_as_it_committed_records_of_it(
+    world, broker
+):
     world = world()
     world.make(1)
     send(world, range(5))

@@ -47,8 +47,22 @@ def secure_broker(tmp_path_factory):
     folder = tmp_path_factory.mktemp("secure")
     store, certificate = folder / "kafka.p12", folder / "kafka.pem"
     keytool = ["keytool", "-keystore", store, "-storepass", "changeit", "-alias", "kafka"]
-    subprocess.run([*keytool, "-genkeypair", "-keyalg", "RSA", "-storetype", "PKCS12", "-dname", "CN=localhost",
-                    "-ext", "san=dns:localhost,ip:127.0.0.1"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            *keytool,
+            "-genkeypair",
+            "-keyalg",
+            "RSA",
+            "-storetype",
+            "PKCS12",
+            "-dname",
+            "CN=localhost",
+            "-ext",
+            "san=dns:localhost,ip:127.0.0.1",
+        ],
+        check=True,
+        capture_output=True,
+    )
     subprocess.run([*keytool, "-exportcert", "-rfc", "-file", certificate], check=True, capture_output=True)
 
     services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
@@ -56,31 +70,51 @@ def secure_broker(tmp_path_factory):
     java = [find_java().path, "-cp", os.pathsep.join(jars)]
     port, plain_port, zookeeper_port = free_ports(3)
     environment = services["zookeeper"]["environment"]
-    zookeeper = Server("ZooKeeper", [*java, "org.apache.zookeeper.server.quorum.QuorumPeerMain"], environment,
-                       zookeeper_properties(environment, zookeeper_port, str(folder)), str(folder))
+    zookeeper = Server(
+        "ZooKeeper",
+        [*java, "org.apache.zookeeper.server.quorum.QuorumPeerMain"],
+        environment,
+        zookeeper_properties(environment, zookeeper_port, str(folder)),
+        str(folder),
+    )
     environment = services["kafka"]["environment"] | {
         "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "HOST:SASL_SSL,DOCKER:PLAINTEXT",
         "KAFKA_SASL_ENABLED_MECHANISMS": "SCRAM-SHA-512",
-        "KAFKA_LISTENER_NAME_HOST_SCRAM-SHA-512_SASL_JAAS_CONFIG":
-            "org.apache.kafka.common.security.scram.ScramLoginModule required;",
-        "KAFKA_AUTHORIZER_CLASS_NAME": "kafka.security.authorizer.AclAuthorizer", "KAFKA_SUPER_USERS": "User:ANONYMOUS",
+        "KAFKA_LISTENER_NAME_HOST_SCRAM-SHA-512_SASL_JAAS_CONFIG": "org.apache.kafka.common.security.scram.ScramLoginModule required;",
+        "KAFKA_AUTHORIZER_CLASS_NAME": "kafka.security.authorizer.AclAuthorizer",
+        "KAFKA_SUPER_USERS": "User:ANONYMOUS",
         "KAFKA_ALLOW_EVERYONE_IF_NO_ACL_FOUND": "true",
-        "KAFKA_SSL_KEYSTORE_TYPE": "PKCS12", "KAFKA_SSL_KEYSTORE_LOCATION": store, "KAFKA_SSL_KEYSTORE_PASSWORD": "changeit",
+        "KAFKA_SSL_KEYSTORE_TYPE": "PKCS12",
+        "KAFKA_SSL_KEYSTORE_LOCATION": store,
+        "KAFKA_SSL_KEYSTORE_PASSWORD": "changeit",
     }
     with zookeeper:
         while is_free(zookeeper_port):
             time.sleep(0.1)
-        with Server("Kafka", [*java, "kafka.Kafka"], environment,
-                    kafka_properties(environment, port, plain_port, zookeeper_port, str(folder)), str(folder)):
+        with Server(
+            "Kafka",
+            [*java, "kafka.Kafka"],
+            environment,
+            kafka_properties(environment, port, plain_port, zookeeper_port, str(folder)),
+            str(folder),
+        ):
             while is_free(plain_port):
                 time.sleep(0.1)
             with KafkaAdminClient(bootstrap_servers=f"localhost:{plain_port}") as admin:
-                admin.alter_user_scram_credentials([UserScramCredentialUpsertion(
-                    "sensors", ScramMechanism.SCRAM_SHA_512, PASSWORD.encode())])
-            yield f"localhost:{port}", f"localhost:{plain_port}", {
-                "security.protocol": "sasl_ssl", "sasl.mechanism": "SCRAM-SHA-512",
-                "sasl.jaas.config": jaas("sensors", PASSWORD),
-                "ssl.truststore.type": "PEM", "ssl.truststore.location": str(certificate)}
+                admin.alter_user_scram_credentials(
+                    [UserScramCredentialUpsertion("sensors", ScramMechanism.SCRAM_SHA_512, PASSWORD.encode())]
+                )
+            yield (
+                f"localhost:{port}",
+                f"localhost:{plain_port}",
+                {
+                    "security.protocol": "sasl_ssl",
+                    "sasl.mechanism": "SCRAM-SHA-512",
+                    "sasl.jaas.config": jaas("sensors", PASSWORD),
+                    "ssl.truststore.type": "PEM",
+                    "ssl.truststore.location": str(certificate),
+                },
+            )
 
 
 def jaas(user: str, password: str) -> str:
@@ -123,20 +157,26 @@ def pages(address: str) -> str:
             continue
         to_do += re.findall(r'href="(/[^"#]+)"', seen[page].replace("&amp;", "&"))
         for application in re.findall(r'"id" : "(local-\d+)"', seen[page]):
-            to_do += [f"/api/v1/applications/{application}/{what}" 
-                      for what in ("environment", "jobs", "stages", "sql?details=true&length=1000")]
+            to_do += [
+                f"/api/v1/applications/{application}/{what}"
+                for what in ("environment", "jobs", "stages", "sql?details=true&length=1000")
+            ]
     assert any("/SQL/execution" in page for page in seen) and any("/environment" in page for page in seen)
     return "\n".join(seen.values())
 
 
-def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(spark, secure_broker, secure, tmp_path, start, account, run_here):
+def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(
+    spark, secure_broker, secure, tmp_path, start, account, run_here
+):
     _, plain, _ = secure_broker
     topic, _ = secure
     options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint"]
     [port] = free_ports(1)
     ui = f"--conf spark.ui.enabled=true --conf spark.ui.port={port} pyspark-shell"
     producer = start(PRODUCER, *topic, "--create-topic", "--rate", 50, "--verbose")
-    consumer = start(CONSUMER, *options, "--trigger", "0 seconds", "--verbose", env=os.environ | {"PYSPARK_SUBMIT_ARGS": ui})
+    consumer = start(
+        CONSUMER, *options, "--trigger", "0 seconds", "--verbose", env=os.environ | {"PYSPARK_SUBMIT_ARGS": ui}
+    )
     consumer.wait_for("rows in", times=2)
 
     everyone = [process.info for process in psutil.process_iter(["cmdline", "environ"])]
@@ -144,8 +184,12 @@ def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(spark, secu
     assert producer.stop() == 0 and consumer.stop() == 0
     assert run_here(CONSUMER, *options, "--once").returncode == 0
     secrets = [PASSWORD, jaas("", PASSWORD).split('password="')[1][:-2], "Tr0ub4dor"]
-    files = [file.read_bytes() for folder in ("silver", "silver_quarantine", "checkpoint")
-             for file in (tmp_path / folder).rglob("*") if file.is_file()]
+    files = [
+        file.read_bytes()
+        for folder in ("silver", "silver_quarantine", "checkpoint")
+        for file in (tmp_path / folder).rglob("*")
+        if file.is_file()
+    ]
     for secret in secrets:
         assert secret not in str(everyone) and secret not in shown
         assert secret not in producer.output and secret not in consumer.output
@@ -168,38 +212,91 @@ def test_the_wrong_password_is_said_and_not_shown(script, secure):
     assert "swordfish" not in run.stderr + run.stdout
 
 
-def test_what_the_user_may_not_do_is_said_and_is_no_reason_to_stop_where_it_need_not_be(spark, secure_broker, secure, tmp_path, run_here):
+def test_what_the_user_may_not_do_is_said_and_is_no_reason_to_stop_where_it_need_not_be(
+    spark, secure_broker, secure, tmp_path, run_here
+):
     _, plain, _ = secure_broker
     topic, _ = secure
-    options = [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint", "--group-id", "closed", "--once"]
+    options = [
+        *topic,
+        "--table",
+        tmp_path / "silver",
+        "--checkpoint",
+        tmp_path / "checkpoint",
+        "--group-id",
+        "closed",
+        "--once",
+    ]
     send = [PRODUCER, *topic, "--create-topic", "--rate", 0, "--count", 10]
     assert run_here(*send).returncode == 0
 
     def forbid(kind: ResourceType, name: str) -> None:
         with KafkaAdminClient(bootstrap_servers=plain) as admin:
-            admin.create_acls([ACL("User:sensors", "*", operation, permission, ResourcePattern(kind, name)) for operation, permission in (
-                (ACLOperation.READ, ACLPermissionType.DENY), (ACLOperation.DESCRIBE, ACLPermissionType.ALLOW))])
+            admin.create_acls(
+                [
+                    ACL("User:sensors", "*", operation, permission, ResourcePattern(kind, name))
+                    for operation, permission in (
+                        (ACLOperation.READ, ACLPermissionType.DENY),
+                        (ACLOperation.DESCRIBE, ACLPermissionType.ALLOW),
+                    )
+                ]
+            )
 
     forbid(ResourceType.GROUP, "closed")
     run = run_here(CONSUMER, *options)
     assert run.returncode == 0 and "10 rows in" in run.stdout
-    assert re.fullmatch(r"Kafka does not note how far the stream is \(GroupAuthorizationFailedError\), .* the group closed\. .*\n",
-                        run.stderr)
+    assert re.fullmatch(
+        r"Kafka does not note how far the stream is \(GroupAuthorizationFailedError\), .* the group closed\. .*\n",
+        run.stderr,
+    )
     forbid(ResourceType.TOPIC, topic[-1])
     with KafkaProducer(bootstrap_servers=plain) as producer:
         producer.send(topic[-1], b"{}")
     run = run_here(CONSUMER, *options)
-    assert run.returncode == 1 and re.fullmatch("error: This script can't use Kafka on .*Not authorized to access topics.*\n", run.stderr)
+    assert run.returncode == 1 and re.fullmatch(
+        "error: This script can't use Kafka on .*Not authorized to access topics.*\n", run.stderr
+    )
     assert spark.read.format("delta").load(str(tmp_path / "silver")).count() == 10
 
 
 def test_a_certificate_that_is_not_trusted_is_said(secure, tmp_path, run_here):
     options, change = secure
     other = tmp_path / "other.pem"
-    subprocess.run(["keytool", "-keystore", tmp_path / "o.p12", "-storepass", "changeit", "-alias", "o", "-genkeypair",
-                    "-keyalg", "RSA", "-dname", "CN=other"], check=True, capture_output=True)
-    subprocess.run(["keytool", "-keystore", tmp_path / "o.p12", "-storepass", "changeit", "-alias", "o", "-exportcert", "-rfc",
-                    "-file", other], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "keytool",
+            "-keystore",
+            tmp_path / "o.p12",
+            "-storepass",
+            "changeit",
+            "-alias",
+            "o",
+            "-genkeypair",
+            "-keyalg",
+            "RSA",
+            "-dname",
+            "CN=other",
+        ],
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(
+        [
+            "keytool",
+            "-keystore",
+            tmp_path / "o.p12",
+            "-storepass",
+            "changeit",
+            "-alias",
+            "o",
+            "-exportcert",
+            "-rfc",
+            "-file",
+            other,
+        ],
+        check=True,
+        capture_output=True,
+    )
     change(ssl_truststore_location=str(other))
     run = run_here(PRODUCER, *options, "--wait", 0)
     assert run.returncode == 1 and "certificate" in run.stderr.lower() and run.stderr.count("\n") == 1, run.stderr
@@ -215,7 +312,10 @@ CONFIGS = [
     ("security.protocol=SASL_PLAINTEXT\nssl.truststore.type=PEM", "ssl.truststore.type does nothing"),
     ("security.protocol=SASL_SSL", "sasl.mechanism has to be one of"),
     ("security.protocol=SASL_SSL\nsasl.mechanism=SCRAM_SHA_512", "sasl.mechanism has to be one of"),
-    ("security.protocol=SSL\nssl.endpoint.identification.algorithm=htps", "ssl.endpoint.identification.algorithm is htps"),
+    (
+        "security.protocol=SSL\nssl.endpoint.identification.algorithm=htps",
+        "ssl.endpoint.identification.algorithm is htps",
+    ),
     ("bootstrap.servers=SSL://localhost:9093", "does not agree with security.protocol, which is PLAINTEXT"),
     ("ssl.crlfile=/etc/revoked.pem", "ssl.crlfile is not one that both clients"),
     ("sasl.login.callback.handler.class=x", "sasl.login.callback.handler.class is not one that both clients"),
@@ -226,9 +326,13 @@ CONFIGS = [
 def misspelt(name: str) -> set[str]:
     """The name with a letter less, twice or swapped with the next, in other letters, or as other tools write it."""
     letters = range(len(name))
-    return ({name[:i] + name[i + 1:] for i in letters} | {name[:i] + name[i] + name[i:] for i in letters if name[i].isalpha()}
-            | {name[:i] + name[i + 1:i + 2] + name[i] + name[i + 2:] for i in letters} | {name.upper(), name.title()}
-            | {name.replace(".", "_"), name.replace(".", "-"), f"kafka.{name}", f"consumer.{name}", f" {name}s"}) - {name}
+    return (
+        {name[:i] + name[i + 1 :] for i in letters}
+        | {name[:i] + name[i] + name[i:] for i in letters if name[i].isalpha()}
+        | {name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :] for i in letters}
+        | {name.upper(), name.title()}
+        | {name.replace(".", "_"), name.replace(".", "-"), f"kafka.{name}", f"consumer.{name}", f" {name}s"}
+    ) - {name}
 
 
 @pytest.mark.parametrize("name", SECURITY_NAMES)
@@ -256,16 +360,21 @@ def test_a_property_that_cannot_be_followed_is_said(config, complaint, tmp_path,
 
 def test_what_a_producer_of_java_needs_is_left_out(broker, silver, tmp_path, run_here):
     file = tmp_path / "producer.properties"
-    file.write_text(f"bootstrap.servers={broker}\nkey.serializer=org.apache.kafka.common.serialization.StringSerializer\n"
-                    f"value.serializer=x.Y\ncompression.type=none\nmetric.reporters=a.B,c.D\npartitioner.class=z\nbatch.size=16384\n")
+    file.write_text(
+        f"bootstrap.servers={broker}\nkey.serializer=org.apache.kafka.common.serialization.StringSerializer\n"
+        f"value.serializer=x.Y\ncompression.type=none\nmetric.reporters=a.B,c.D\npartitioner.class=z\nbatch.size=16384\n"
+    )
     run = run_here(PRODUCER, *silver[0][2:], "--kafka-config", file, "--create-topic", "--count", 1)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.endswith("1 sent, 1 acknowledged.\n")
 
 
 def test_a_config_file_that_cannot_be_read_is_said(tmp_path, run_here):
     run = run_here(PRODUCER, "--kafka-config", tmp_path / "none")
-    assert (run.returncode, run.stderr) == (1, f"error: The Kafka properties {tmp_path}/none can't be read: No such file or "
-                                               f"directory. A line of it is name=value.\n")
+    assert (run.returncode, run.stderr) == (
+        1,
+        f"error: The Kafka properties {tmp_path}/none can't be read: No such file or "
+        f"directory. A line of it is name=value.\n",
+    )
 
 
 def test_nothing_listens_beyond_this_machine(broker, silver, start, run_here):
@@ -277,8 +386,11 @@ def test_nothing_listens_beyond_this_machine(broker, silver, start, run_here):
     run_here(PRODUCER, *topic, "--create-topic", "--count", 5, "--rate", 0)
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
     consumer.wait_for("batch")
-    ours = [process for process in psutil.process_iter(["cmdline"])
-            if re.search(r"local_kafka|kafka\.Kafka|QuorumPeerMain|spark", " ".join(process.info["cmdline"] or ()))]
+    ours = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if re.search(r"local_kafka|kafka\.Kafka|QuorumPeerMain|spark", " ".join(process.info["cmdline"] or ()))
+    ]
     listening = [socket.laddr.ip for process in ours for socket in listeners(process)]
     assert len(listening) > 5 and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert consumer.stop() == 0
@@ -306,7 +418,9 @@ def test_no_port_of_a_stream_takes_orders_from_another_user_of_the_machine(broke
     ports = [socket.laddr.port for each in (process, *process.children(recursive=True)) for socket in listeners(each)]
     assert len(ports) >= 5  # py4j's two, that of the accumulators, and the driver's two
     py4j = [b"c\nz:java.lang.Runtime\ngetRuntime\ne\n", b"g\np0\ne\n", b"c\np0\ncall\ne\n"]
-    spark_rpc = struct.pack(">qbqi", 29, 3, 7, 8) + b"any call"  # a frame of Spark's: its length, an RpcRequest, its number and length
+    spark_rpc = (
+        struct.pack(">qbqi", 29, 3, 7, 8) + b"any call"
+    )  # a frame of Spark's: its length, an RpcRequest, its number and length
     answers = [answer(port, message) for port in ports for message in (*py4j, spark_rpc)]
     refused = b"Expected SaslMessage|Authentication error|Unknown command"
     assert all(re.search(refused, each) for each in answers if each), [each[:200] for each in answers]
@@ -316,10 +430,16 @@ def test_no_port_of_a_stream_takes_orders_from_another_user_of_the_machine(broke
 
 def test_a_password_that_every_user_can_read_is_named_and_not_shown(tmp_path, capsys):
     file = tmp_path / "kafka.properties"
-    for properties, mode, is_named in (("sasl.jaas.config=x secret;", 0o644, True), ("sasl.jaas.config=x secret;", 0o640, False),
-                                       ("ssl.key.password=secret", 0o604, True), ("client.id=secret", 0o644, False)):
+    for properties, mode, is_named in (
+        ("sasl.jaas.config=x secret;", 0o644, True),
+        ("sasl.jaas.config=x secret;", 0o640, False),
+        ("ssl.key.password=secret", 0o604, True),
+        ("client.id=secret", 0o644, False),
+    ):
         file.write_text(properties)
         file.chmod(mode)
         read_properties(str(file))
         said = capsys.readouterr().err
-        assert (f"Every user of this machine can read the password in {file}" in said) == is_named and "secret" not in said
+        assert (
+            f"Every user of this machine can read the password in {file}" in said
+        ) == is_named and "secret" not in said

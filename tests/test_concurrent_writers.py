@@ -17,10 +17,12 @@ from pipeline.streaming.writer import NoMetrics
 from pipeline.terminal.signals import StopFlag, Stopped
 
 import pytest
-from conftest import REPOSITORY, bronze_writer, run_script, until
 from delta.exceptions import ConcurrentTransactionException, MetadataChangedException
 from pyspark.sql import functions as F
-from test_rules import reading
+
+from helpers.processes import REPOSITORY, run_script, until
+from helpers.records import reading
+from helpers.streams import bronze_writer
 
 # Two commits meet only once in some hundreds, because Delta renames right after it has looked: this makes each rename
 # late.

@@ -15,17 +15,18 @@ from pipeline.simulator import Simulator
 from pipeline.streaming.checkpoints import check_start
 from pipeline.terminal.errors import PipelineError
 
-import oracle
 import pytest
-from conftest import REPOSITORY, bronze_writer, tables
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kafka import KafkaProducer
 from pyspark.sql import functions as F
-from test_files_to_bronze import put
-from test_hostile_records import ARRIVAL_MICROS, JSON, mutate
-from test_rules import ARRIVAL, reading
 
+from helpers import oracle
+from helpers.files import put
+from helpers.processes import REPOSITORY
+from helpers.records import ARRIVAL, ARRIVAL_MICROS, JSON, mutate, reading
+from helpers.streams import bronze_writer
+from helpers.topics import tables
 from readings import SENSOR_TYPES
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"

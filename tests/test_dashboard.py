@@ -13,10 +13,12 @@ from pipeline.terminal.ports import free_ports
 
 import duckdb
 import pytest
-from conftest import REPOSITORY, bronze_writer, run_script
 from playwright.sync_api import expect, sync_playwright
 from pyspark.sql import functions as F
-from test_rules import reading
+
+from helpers.processes import REPOSITORY, run_script
+from helpers.records import reading
+from helpers.streams import bronze_writer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the PATH")

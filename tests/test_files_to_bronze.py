@@ -1,6 +1,5 @@
 """JSON files -> Bronze, the script as a process on real files."""
 
-import gzip
 import itertools
 import json
 import os
@@ -17,9 +16,10 @@ from pipeline.simulator import Simulator
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, spark_jars
 
 import pytest
-from conftest import run_script
-from test_rules import VALID, reading
 
+from helpers.files import put
+from helpers.processes import run_script
+from helpers.records import VALID, reading
 from readings import CONTRACT, SENSOR_TYPES
 
 SCRIPT = "streaming_files_to_delta_bronze.py"
@@ -35,13 +35,6 @@ def bronze(tmp_path):
 
 def rows_of(spark, table, columns="*") -> list[tuple]:
     return sorted(map(tuple, spark.read.format("delta").load(str(table)).select(*columns).collect()), key=str)
-
-
-def put(folder, name: str, *records: bytes) -> None:
-    """A file that appears complete, as the script's manual asks for."""
-    content = b"\n".join(records) + b"\n"
-    (folder / f"_{name}").write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    os.rename(folder / f"_{name}", folder / name)
 
 
 def test_files_of_all_kinds_arrive_and_broken_ones_hurt_nobody_else(spark, bronze, tmp_path):

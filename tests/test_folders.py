@@ -24,11 +24,12 @@ from pipeline.terminal.messages import without_controls
 from pipeline.terminal.ports import free_ports
 
 import pytest
-from conftest import run_script
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import Row
-from test_files_to_bronze import put
-from test_rules import reading
+
+from helpers.files import put
+from helpers.processes import run_script
+from helpers.records import reading
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"

@@ -7,7 +7,6 @@ There are 20,000 mutated ones, with `--long` 110,000.
 import json
 import os
 import random
-import struct
 import subprocess
 from collections import Counter
 
@@ -17,154 +16,20 @@ from pipeline.paths import quarantine_of
 from pipeline.spark.private import jvm_of
 from pipeline.streaming.writer import _code_generation
 
-import oracle
 import pytest
-import shapes
-from conftest import REPOSITORY, origins, tables
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
 from pyspark.sql import functions as F
-from test_rules import ARRIVAL, CASES, VALID, judge, reading
 
+from helpers import oracle, shapes
+from helpers.processes import REPOSITORY
+from helpers.records import ARRIVAL, ARRIVAL_MICROS, CASES, JSON, VALID, judge, mutate, reading
+from helpers.topics import origins, tables
 from readings import CONTRACT
 
-ARRIVAL_MICROS = oracle.micros_of(ARRIVAL)
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 COLUMNS = ("event_micros", *(column for column in CONTRACT.columns if column != "event_time"))
-
-FRAGMENTS = [
-    fragment.encode("utf-8", "surrogatepass")
-    for fragment in (
-        "{",
-        "}",
-        "[",
-        "]",
-        ",",
-        ":",
-        '"',
-        "\\",
-        "null",
-        "true",
-        "NaN",
-        "Infinity",
-        "-Infinity",
-        "-",
-        "+",
-        ".",
-        "e",
-        "E",
-        "0",
-        "00",
-        "1e999",
-        "-1e-999",
-        "9" * 400,
-        "0." + "1" * 400,
-        "1E+2",
-        "2147483648",
-        "-2147483649",
-        "9007199254740993",
-        "4.9e-324",
-        "1.7976931348623157e308",
-        "0x10",
-        "1_000",
-        "1763632800",
-        "1763632800000",
-        '"value":1',
-        ',"value":2',
-        ',"device_id":"x"',
-        '"end":"',
-        ',{"end":"x"}]',
-        "/* c */",
-        "//",
-        "#",
-        "'",
-        "\x00",
-        "\x01",
-        "\x1b[2J",
-        "\x7f",
-        "\x85",
-        "\u2028",
-        "\ufeff",
-        "\u202e",
-        "\\u0000",
-        "\\u0041",
-        "\\ud800",
-        "\\ude00",
-        "\\ud83d\\ude00",
-        "\\uD83D\\u0041",
-        "\\x41",
-        "\\/",
-        "\\",
-        "\\u12",
-        "\ud800",
-        "é",
-        "°",
-        "🌡",
-        "\u00a0",
-        "\u3000",
-        "2016-12-31T23:59:60Z",
-        "2026-02-29T10:00:00Z",
-        "2024-02-29T10:00:00Z",
-        "2026-13-01T10:00:00Z",
-        "2026-11-20T24:00:00Z",
-        "0000-01-01T00:00:00Z",
-        "9999-12-31T23:59:59Z",
-        "2026-11-20T10:00:00.9999999Z",
-        "1582-10-10T00:00:00Z",
-        "2026-11-20T10:00:00+18:00",
-        "2026-11-20T10:00:00-18:01",
-        "2026-11-20T10:00:00+05:60",
-        "2026-11-20t10:00:00z",
-        "２０２６-11-20T10:00:00Z",
-        "[" * 50,
-        "]" * 50,
-        '{"a":' * 50,
-        "}" * 50,
-        "[" * 1100,
-        "temperature",
-        "°C",
-        "%",
-        "ppm",
-        " ",
-        "\t",
-        "\n",
-    )
-]
-FRAGMENTS += [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\xef\xbb\xbf", b"\xfe\xff"]
-
-
-def mutate(record: bytes, rng: random.Random) -> bytes:
-    """The record with one to three changes of its bytes, its fields or its fields' values."""
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        place, kind = rng.randrange(len(record) + 1), rng.randrange(8)
-        fragment = rng.choice(FRAGMENTS)
-        if kind == 0:
-            record = record[:place] + fragment + record[place:]
-        elif kind == 1:
-            record = record[:place] + fragment + record[place + len(fragment) :]
-        elif kind == 2:
-            record = record[:place] + record[place + rng.randrange(1, 6) :]
-        elif kind == 3:
-            record = record[:place] + bytes([rng.randrange(256)]) + record[place + 1 :]
-        elif kind == 4:
-            record = record[:place] + record[rng.randrange(len(record) + 1) :]
-        elif kind == 5:  # another value of a field
-            field = rng.choice(list(VALID)).encode()
-            head, name, tail = record.partition(b'"' + field + b'": ')
-            value, separator, rest = tail.partition(b", ")
-            quoted = rng.choice((fragment, b'"' + fragment + b'"'))
-            record = head + name + (quoted if name else b"") + separator + rest
-        elif kind == 6:  # a number with all its digits
-            number = struct.unpack("d", rng.randbytes(8))[0]
-            record = record.replace(
-                b'"value": 2', b'"value": ' + repr(rng.choice((number, rng.uniform(-41, 121)))).encode(), 1
-            )
-        else:
-            record = (
-                record[:-1] + b', "' + rng.choice((b"value", b"note", b"", fragment)) + b'": ' + fragment + record[-1:]
-            )
-    return record
 
 
 def corpus(size: int, seed: int) -> list[bytes]:
@@ -198,18 +63,6 @@ def check_rows(spark, records: list[bytes | None]) -> Counter:
     return verdicts
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.floats()
-    | st.integers()
-    | st.text()
-    | st.sampled_from(
-        ["temperature", "humidity", "co2", "°C", "%", "ppm", "2026-11-20T10:00:00Z", "A", 21.5, 50, "50"]
-    ),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
-    max_leaves=5,
-)
 READINGS = st.dictionaries(st.sampled_from(list(VALID)), JSON, max_size=4).map(lambda changes: VALID | changes)
 RECORDS = st.one_of(
     READINGS.flatmap(

@@ -15,12 +15,13 @@ from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports
 
 import pytest
-from conftest import PATIENCE, REPOSITORY, origins, run_script, tables, world_of
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 from pyspark.sql import functions as F
-from test_rules import reading
 
+from helpers.processes import PATIENCE, REPOSITORY, run_script
+from helpers.records import reading
+from helpers.topics import origins, tables, world_of
 from readings import CONTRACT
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"

@@ -5,9 +5,9 @@ from pipeline.terminal.ports import free_ports
 
 import pytest
 import yaml
-from conftest import REPOSITORY, run_script
 from kafka import KafkaConsumer
 
+from helpers.processes import REPOSITORY, run_script
 from local_kafka import kafka_properties, kafka_version, zookeeper_properties
 
 SERVICES = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]

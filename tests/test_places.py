@@ -19,9 +19,10 @@ from pipeline.terminal.ports import free_ports
 
 import psutil
 import pytest
-from conftest import PATIENCE, REPOSITORY, Script, run_script
-from test_files_to_bronze import put
-from test_rules import reading
+
+from helpers.files import put
+from helpers.processes import PATIENCE, REPOSITORY, Script, run_script
+from helpers.records import reading
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"

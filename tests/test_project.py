@@ -10,8 +10,8 @@ from pipeline.delta.tables import bronze_tables, silver_tables
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, SPARK_JARS
 
 import pytest
-from conftest import REPOSITORY, manual
 
+from helpers.processes import REPOSITORY, manual
 from readings import CONTRACT
 
 README, READINGS, *OTHERS = (

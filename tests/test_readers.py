@@ -2,21 +2,15 @@
 
 import argparse
 import csv
-import fcntl
 import io
 import json
 import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from pipeline.delta.tables import WRITER, bronze_tables, create_table, silver_tables
@@ -24,10 +18,11 @@ from pipeline.readers.printing import csv_line, lines
 from pipeline.streaming.writer import TableWriter
 
 import pytest
-from conftest import REPOSITORY, bronze_writer, run_script
 from pyspark.sql import functions as F
-from test_rules import reading
 
+from helpers.processes import on_terminal, run_script
+from helpers.records import reading
+from helpers.streams import bronze_writer
 from readings import CONTRACT
 
 
@@ -138,33 +133,6 @@ def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
         assert all(name in text for name in names) and ("No room for" in text) == (width == 80), text
         rows = [line for line in text.splitlines() if "d20" in line or "device_id" in line]
         assert len(rows) == 2 and max(map(len, rows)) <= width, text
-
-
-def on_terminal(
-    width: int, script: str, *arguments, folder: Path = REPOSITORY, watch: Callable = lambda text, process: None
-) -> str:
-    """What a script prints on a terminal of so many columns; `watch` sees what it has printed, and may end it."""
-    ours, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {
-        "TERM": "xterm"
-    }
-    with subprocess.Popen(
-        [sys.executable, folder / script, *map(str, arguments)],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env=environment,
-    ) as process:
-        os.close(terminal)
-        output = b""
-        with suppress(OSError):  # the terminal's end
-            while chunk := os.read(ours, 65_536):
-                output += chunk
-                watch(output.decode(errors="replace"), process)
-    os.close(ours)
-    assert process.returncode == 0, output
-    return output.decode()
 
 
 def append(spark, table, arrived: str = "now()", prefix: str = "new", **others: str) -> None:

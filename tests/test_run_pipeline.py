@@ -13,9 +13,9 @@ from pipeline.terminal.ports import free_ports
 
 import psutil
 import pytest
-from conftest import REPOSITORY, Script
 from kafka import KafkaConsumer
-from test_readers import on_terminal
+
+from helpers.processes import REPOSITORY, Script, on_terminal
 
 
 @pytest.fixture

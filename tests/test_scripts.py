@@ -8,8 +8,8 @@ import subprocess
 from pipeline.terminal.ports import free_ports
 
 import pytest
-from conftest import REPOSITORY, manual, run_script
-from test_readers import on_terminal
+
+from helpers.processes import REPOSITORY, manual, on_terminal, run_script
 
 OPTIONS = {
     "kafka_producer.py": "--bootstrap-servers --topic --kafka-config --wait --rate --count --devices --seed --invalid-fraction "

@@ -10,9 +10,10 @@ from pipeline.streaming.source import Backlog
 from pipeline.streaming.writer import MAX_KEPT_BYTES, BatchReport, TableWriter
 
 import pytest
-from conftest import bronze_writer
 from pyspark.sql import functions as F
-from test_rules import reading
+
+from helpers.records import reading
+from helpers.streams import bronze_writer
 
 VALID, BROKEN, LONG = reading(), b"{", reading(value=500, note="x" * MAX_KEPT_BYTES)
 

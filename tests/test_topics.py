@@ -25,13 +25,15 @@ from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.signals import StopFlag
 
 import pytest
-from conftest import PATIENCE, REPOSITORY, GivenRecords, origins, tables, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import InvalidTimestampError, MessageSizeTooLargeError
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from test_rules import reading
 
+from helpers.processes import PATIENCE, REPOSITORY, until
+from helpers.records import reading
+from helpers.streams import GivenRecords
+from helpers.topics import origins, tables, world_of
 from readings import CONTRACT
 
 CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "streaming_files_to_delta_bronze.py"

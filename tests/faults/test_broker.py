@@ -13,8 +13,10 @@ from pipeline.terminal.ports import free_ports
 import javaproperties
 import psutil
 import pytest
-from conftest import PATIENCE, acknowledged, origins, until, world_of
 from kafka import KafkaAdminClient, KafkaConsumer
+
+from helpers.processes import PATIENCE, acknowledged, until
+from helpers.topics import origins, world_of
 
 CONSUMER = "spark_kafka_consumer.py"
 

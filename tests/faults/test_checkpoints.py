@@ -13,10 +13,12 @@ from pipeline.streaming.writer import TableWriter
 from pipeline.terminal.errors import PipelineError
 
 import pytest
-from conftest import acknowledged, origins, run_script, world_of
 from pyspark.errors import StreamingQueryException
-from test_files_to_bronze import put
-from test_rules import reading
+
+from helpers.files import put
+from helpers.processes import acknowledged, run_script
+from helpers.records import reading
+from helpers.topics import origins, world_of
 
 CONSUMER = "spark_kafka_consumer.py"
 

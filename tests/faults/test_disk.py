@@ -4,9 +4,11 @@ import os
 import subprocess
 
 import pytest
-from conftest import acknowledged, origins, run_script
-from test_files_to_bronze import put
-from test_rules import reading
+
+from helpers.files import put
+from helpers.processes import acknowledged, run_script
+from helpers.records import reading
+from helpers.topics import origins
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 

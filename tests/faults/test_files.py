@@ -10,9 +10,9 @@ from collections import Counter
 
 from pipeline.paths import quarantine_of
 
-from conftest import run_script
-from test_files_to_bronze import put
-from test_rules import reading
+from helpers.files import put
+from helpers.processes import run_script
+from helpers.records import reading
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 RECORD = reading(device_id="sensor-001")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pipeline.paths import quarantine_of
 
-from conftest import PATIENCE, acknowledged, origins
-from test_files_to_bronze import put
-from test_rules import reading
+from helpers.files import put
+from helpers.processes import PATIENCE, acknowledged
+from helpers.records import reading
+from helpers.topics import origins
 
 CONSUMER, BRONZE = "spark_kafka_consumer.py", "streaming_files_to_delta_bronze.py"
 

@@ -14,15 +14,16 @@ from pipeline.terminal.errors import PipelineError, root_cause
 from pipeline.terminal.signals import StopFlag
 
 import pytest
-from conftest import PATIENCE, acknowledged, origins, topic_offsets, until, world_of
 from kafka import KafkaAdminClient, TopicPartition
-from kafka.errors import OffsetOutOfRangeError, TopicAlreadyExistsError
+from kafka.errors import OffsetOutOfRangeError
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from test_rules import reading
 
+from helpers.processes import PATIENCE, acknowledged, until
+from helpers.records import reading
+from helpers.topics import make_topic, origins, topic_offsets, world_of
 from readings import CONTRACT
 
 CONSUMER = "spark_kafka_consumer.py"
@@ -43,16 +44,6 @@ def read_five(spark, silver, admin):
     world.send(*[reading()] * 5)
     assert world.consume() == (5, 0)
     return world
-
-
-def make_topic(admin, topic: str, partitions: int = 1) -> None:
-    while topic not in admin.list_topics():
-        try:
-            admin.create_topics(
-                {topic: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True
-            )
-        except TopicAlreadyExistsError:  # the old one is still being deleted
-            time.sleep(0.2)
 
 
 def wait_for_more(broker: str, topic: str, beyond: dict[int, int], records: int) -> None:

@@ -18,14 +18,15 @@ from pipeline.streaming.writer import MAX_KEPT_BYTES, TableWriter
 from pipeline.terminal.errors import PipelineError
 
 import pytest
-from conftest import GivenRecords
 from delta.tables import DeltaTable
 from kafka import KafkaAdminClient, TopicPartition
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import functions as F
-from test_files_to_bronze import put
-from test_rules import reading
+
+from helpers.files import put
+from helpers.records import reading
+from helpers.streams import GivenRecords, plan
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +56,6 @@ def write_two_batches(folder, run) -> None:
     for number in (1, 2):
         put(folder, f"{number}.json", reading(), b"{")
         assert run() == (1, 1)
-
-
-def plan(run, **options) -> None:
-    """Lets a stream plan a batch, and ends it before anything of the batch is written."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TableWriter, "write", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(**options)
 
 
 def newest(folder: Path, pattern: str) -> Path:

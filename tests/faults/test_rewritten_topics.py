@@ -16,11 +16,12 @@ from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports
 
 import pytest
-from conftest import Script, until
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
-from test_lost_records import make_topic
-from test_power_cuts import plan
-from test_rules import reading
+
+from helpers.processes import Script, until
+from helpers.records import reading
+from helpers.streams import plan
+from helpers.topics import make_topic
 
 NOW = 1_795_891_000_000
 

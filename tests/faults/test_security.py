@@ -20,7 +20,6 @@ import javaproperties
 import psutil
 import pytest
 import yaml
-from conftest import REPOSITORY, origins, run_script
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import (
     ACL,
@@ -32,6 +31,8 @@ from kafka.admin import (
     UserScramCredentialUpsertion,
 )
 
+from helpers.processes import REPOSITORY, run_script
+from helpers.topics import origins
 from local_kafka import LOGGING, Server, kafka_properties, kafka_version, zookeeper_properties
 
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"

@@ -165,9 +165,8 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
         with write_lock(options.table):
             table = DeltaTable.forPath(spark, options.table)
             [done] = with_retries(lambda: table.optimize().executeCompaction().collect())
-            sync_commits(
-                spark, options.table, [newest_state(spark, options.table)[1]]
-            )  # before the merged files are removed
+            # before the merged files are removed
+            sync_commits(spark, options.table, [newest_state(spark, options.table)[1]])
         say(f"Merged {done.metrics['numFilesRemoved']:,} files into {done.metrics['numFilesAdded']:,}.")
     if options.vacuum:
         with write_lock(options.table):

@@ -208,6 +208,7 @@ def read_files(cluster: Cluster) -> tuple[int, ...]:
     """Puts files into the bucket and reads them into Bronze; the account of their lines."""
     files = [f"2026-11-20T08:{number:02}:00Z.json" for number in range(FILES)]  # as gateways name them
     for file in files:
+        # 101 % is out of range
         lines = [
             {
                 "timestamp": "2026-11-20T08:00:00Z",
@@ -218,7 +219,7 @@ def read_files(cluster: Cluster) -> tuple[int, ...]:
                 "unit": "%",
             }
             for line in range(LINES)
-        ]  # 101 % is out of range
+        ]
         cluster.bucket.put_object(Key=f"input/{file}", Body="\n".join(map(json.dumps, lines)).encode())
     table = run_with_a_kill(cluster, BRONZE, "--max-files-per-trigger", 2)
     sent = {(f"s3a://lake/input/{file}", f"line-{line}") for file in files for line in range(LINES)}

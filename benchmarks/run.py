@@ -310,9 +310,8 @@ def soak(bench: Bench) -> Iterator[tuple]:
     # The first 10 warm up.
     first, last = [statistics.mean(part) for part in (taken[10:110], taken[-100:])]
     yield compared(f"seconds of the last 100 of {batches:,} batches | of the first 100", [last], [first], "at most 1.2")
-    *sizes, live_files, memory = zip(
-        *samples
-    )  # sixty of each: twenty to a third, the sixth after a tenth of the batches
+    # sixty of each: twenty to a third, the sixth after a tenth of the batches
+    *sizes, live_files, memory = zip(*samples)
     for name, size in zip(("_delta_log", "the checkpoint", "the table's folder"), sizes):
         yield compared(
             f"most bytes in {name} in the last third of {batches:,} batches | in the third before",

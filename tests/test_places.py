@@ -136,9 +136,8 @@ def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, o
 
 def test_a_hidden_folder_of_the_table_may_have_the_checkpoint():
     require_separate_places(argparse.Namespace(table="/lake/t", checkpoint="/lake/t/_checkpoint"))
-    require_separate_places(
-        argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint")
-    )  # nobody looks there
+    # nobody looks there
+    require_separate_places(argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint"))
 
 
 @pytest.mark.parametrize("name", ["{}/link", "{}/./checkpoint/", "file:{}/checkpoint", "file://{}/link"])

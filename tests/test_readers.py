@@ -68,9 +68,8 @@ def test_the_newest_readings_come_first_with_the_counts_under_them(lake, script,
     assert run.stdout.endswith(f"30 rows in {table}\n3 rows in {table}_quarantine\n")
     assert "raw_json" not in run.stdout and "\x1b" not in run.stdout and "A\ufffd[31m" in run.stdout
     header, first = (line for line in run.stdout.splitlines() if "device_id" in line or "d20" in line)
-    assert (
-        first.rindex("0.0") + 3 == header.rindex("value") + 5 and "2025-11-20 00:53:20  " in first
-    )  # numbers to the right, times short
+    # numbers to the right, times short
+    assert first.rindex("0.0") + 3 == header.rindex("value") + 5 and "2025-11-20 00:53:20  " in first
 
 
 def test_raw_and_rejected_records_are_shown_when_asked_for(lake, run_here):

@@ -25,14 +25,8 @@ from pipeline.terminal.errors import PipelineError, first_line
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-__all__ = [
-    "Boolean",
-    "Contract",
-    "Integer",
-    "Number",
-    "Text",
-    "Timestamp",
-]  # what readings.py and the like take from here
+# what readings.py and the like take from here
+__all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]
 
 
 # Bytes of a record, with --multiline of a file: it has to fit into the memory several times over for each core.

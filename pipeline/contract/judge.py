@@ -115,9 +115,8 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
     """Of a plain record an empty string, the text of each field's value and, where there are unknown fields, a quote;
     of another one the record. The first takes the contract's order only.
     """
-    if any(
-        not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields
-    ):  # nested, or with an escape
+    # nested, or with an escape
+    if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields):
         nothing = F.lit(None).cast("ARRAY<STRING>")
         return nothing, nothing
     in_order, any_order, seen = "", "", ""

@@ -66,9 +66,8 @@ class Lake:
             rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
         except TableNotFoundError:
             rejected = NOTHING_REJECTED
-        self.duckdb = duckdb.connect(
-            config={"enable_external_access": "false"}
-        )  # queries see the registered tables only
+        # queries see the registered tables only
+        self.duckdb = duckdb.connect(config={"enable_external_access": "false"})
         self.duckdb.execute("SET TimeZone = 'UTC'")
         self.duckdb.register("all_accepted", rows)
         self.duckdb.register("all_rejected", rejected)

@@ -19,14 +19,8 @@ from deltalake.exceptions import DeltaError
 from kafka.errors import KafkaError
 
 SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "1 week": 604_800, "everything": None}
-NUMBERS = (
-    "double",
-    "float",
-    "long",
-    "integer",
-    "short",
-    "byte",
-)  # of Delta; what is measured comes before what is counted
+# of Delta; what is measured comes before what is counted
+NUMBERS = ("double", "float", "long", "integer", "short", "byte")
 IN_A_ROW = 3  # charts
 MAX_REFRESH_SECONDS = 60  # seconds from one refresh to the next; those in between are a 200th of the span
 MAX_CHARTS = 12

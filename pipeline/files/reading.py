@@ -48,9 +48,8 @@ def files_in(batch: DataFrame) -> list[Row]:
         F.unix_millis("modificationTime").alias("modified"),
         F.unix_micros("ingest_time").alias("arrival"),
     ).collect()
-    return list(
-        {file.path: file for file in files}.values()
-    )  # Spark lists files with wildcards in their names several times
+    # Spark lists files with wildcards in their names several times
+    return list({file.path: file for file in files}.values())
 
 
 def read_lines(
@@ -206,9 +205,8 @@ def find_unreadable(
                 found[file.path] = str(error)
     is_multiline = "wholetext" in text_options
     oversized = {path: size for path, size in sizes.items() if size > MAX_RECORD_BYTES and path not in found}
-    if (
-        oversized and not is_multiline
-    ):  # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
+    # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
+    if oversized and not is_multiline:
         lines = read_text(spark, list(oversized), **text_options)
         read = (
             lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()

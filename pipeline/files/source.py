@@ -154,9 +154,8 @@ class FileSource(Source):
         before = {file.path: file for file in self.files}
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
         if files and not self.is_multiline and "malformed_json" in reasons:
-            with suppress(
-                PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError
-            ):  # one is gone by now; this is only advice
+            # one is gone by now; this is only advice
+            with suppress(PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError):
                 for path in find_multiline(batch.sparkSession, files, quarantine):
                     warn(
                         f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "

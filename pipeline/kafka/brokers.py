@@ -78,9 +78,8 @@ class Broker:
         for server in filter(None, map(str.strip, self.servers.split(","))):
             scheme, _, address = server.rpartition("://")
             parts = re.fullmatch(r"(?:\[([\da-fA-F:]+)\]|([^\s:]+)):(\d{1,5})", address)
-            if scheme and scheme.upper() != security_protocol(
-                self.properties
-            ):  # which goes for all of them, whatever is said here
+            # which goes for all of them, whatever is said here
+            if scheme and scheme.upper() != security_protocol(self.properties):
                 raise PipelineError(
                     f"The broker's address {server} does not agree with security.protocol, which is "
                     f"{security_protocol(self.properties)}. Correct one of them."
@@ -92,9 +91,8 @@ class Broker:
                     f"{server!r} is not the address of a Kafka broker, which is HOST:PORT. Correct --bootstrap-servers or "
                     f"bootstrap.servers in --kafka-config."
                 )
-        python_settings(
-            self.properties, KafkaAdminClient.DEFAULT_CONFIG
-        )  # says what it can't follow before Kafka is waited for
+        # says what it can't follow before Kafka is waited for
+        python_settings(self.properties, KafkaAdminClient.DEFAULT_CONFIG)
 
     def client(self, kind: Any, **settings: Any) -> Any:
         """A client of kafka-python of this `kind`; the properties win over `settings`."""

@@ -23,9 +23,8 @@ from pyspark.sql import DataFrame, SparkSession
 
 MAX_LOOKUP_SECONDS = 2  # for a single record
 MAX_WAIT_SECONDS = 10  # for some records, at a start
-MAX_MESSAGE_RECORD_BYTES = (
-    2 * MAX_RECORD_BYTES
-)  # for a record with its headers, where it would have to be unpacked to be measured any closer
+# for a record with its headers, where it would have to be unpacked to be measured any closer
+MAX_MESSAGE_RECORD_BYTES = 2 * MAX_RECORD_BYTES
 # Options of a consumer that unpacks a record only when it is asked for, and none of the message after it.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 SEVERAL = {"kafka.max.poll.records": 500}

@@ -39,9 +39,8 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 GOES_ON = "it goes on with the records that are left"
-GREGORIAN_START_MS = (
-    -12_219_292_800_000
-)  # 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
+# 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
+GREGORIAN_START_MS = -12_219_292_800_000
 LOG_APPEND_TIME = 1  # of Spark's timestampType
 MAX_TIMESTAMP_MS = 2**63 // 1000  # that a TIMESTAMP holds
 EARLIEST = -2  # an offset, to Spark
@@ -50,10 +49,8 @@ FIRST_SEARCH_OFFSETS = (
     100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
 )
 ELECTION_SECONDS = 3  # seconds after an election, the end of a partition is that of all its replicas again
-TOPIC_ID, TOPIC_NAME = (
-    "pipeline.topic.id",
-    "pipeline.topic.name",
-)  # properties of a table: the topic that it is written from
+# properties of a table: the topic that it is written from
+TOPIC_ID, TOPIC_NAME = ("pipeline.topic.id", "pipeline.topic.name")
 
 
 def _time(milliseconds: str) -> str:
@@ -546,9 +543,8 @@ class KafkaSource(Source):
 
     def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)
-        if re.search(
-            "may have been lost|is out of range for partition|Offsets out of range", problem
-        ):  # the start names them
+        # the start names them
+        if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):
             if self.has_failed:  # and has found nothing
                 self._lose(
                     f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).",

@@ -155,10 +155,8 @@ class Topic(Broker):
                 {self.name: {"num_partitions": PARTITIONS, "replication_factor": 1, "configs": configs}},
                 wait_for_metadata=True,
             )
-        except (
-            InvalidConfigurationError,
-            PolicyViolationError,
-        ):  # brokers before 3.6 don't know it, others may not allow it
+        except (InvalidConfigurationError, PolicyViolationError):
+            # brokers before 3.6 don't know it, others may not allow it
             if not configs:
                 raise
             self._create(admin, {})
@@ -288,9 +286,8 @@ class Topic(Broker):
         if not has_no_topic:
             say(f"Kafka on {self.servers} no longer answers.")
         try:
-            self.wait(
-                10 if has_no_topic else MAX_OUTAGE_SECONDS, stopping=stopping
-            )  # a broker has no topic for a moment after its start
+            # a broker has no topic for a moment after its start
+            self.wait(10 if has_no_topic else MAX_OUTAGE_SECONDS, stopping=stopping)
         except NoTopicError:
             raise PipelineError(
                 f"{self} is gone, with what was not read yet, or this user may no longer see it. To go on with a "

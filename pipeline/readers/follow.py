@@ -111,9 +111,8 @@ def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
                 for new in follower.new():
                     if isinstance(new, DataFrame) and follower.path == quarantine:
                         reasons.update(dict(map(tuple, new.groupBy("reject_reason").count().collect())))
-                    if follower.path == shown_is and isinstance(
-                        new, DataFrame
-                    ):  # the newest commit first, whatever its time
+                    # the newest commit first, whatever its time
+                    if follower.path == shown_is and isinstance(new, DataFrame):
                         newer = in_order(new, options, newest_first=True).limit(most_rows)
                         rows = in_memory(newer.unionByName(rows, allowMissingColumns=True).limit(most_rows))
                     elif follower.path == shown_is:

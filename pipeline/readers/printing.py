@@ -156,9 +156,8 @@ def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
 
 def csv_line(values: Iterable[str | None]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(
-        values
-    )  # before Python 3.13, it quotes only those line breaks that it writes
+    # before Python 3.13, it quotes only those line breaks that it writes
+    csv.writer(line, lineterminator="\r\n").writerow(values)
     return line.getvalue().removesuffix("\r\n")
 
 

@@ -69,9 +69,8 @@ class FileSystem:
                     codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE, 0, limit + 1
                 )
             except Py4JJavaError as error:
-                is_io = (
-                    self._java.java.io.IOException._java_lang_class.isInstance
-                )  # Hadoop makes an Error of an error of the disk
+                # Hadoop makes an Error of an error of the disk
+                is_io = self._java.java.io.IOException._java_lang_class.isInstance
                 if any(packed.isCauseOf(cause) or not is_io(cause) for cause in java_causes(error)):
                     raise
                 raise BrokenFileError(root_cause(error)) from error

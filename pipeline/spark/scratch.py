@@ -17,9 +17,8 @@ def scratch_folder() -> str:
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _lock(left):
             shutil.rmtree(left, ignore_errors=True)
-    draft = Path(
-        tempfile.mkdtemp(prefix="new-")
-    )  # under its own name, another start could remove it before it is locked
+    # under its own name, another start could remove it before it is locked
+    draft = Path(tempfile.mkdtemp(prefix="new-"))
     _lock(draft)
     folder = draft.rename(draft.with_name(f"{PREFIX}{draft.name}"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -103,9 +103,8 @@ STREAM_JVM = {
 READER_JVM = {"spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1"}
 
 
-TASK_MEMORY = (
-    512 * 1024 * 1024
-)  # bytes of heap for each task: for any record within the limits, two were seen to fit into 1 GB
+# bytes of heap for each task: for any record within the limits, two were seen to fit into 1 GB
+TASK_MEMORY = 512 * 1024 * 1024
 MAX_DEFAULT_TASKS = 8  # more take a larger heap, which the user has to ask for
 
 

@@ -165,9 +165,8 @@ class Checkpoint:
         `MAX_PATTERNS`.
         """
         entries = [json.loads(line) for line in (self.files.read(f"{self.path}/{file}") or "").split("\n")[1:]]
-        files = [
-            entry for entry in entries if {"path", "batchId"} <= entry.keys()
-        ]  # and none of Kafka, whose entry is by topic
+        # and none of Kafka, whose entry is by topic
+        files = [entry for entry in entries if {"path", "batchId"} <= entry.keys()]
         paths = [unquote(file["path"]) for file in files if file["batchId"] == files[-1]["batchId"]]
         return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS**2
 
@@ -175,9 +174,8 @@ class Checkpoint:
         """Whether one of Spark's files is complete: a version line, which only the stream's id lacks, and lines of
         JSON.
         """
-        text = (self.files.read(f"{self.path}/{file}") or "").removeprefix(
-            "\0"
-        )  # with which Kafka's sources/0/0 begins
+        # with which Kafka's sources/0/0 begins
+        text = (self.files.read(f"{self.path}/{file}") or "").removeprefix("\0")
         lines = text.strip("\n").split("\n")
         try:
             return (lines[0].startswith("v") or file == ID) and isinstance(json.loads(lines[-1]), dict | int)
@@ -349,9 +347,8 @@ def _start_over(
     written = _last_written(spark, checkpoint, properties)
     if written > checkpoint.last_done:  # the new checkpoint will know nothing of this batch
         source.take_back(spark, tables, begin, checkpoint.end_of(written))
-    replaced = (
-        (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER
-    )  # one that has written nothing may not own it yet
+    # one that has written nothing may not own it yet
+    replaced = (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER
     # One commit. If a crash interrupts the steps after it, the next start finishes them.
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)

@@ -92,9 +92,8 @@ class TableWriter:
         self.source.require_read_records(spark)
         if rejected is not None:
             has_changed, rows = rejected
-            writer = (
-                f"{stream}{AGAIN}" if has_changed else stream
-            )  # the quarantine may have the batch already, by an earlier reading
+            # the quarantine may have the batch already, by an earlier reading
+            writer = f"{stream}{AGAIN}" if has_changed else stream
             self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
             rows.unpersist()
         self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
@@ -122,9 +121,8 @@ class TableWriter:
     def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
         """Returns the version of a table once the disk has it."""
         version, _ = version_and_last_batch(spark, table, stream)
-        first = (
-            self.synced.get(table, version - NEWEST_COMMITS) + 1
-        )  # an earlier process may have been killed before it came here
+        # an earlier process may have been killed before it came here
+        first = self.synced.get(table, version - NEWEST_COMMITS) + 1
         sync_commits(spark, table, range(max(0, first), version + 1))
         self.synced[table] = version
         return version
@@ -133,10 +131,8 @@ class TableWriter:
         for table in (self.tables.quarantine, self.tables.table):
             try:
                 clean_up(spark, table)
-            except (
-                PySparkException,
-                Py4JJavaError,
-            ) as error:  # the records are there; the next thousand batches try again
+            except (PySparkException, Py4JJavaError) as error:
+                # the records are there; the next thousand batches try again
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 
     def _write_accepted(
@@ -151,9 +147,8 @@ class TableWriter:
         cores = spark.sparkContext.defaultParallelism
         judged = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
         rows, seen = self._observed(judged, kept_by_task=min(100_000, MAX_KEPT_ROWS // cores))
-        is_repeated = (
-            batch_id <= version_and_last_batch(spark, self.tables.table, stream)[1]
-        )  # it was written before a crash
+        # it was written before a crash
+        is_repeated = batch_id <= version_and_last_batch(spark, self.tables.table, stream)[1]
         with _code_generation(spark):
             if is_repeated:
                 rows.where(_is_valid()).write.format("noop").mode("overwrite").save()

@@ -137,8 +137,7 @@ def _use_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character
 
 
-if (
-    Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY
-):  # not in a test that imports a script
+# not in a test that imports a script
+if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:
     on_stop_signal(lambda: os._exit(0))
     _use_utf8()

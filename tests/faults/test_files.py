@@ -64,9 +64,8 @@ def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(s
     assert stream.stop() == 0 and "Traceback" not in stream.output
 
     accepted, rejected = tables(spark, tmp_path / "bronze")
-    assert (
-        accepted["growing.json"] >= 1 and ("malformed_json", "growing.json") in rejected
-    )  # as it was when it was taken
+    # as it was when it was taken
+    assert accepted["growing.json"] >= 1 and ("malformed_json", "growing.json") in rejected
     whole = {"Grüße aus der Küche 1.json": 1, "replaced.json": 1, "renamed.json": 3}
     assert {file: accepted[file] for file in whole} == whole
     account(

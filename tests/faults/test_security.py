@@ -419,9 +419,8 @@ def test_no_port_of_a_stream_takes_orders_from_another_user_of_the_machine(broke
     ports = [socket.laddr.port for each in (process, *process.children(recursive=True)) for socket in listeners(each)]
     assert len(ports) >= 5  # py4j's two, that of the accumulators, and the driver's two
     py4j = [b"c\nz:java.lang.Runtime\ngetRuntime\ne\n", b"g\np0\ne\n", b"c\np0\ncall\ne\n"]
-    spark_rpc = (
-        struct.pack(">qbqi", 29, 3, 7, 8) + b"any call"
-    )  # a frame of Spark's: its length, an RpcRequest, its number and length
+    # a frame of Spark's: its length, an RpcRequest, its number and length
+    spark_rpc = struct.pack(">qbqi", 29, 3, 7, 8) + b"any call"
     answers = [answer(port, message) for port in ports for message in (*py4j, spark_rpc)]
     refused = b"Expected SaslMessage|Authentication error|Unknown command"
     assert all(re.search(refused, each) for each in answers if each), [each[:200] for each in answers]

@@ -29,7 +29,7 @@ from pipeline.terminal.signals import on_stop_signal
 
 STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/config.toml
     "server.address": "127.0.0.1",
-    "server.allowedHosts": ["localhost", "127.0.0.1", "[::1]"],  # a page elsewhere can give its own name this address
+    "server.allowedHosts": ["localhost", "127.0.0.1", "::1"],  # a page elsewhere can give its own name this address
     "server.headless": "true",  # else it opens a browser, and asks for an e-mail address
     "server.fileWatcherType": "none",
     "browser.gatherUsageStats": "false",
@@ -50,7 +50,11 @@ def main() -> None:
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
     say(f"http://127.0.0.1:{options.port} shows {options.lake}. Ctrl+C stops.")
     on_stop_signal(lambda: os._exit(0))  # until Streamlit has handlers of its own, there is nothing to end in order
+    from streamlit import net_util
     from streamlit.web.cli import main as streamlit
+
+    # It would let in pages from this machine's addresses, and ask a server elsewhere, unencrypted, for the public one (1.67).
+    net_util._external_ip = net_util._internal_ip = "127.0.0.1"
 
     settings = [
         f"--{name}={value}"

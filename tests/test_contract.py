@@ -365,6 +365,7 @@ def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_na
         ("CONTRACT = Contract(", "is not valid Python in line 2"),
         ("CONTRACT = Contract((Text('a', bits=3),))", "fails in line 2: TypeError"),
         ("import nowhere", "fails in line 2: ModuleNotFoundError"),
+        ("from common.contract import Text", 'Write "from pipeline.contract import …" instead'),
         ("CONTRACT = Contract(())", "it needs at least one field, of the kinds"),
         ("CONTRACT = Contract(('a',))", "it needs at least one field, of the kinds"),
         ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a appears twice"),

@@ -15,6 +15,7 @@ import duckdb
 import pytest
 from playwright.sync_api import expect, sync_playwright
 from pyspark.sql import functions as F
+from streamlit import net_util
 
 from helpers.processes import REPOSITORY, run_script
 from helpers.records import reading
@@ -62,7 +63,7 @@ def visit_page(browser, port: int):
     return page, hosts
 
 
-def handshake(port: int, host: str) -> int:
+def handshake(port: int, host: str, origin: str | None = None) -> int:
     """The status that a web page gets which reaches the port under the name `host`, and asks for the data."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request(
@@ -70,7 +71,7 @@ def handshake(port: int, host: str) -> int:
         "/_stcore/stream",
         headers={
             "Host": f"{host}:{port}",
-            "Origin": f"http://{host}:{port}",
+            "Origin": origin or f"http://{host}:{port}",
             "Upgrade": "websocket",
             "Connection": "Upgrade",
             "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
@@ -125,12 +126,10 @@ def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_
     expect_in_table(page, overview, "größe 'q\" é/readings_quarantine", "1000", "WRITE")
     assert page.title() == "Sensor pipeline" and len(hosts) == 1
     port = int(page.url.rstrip("/").rpartition(":")[2])
-    assert [handshake(port, host) for host in ("localhost", "127.0.0.1", "rebound.example", "localhost.example")] == [
-        101,
-        101,
-        403,
-        403,
-    ]
+    hosts = ("localhost", "127.0.0.1", "rebound.example", "localhost.example")
+    assert [handshake(port, host) for host in hosts] == [101, 101, 403, 403]
+    neighbour = net_util.get_internal_ip() or "192.0.2.1"  # another server of this machine, reached from the network
+    assert handshake(port, "127.0.0.1", f"http://{neighbour}:8000") == 403
 
 
 def test_a_contract_with_other_fields_is_shown_too(spark, tmp_path, visit):

@@ -519,7 +519,18 @@ def test_what_a_link_leads_to_is_named_and_not_read(ingest, tmp_path, capsys):
         (folder / "round").unlink()
 
 
-def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys):
+def test_a_link_to_links_could_be_followed_without_end(ingest, tmp_path):
+    folder, run = ingest
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        PipelineError, match=f"{folder}/linked is a link to a folder with a further link, .*linked/again"
+    ):
+        run()
+
+
+def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys, monkeypatch):
     folder, run = ingest
     (tmp_path / "elsewhere").mkdir()
     for number in range(4):
@@ -531,6 +542,10 @@ def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys):
         PipelineError, match=f"{folder}/linked is a link to a folder, whose files --archive would move away unread"
     ):
         run()
+    monkeypatch.setattr("pipeline.files.folder.links_in", lambda _: iter(()))  # made while the stream runs
+    for _ in range(2):
+        with pytest.raises(PipelineError, match=f"{folder}/linked is a link to a folder, or below one, and --archive"):
+            run()
     assert (tmp_path / "elsewhere" / "a.json").exists() and capsys.readouterr().err == ""
     assert run(archive=None) == (0, 0)
     assert f"{folder}/linked/a.json is not read" in capsys.readouterr().err

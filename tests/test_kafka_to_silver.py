@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +74,16 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     assert (
         accepted.where("device_id IS NULL OR event_time IS NULL OR kafka_key <> CAST(device_id AS BINARY)").count() == 0
     )
+
+
+def test_a_client_that_asks_the_metrics_for_nothing_is_hung_up_on(monkeypatch):
+    [port] = free_ports(1)
+    monkeypatch.setattr("pipeline.streaming.metrics.CLIENT_SECONDS", 0.5)
+    Metrics("127.0.0.1", port)
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET")
+        client.settimeout(60)
+        assert client.recv(1) == b""
 
 
 def test_a_stream_that_does_not_run_is_unhealthy_and_a_port_in_use_is_said():

@@ -1,6 +1,7 @@
 """The scripts in odd places and locales, without what they usually have, and stopped at any moment."""
 
 import argparse
+import fcntl
 import itertools
 import os
 import shutil
@@ -11,7 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
-from pipeline.spark import class_archive
+from pipeline.spark import class_archive, scratch
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, cache_folder, find_java, require_known, require_own, spark_jars
 from pipeline.streaming.checkpoints import lock_checkpoint, require_separate_places
 from pipeline.terminal.errors import PipelineError
@@ -177,6 +178,15 @@ def test_a_jar_that_is_not_the_one_that_was_tested_is_never_run(tmp_path, monkey
         with pytest.raises(PipelineError, match=f"{name} is not the file .*has {problem} for it"):
             require_known([tmp_path / name])
     require_known(map(Path, spark_jars(DELTA, KAFKA_SOURCE)))
+
+
+def test_a_folder_that_is_not_ours_keeps_no_file_open(tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    before = os.listdir("/proc/self/fd")
+    assert not scratch._lock(tmp_path) and not scratch._lock(tmp_path / "gone")
+    assert os.listdir("/proc/self/fd") == before
+    os.close(descriptor)
 
 
 def test_temporary_files_of_a_killed_script_go_at_the_next_start_and_those_of_a_running_one_stay(tmp_path):

@@ -50,7 +50,7 @@ class Contract:
 
     def __post_init__(self) -> None:
         if not self.fields or not all(isinstance(each, Field) for each in self.fields):
-            raise ContractError("it needs at least one field, of the kinds in pipeline.contract.contract")
+            raise ContractError("it needs at least one field, of the kinds in pipeline.contract")
         columns: dict[str, Field] = {}
         for each in self.fields:
             if any(each.name == other.name for other in columns.values()):
@@ -158,14 +158,12 @@ def load_readings(path: str) -> dict[str, Any]:
         raise
     except SyntaxError as error:
         raise PipelineError(f"{path} is not valid Python in line {error.lineno}: {error.msg}.") from error
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "common":
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "common":
             raise PipelineError(
                 f'{path} was written for an older version. Write "from pipeline.contract import …" instead of "from '
                 f'common.contract import …", with the same names.'
             ) from error
-        raise PipelineError(f"{path} imports {error.name}, which is not installed.") from error
-    except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         raise PipelineError(
             f"{path} fails in line {lines[-1] if lines else 1}: {type(error).__name__}: {error}."

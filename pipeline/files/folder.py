@@ -107,10 +107,15 @@ def paths_in(folder: str) -> Iterator[str]:
     for place, folders, names in os.walk(local_path(folder) or "", onerror=refuse):
         folders[:] = (name for name in folders if not is_draft(name))
         for name in folders:
-            if is_loop(os.path.join(place, name), folder):
+            path = os.path.join(place, name)
+            if is_loop(path, folder):
                 raise PipelineError(
-                    f"{os.path.join(place, name)} is a link that leads back to {folder}, where Spark would follow it round "
-                    f"and round. Remove it."
+                    f"{path} is a link that leads back to {folder}, where Spark would follow it round and round. Remove it."
+                )
+            if os.path.islink(path) and (further := next(links_in(path), None)):
+                raise PipelineError(
+                    f"{path} is a link to a folder with a further link, {further}, and Spark might follow such links without "
+                    f"end. Remove it."
                 )
         yield from (
             path for name in names if not is_draft(name) and not os.path.islink(path := os.path.join(place, name))

@@ -14,6 +14,7 @@ from pipeline.files.reading import away, files_in, find_multiline, is_there, rea
 from pipeline.files.taken import TakenFiles, is_draft, plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
 from pipeline.streaming.source import Backlog, Source, SourceAwayError
+from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import warn
 
 from py4j.protocol import Py4JJavaError
@@ -124,6 +125,11 @@ class FileSource(Source):
         files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
         folders = {os.path.dirname(plain(file.path)) for file in files}
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
+        if linked and self.options.archive:
+            raise PipelineError(
+                f"{min(linked)} is a link to a folder, or below one, and --archive would move the files there away unread. "
+                f"Remove the link."
+            )
         not_read = {
             file.path
             for file in files

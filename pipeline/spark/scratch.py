@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "pipeline-spark-"
@@ -31,7 +32,11 @@ def _lock(folder: Path) -> bool:
     """
     try:
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(number).st_uid == os.getuid()
     except OSError:
         return False
+    with suppress(BlockingIOError):
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(number).st_uid == os.getuid():
+            return True
+    os.close(number)  # there may be thousands of another user's
+    return False

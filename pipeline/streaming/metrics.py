@@ -10,6 +10,8 @@ from pipeline.terminal.messages import say
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
+CLIENT_SECONDS = 10  # a client that connects and asks for nothing must not keep a thread for longer
+
 
 class Metrics(NoMetrics):
     """Answers on http://HOST:PORT: /metrics with the figures, /healthz with 200 while the stream works, else 503."""
@@ -41,6 +43,7 @@ class Metrics(NoMetrics):
             raise PipelineError(
                 f"The metrics can't be served on {host}:{port}: {error.strerror}. Choose another --metrics-port."
             ) from error
+        server.RequestHandlerClass.timeout = CLIENT_SECONDS  # type: ignore[attr-defined]
         self.figures: Any = server.get_app()
         server.set_app(self._answer)
         say(f"Metrics: http://{host}:{port}/metrics")

@@ -1,4 +1,4 @@
-"""What a stream needs to know of its source, whatever it is."""
+"""The interface between a stream and its source."""
 
 from typing import Any, NamedTuple
 
@@ -10,11 +10,11 @@ from pyspark.sql import Column, DataFrame, SparkSession
 
 
 class SourceAwayError(PipelineError):
-    """The source does not answer, which may pass."""
+    """The source does not answer, perhaps only for a while."""
 
 
 class Backlog(NamedTuple):
-    """What is left to read: so many of the `kind`, of which the last batch had `of_batch`."""
+    """Records or files still to be read: `amount` of them, of this `kind`. The last batch read `of_batch` of them."""
 
     amount: int
     kind: str
@@ -22,63 +22,59 @@ class Backlog(NamedTuple):
 
 
 class Source:
-    """Where a stream's records come from: a topic (pipeline/kafka/source.py) or a folder
-    (streaming_files_to_delta_bronze.py).
+    """A stream's source: a topic (pipeline/kafka/source.py) or a folder (pipeline/files/source.py).
 
-    What a source does not say itself is right for one that always answers, keeps what it has, and gives its records in
-    the batch. `mode`: how it is read, as it is told to a user. A batch that was begun in one mode can't be repeated in
-    another.
+    The defaults suit a source that is always available, keeps its data, and delivers the records themselves in its batches.
+    `mode`: how the source is read, in words for the user. A batch that was begun in one mode can't be repeated in another.
     """
 
     mode: str
     knows_records = False  # by their origin
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
-        """The records of a micro-batch: `raw` and `ingest_time` for the contract, and what the tables have of their
-        origin.
-
-        A batch that is repeated gives the same records.
+        """Returns the records of a micro-batch: `raw` and `ingest_time` for the contract, and the columns that say where a record
+        came from. A repeated batch returns the same records.
         """
         return batch
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
-        """Says which records a micro-batch holds, which the checkpoint plans to go to `end`: two batches of one number
-        with the same contents hold the same records.
+        """Describes the records of a micro-batch that the checkpoint plans to end at `end`. If two batches have the same number
+        and the same description, they hold the same records.
         """
         return end
 
     def last_records(self) -> Column | None:
-        """What to observe of a batch's records (an aggregate, a string) so that a start can tell whether the source
-        still has them; None for nothing.
+        """An aggregate (a string) to observe over the records of a batch, from which a start can tell whether the source still has
+        them. None if there is nothing to observe.
         """
         return None
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
-        """What to note of the last records that were read, after a batch of which `last_records` were observed."""
+        """Returns the note about the last records read to keep after a batch, given the observed `last_records`."""
         return last_records
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
-        """The records for the quarantine where a second reading of a batch has accepted others than its first.
+        """Returns the records to quarantine when the second reading of a batch has accepted other records than the first.
 
-        `judged`: the records of the second reading, as `parse` gives them. `written`: where those came from that are in
-        one of the tables. Where the source `knows_records`, none of these is returned.
+        `judged`: the records of the second reading, as returned by `parse`. `written`: the origins of the records that are already
+        in one of the tables; a source that `knows_records` leaves these out.
         """
         return judged.where("reject_reason IS NOT NULL")
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        """The same after reading them has failed with `error`; raises it where there is no other way."""
+        """Like `read_batch`, after reading has failed with `error`. Raises `error` if there is no other way to read the batch."""
         raise error
 
     def identity(self) -> dict[str, str]:
-        """Table properties that identify the source; a recreated one has others. {} if it has none, or can't say."""
+        """Table properties that identify the source; they change when it is recreated. {} if it has none or can't tell."""
         return {}
 
     def require_same_source(
         self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]
     ) -> bool:
-        """Whether the source differs from the one in `written_from`, the properties of its table.
+        """Returns whether the source was recreated since `written_from`, the properties of its table, were set.
 
-        Raises PipelineError if what the old one still had would be lost, unless that was accepted.
+        Raises PipelineError if that would lose unread records and the loss was not accepted.
         """
         return False
 
@@ -91,56 +87,46 @@ class Source:
         checkpoint: str,
         last_records: str | None,
     ) -> str | None:
-        """Raises PipelineError if the source no longer has the records after the offsets `unread` of the checkpoint, up
-        to the end `planned` of a batch that was begun.
+        """Raises PipelineError if the source no longer has the records from the checkpoint's offsets `unread` to the end `planned`
+        of a batch that was begun.
 
-        Returns where a new checkpoint has to begin if this one can't go on, None if it can. `last_records`: what
-        `remember` gave last.
+        Returns where a new checkpoint has to begin if this one can't continue, else None. `last_records`: the latest result of
+        `remember`.
         """
         return None
 
     def require_read_records(self, spark: SparkSession) -> None:
-        """Raises PipelineError if the source no longer has the records that were read last before the running batch,
-        but others.
-        """
+        """Raises PipelineError if the records read last before the running batch have been replaced by others in the source."""
 
     def begin_at(self, place: str) -> None:
-        """Is told where a stream without a checkpoint begins: what `require_unread_records` has returned, or "" for the
-        beginning.
-        """
+        """Sets where a stream without a checkpoint begins: the result of `require_unread_records`, or "" for the beginning."""
 
     def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
-        """Removes from `tables` the records of a half-done batch, from `begin` to `end`, that the source has and a new
-        checkpoint reads.
+        """Deletes from `tables` the records of an unfinished batch, from `begin` to `end`, that the source still has and a new
+        checkpoint is going to read.
         """
 
     def explain(self, error: Exception) -> str | None:
-        """What to do about an error of the source that has ended the query; None for another error."""
+        """Returns what to do about an error of the source that has ended the query, or None for any other error."""
         return None
 
     def watch(self) -> None:
-        """Called twice a second while the query runs: for a source that has to look after something."""
+        """Called twice a second while the query runs, for sources that have something to monitor."""
 
     def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
-        """After the `error` that has ended the query: returns when it can go on, or `stopping` is set; else raises."""
+        """Returns when the stream can continue after the `error` that ended its query, or when `stopping` is set. Otherwise raises."""
         raise error
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
-        """Warns of what a user should know of a batch, of which records are in the table `quarantine` for these
-        `reasons`.
-        """
+        """Warns the user about a finished batch. `reasons`: why records were rejected; `quarantine`: the table that has them."""
 
     def commit_offsets(self, progress: dict[str, Any]) -> None:
-        """Tells the source how far the stream has come, after a batch of which Spark reports `progress`: for those who
-        look there.
-        """
+        """Reports the progress of the stream to the source, for other tools to see. `progress`: Spark's report of the last batch."""
 
     def lag(self, progress: dict[str, Any]) -> dict[int, int]:
-        """Records left to read after a batch of which Spark reports `progress`, by partition; {} if that is not known."""
+        """Records still to be read, by partition, after a batch for which Spark reports `progress`. {} if unknown."""
         return {}
 
     def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
-        """What is left to read after a batch of so many rows, of which Spark reports `progress`; None if that is not
-        known.
-        """
+        """The backlog after a batch of `rows` rows for which Spark reports `progress`. None if unknown."""
         return None

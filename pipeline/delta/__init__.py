@@ -1,1 +1,1 @@
-"""The Delta tables: their columns and properties, their log, their maintenance, and turns for their writers."""
+"""The Delta tables: columns, properties, log, maintenance, and the locks that make writers take turns."""

@@ -22,13 +22,13 @@ AGAIN = " again"  # after a stream's id in Delta's transactions: the other verdi
 
 
 class Commits:
-    """The commits of the table at the path `table`, whose newest version is `newest`."""
+    """The newest commits of the table at `path`, up to the version `newest`."""
 
     def __init__(self, spark: SparkSession, table: str, newest: int):
         self.table, self.newest, self.files = table, newest, FileSystem(spark, table)
 
     def actions(self, version: int) -> list[dict[str, Any]] | None:
-        """The entry of the log for a version, [] for one that is damaged; None if there is none (any more)."""
+        """The log entry of a version; [] if it is damaged, None if it does not exist (any more)."""
         text = self.files.read(f"{self.table}/_delta_log/{version:020}.json")
         try:
             return None if text is None else [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -36,7 +36,7 @@ class Commits:
             return []
 
     def contents_of(self, stream: str, batch_id: int) -> Any:
-        """The contents that `contents_note` has noted for a batch; None if no commit of the newest ones has them."""
+        """The contents recorded for a batch by `contents_note`; None if none of the newest commits has them."""
         for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             for action in self.actions(version) or ():
                 note = _parsed(action.get("commitInfo", {}).get("userMetadata"))
@@ -45,9 +45,7 @@ class Commits:
         return None
 
     def has_changed_rows_since(self, stream: str, batch_id: int) -> bool:
-        """Whether somebody has changed or removed rows of the table after the stream wrote this batch, one of the last,
-        to it.
-        """
+        """Whether anybody has changed or deleted rows since the stream wrote this recent batch to the table."""
         for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             actions = self.actions(version) or []
             if any(
@@ -61,7 +59,7 @@ class Commits:
         return False
 
     def damage(self) -> tuple[int, str]:
-        """The oldest damaged version among the newest commits, and the damage; (-1, "") if all are intact."""
+        """Returns the oldest damaged version among the newest commits, and a description; (-1, "") if all are intact."""
         found, removed = (-1, ""), set()
         for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             actions = self.actions(version)
@@ -81,16 +79,17 @@ class Commits:
         return found
 
     def path(self, name: str) -> str:
-        """The path of a data file, whose name is that in the log."""
+        """The path of a data file, given its name in the log."""
         return unquote(name) if "://" in name or name.startswith("/") else f"{self.table}/{unquote(name)}"
 
 
 def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream: str | None, batches: range) -> None:
-    """Renames the newest commits of a table of this machine if a power cut has come before the disk had all of them.
+    """Renames the newest commits of a local table if a power cut came before all of their files had reached the disk. The table
+    is then as it was before those commits.
 
-    That leaves the table as it was before them. `relied_on`: the version that the checkpoint counts on; it and older
-    ones stay, and so do all if one of them is not of these `batches` of the `stream`, which are written again. If
-    `relied_on` is not known (None), only a cut commit that was to create the table is renamed.
+    `relied_on`: the version that the checkpoint depends on. It stays, and so do older versions. No commit is renamed unless
+    all of them belong to these `batches` of the `stream`, which will be written again. If `relied_on` is None (unknown), only
+    an incomplete commit that was to create the table is renamed.
     """
     log = Path(local_path(table) or "", "_delta_log")
     while local_path(table) and log.is_dir():
@@ -118,7 +117,7 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream
 
 
 def _is_written_again(actions: list[dict[str, Any]] | None, stream: str | None, batches: range) -> bool:
-    """Whether a commit is of one of these batches, or has changed no rows, or can't be read."""
+    """Whether a commit belongs to one of these batches, changed no rows, or can't be read."""
     transactions = [action["txn"] for action in actions or () if "txn" in action]
     changes = [action[kind] for action in actions or () for kind in ("add", "remove") if kind in action]
     return not any(change.get("dataChange", True) for change in changes) or any(
@@ -127,12 +126,12 @@ def _is_written_again(actions: list[dict[str, Any]] | None, stream: str | None, 
 
 
 def contents_note(stream: str, batch_id: int, contents: dict[str, Any]) -> str:
-    """The note in a commit that says which records a batch holds."""
+    """The note in a commit that describes the records of a batch."""
     return json.dumps({"stream": stream, "batch": batch_id, "contents": contents})
 
 
 def _parsed(note: str | None) -> dict[str, Any]:
-    """A note of this pipeline; {} for any other."""
+    """The note as a dict; {} if it is not one of this pipeline."""
     try:
         parsed = json.loads(note or "{}")
     except ValueError:
@@ -141,9 +140,7 @@ def _parsed(note: str | None) -> dict[str, Any]:
 
 
 def sync_commits(spark: SparkSession, table: str, versions: Iterable[int]) -> None:
-    """Returns once the disk has all that these versions of a table have written; does nothing for another store than
-    this machine.
-    """
+    """Syncs everything that these versions of a local table have written. Does nothing for other stores."""
     folder = local_path(table)
     if folder is None:
         return

@@ -1,4 +1,4 @@
-"""Writers of one table take turns on a local disk, and a conflict between writers elsewhere is retried."""
+"""Locks that make the writers of a table on a local disk take turns, and retries after conflicts elsewhere."""
 
 import fcntl
 import os
@@ -43,13 +43,13 @@ _released_at = float("-inf")  # when this process last released a lock
 
 @contextmanager
 def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
-    """Keeps other writers away from the table at the path `table` while it lasts; waits for one that is at work.
+    """Locks the table at the path `table` against other writers; waits while another writer has the lock.
 
-    On a local disk, Delta checks that the next version is absent and then renames its commit to it. Two processes that
-    do so at the same moment both succeed, and the second commit replaces the first. Hold the lock for a whole
-    operation, not only for its commit: VACUUM removes files that were written long ago and not yet committed.
+    On a local disk, Delta checks that the next version does not exist, and then renames its commit to that version. If two
+    processes do so at the same moment, both succeed and the second commit replaces the first. Hold the lock for a whole
+    operation, not only for its commit, because VACUUM deletes files that were written earlier and are not committed yet.
 
-    Raises Stopped if `stopping` is set meanwhile. A table that is not there, or is in another store (`s3a://…`), is not
+    Raises Stopped if `stopping` is set while waiting. A table that does not exist, or is in another store (`s3a://…`), is not
     locked.
     """
     global _released_at
@@ -73,10 +73,10 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
 
 
 def _locked_folder(table: str) -> int | None:
-    """The table's folder, opened and locked; -1 if it can't be on this machine, None if another writer has the lock.
+    """Returns the table's folder, opened and locked; -1 if it can't be on this machine, None if another writer has the lock.
 
-    The lock is on the folder itself, not on a file: it is the same by whatever path the table is named, needs no
-    permission to write, and does not recreate a table that was deleted. The kernel removes it when the process dies.
+    The lock is on the folder itself and not on a file in it. It is therefore independent of the path by which the table is
+    named, requires no write permission, and does not recreate a deleted table. The kernel releases it when the process ends.
     """
     place = local_path(table)
     if place is None:
@@ -108,7 +108,7 @@ def _lock_error(table: str, error: OSError) -> PipelineError:
 
 
 def with_retries(write: Callable[[], Result]) -> Result:
-    """The result of `write`, which is called again if it conflicts with another writer's commit."""
+    """Returns the result of `write`, and calls it again if it conflicts with another writer's commit."""
     for attempt in range(1, MAX_ATTEMPTS):
         try:
             return write()

@@ -12,14 +12,13 @@ from pyspark.sql import DataFrame, SparkSession
 
 
 def _delta_log(spark: SparkSession, table: str) -> Any:
-    """Delta's own view of a table. Its public API does not have the number of a stream's last batch."""
+    """Delta's internal view of a table. The public API does not expose the last batch written by a stream."""
     return _java(spark).org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table)
 
 
 def version_and_last_batch(spark: SparkSession, table: str, stream: str | None) -> tuple[int, int]:
-    """The version of a table, and the number of the last batch that `stream` has written to it, or -1.
-
-    What this session knows of the table, as its only writer: its log is not listed again.
+    """The version of a table, and the last batch that `stream` has written to it (-1 for none), as far as this session knows. It
+    is the only writer, so the log is not listed again.
     """
     snapshot = _delta_log(spark, table).unsafeVolatileSnapshot()
     last_batch = snapshot.transactions().get(stream)
@@ -27,8 +26,8 @@ def version_and_last_batch(spark: SparkSession, table: str, stream: str | None) 
 
 
 class Commit(NamedTuple):
-    """A version of a table: Delta's name for its operation, whether that has removed or restored rows, and the rows
-    that it has added in these `files`. Files that were merged are none of both.
+    """A version of a table: Delta's name for the `operation`, whether it has deleted or restored rows, and the `rows` it has added
+    in these `files`. Files that were merely merged count as neither.
     """
 
     version: int
@@ -39,17 +38,17 @@ class Commit(NamedTuple):
 
 
 def newest_state(spark: SparkSession, table: str) -> tuple[str, int]:
-    """The id of a table, which a recreated one has not, and its version, both as its log is now."""
+    """The current id of a table (which changes when it is recreated) and its current version."""
     none = _java(spark).scala.Option.empty()
     snapshot = _delta_log(spark, table).update(False, none, none)
     return snapshot.metadata().id(), snapshot.version()
 
 
 def commits_of(spark: SparkSession, table: str, first: int, last: int) -> Iterator[Commit]:
-    """Those of the versions `first` to `last` of a table that its log still has, in order, after `newest_state`.
+    """Yields the versions from `first` to `last` that the table's log still has, in order. Call `newest_state` first.
 
-    Delta's public ways to the rows of a commit are the change data feed, which the table would have to write, and a
-    streaming read, which can't begin right after a version and ends when somebody changes rows.
+    Delta has two public ways to read the rows of a commit: the change data feed, which the table would have to write, and a
+    streaming read, which can't begin right after a given version and ends when somebody changes rows.
     """
     java, log = _java(spark), _delta_log(spark, table)
     changes = log.getChanges(first, last, java.scala.Option.empty(), False)
@@ -82,12 +81,14 @@ def commits_of(spark: SparkSession, table: str, first: int, last: int) -> Iterat
 
 
 def files_of(spark: SparkSession, table: str) -> DataFrame:
-    """The files of a table with their statistics, from its log: DeltaTable.detail() only counts them."""
+    """The files of a table with their statistics, from its log. DeltaTable.detail() only counts them."""
     return DataFrame(_delta_log(spark, table).unsafeVolatileSnapshot().allFiles().toDF(), spark)
 
 
 def remove_old_log_entries(spark: SparkSession, table: str) -> None:
-    """Delta itself removes them by the day, which at a batch every two seconds is too coarse: 43,200 commits."""
+    """Removes log entries that have expired. Delta's own clean-up works in whole days, which is too coarse for a batch every two
+    seconds (43,200 commits).
+    """
     log, none = _delta_log(spark, table), _java(spark).scala.Option.empty()
     by_the_minute = _java(spark).org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
     log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), none, none, by_the_minute)

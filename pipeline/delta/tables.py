@@ -1,4 +1,4 @@
-"""The pipeline's tables: their places, their columns, and what keeps them healthy."""
+"""The pipeline's tables: columns, properties, creation and maintenance."""
 
 import os
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ MODE = "pipeline.source.mode"
 
 @dataclass(frozen=True)
 class TablePair:
-    """A table at the path `table` and its quarantine beside it, with their columns: names and types of SQL.
+    """The table at the path `table` and its quarantine, with their columns (SQL names and types).
 
     `origin`: the columns that say where a row came from.
     """
@@ -53,9 +53,7 @@ class TablePair:
 
     @contextmanager
     def write_lock(self, stopping: StopFlag, create: bool = False) -> Iterator[None]:
-        """Keeps other writers away from both tables (pipeline/delta/locks.py). `create`: makes the folders of new ones
-        first.
-        """
+        """Locks both tables against other writers (pipeline/delta/locks.py). `create`: creates their folders first."""
         for path in filter(None, map(local_path, (self.quarantine, self.table))):
             if create:
                 os.makedirs(path, exist_ok=True)
@@ -87,8 +85,8 @@ def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:
 
 
 def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str]) -> None:
-    """Creates the Delta table at `path` with `columns` for the stream that the properties `owner` name, or takes over
-    one that has no writer any more. Raises PipelineError if the table is another stream's.
+    """Creates the Delta table at `path` for the stream named by the properties `owner`, or takes over a table that no longer has a
+    writer. Raises PipelineError if the table belongs to another stream.
     """
     files, log = FileSystem(spark, path), f"{path}/_delta_log"
     if not any(name[0].isdecimal() for name in files.names_in(log)):
@@ -113,10 +111,9 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
 
 
 def add_missing_columns(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
-    """Adds to the table at `path` those of `columns` that it lacks; older rows have null there.
+    """Adds the `columns` that the table at `path` lacks; they are null in older rows.
 
-    A column that is no longer among them stays, and is null in newer rows. Raises PipelineError if one has another
-    type.
+    A column that is no longer listed stays, and is null in newer rows. Raises PipelineError if a column has another type.
     """
     there = {name.lower(): kind.upper() for name, kind in spark.read.format("delta").load(path).dtypes}
     for name, kind in columns.items():
@@ -137,13 +134,13 @@ def set_properties(spark: SparkSession, path: str, properties: dict[str, str]) -
 
 
 def clean_up(spark: SparkSession, path: str) -> None:
-    """Removes what the table at `path` no longer needs for time travel: old data files and old entries of its log."""
+    """Deletes data files and log entries of the table at `path` that time travel no longer needs."""
     spark.sql(f"VACUUM {as_identifier(path)}")
     remove_old_log_entries(spark, path)
 
 
 def time_travel(spark: SparkSession, path: str) -> str:
-    """How far back the table at `path` can be read, such as "2 hours"."""
+    """How far back the table at `path` can be read, for example "2 hours"."""
     properties = properties_of(spark, path) or {}
     return properties.get("delta.deletedFileRetentionDuration", "interval 1 week").removeprefix("interval ")
 
@@ -157,5 +154,5 @@ def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:
 
 
 def as_identifier(path: str) -> str:
-    """The table at `path` as SQL names it."""
+    """The SQL identifier of the table at `path`."""
     return "delta.`" + path.replace("`", "``") + "`"

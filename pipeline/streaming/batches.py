@@ -1,4 +1,4 @@
-"""The batches of a query: written by the query's thread, reported by the script's, a line for each."""
+"""The batches of a query: written on the query's thread, reported on the script's thread, one line each."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ MAX_REASONS, MAX_FIELDS = 3, 10  # in the line of a batch
 
 
 class Batches:
-    """The batches that one query writes."""
+    """The batches written by one query."""
 
     def __init__(self, writer: TableWriter, stopping: StopFlag, metrics: NoMetrics):
         self.writer, self.stopping, self.metrics = writer, stopping, metrics
@@ -45,11 +45,11 @@ class Batches:
                 self.begun = float("inf")
 
     def running_for(self) -> float:
-        """Seconds for which a batch has been written by now; less than 0 for none."""
+        """Seconds since the running batch began; negative if no batch is running."""
         return time.monotonic() - self.begun
 
     def report(self, query: StreamingQuery) -> None:
-        """Prints the lines of the batches that are done since the last time."""
+        """Prints a line for each batch that has finished since the last call."""
         newest = None
         for progress in done_in(query) if self.reports else ():
             batch = self.reports.pop(progress["batchId"], None)
@@ -62,7 +62,7 @@ class Batches:
             self.writer.source.commit_offsets(newest)
 
     def wait_for_commit(self, query: StreamingQuery, seconds: float = 5) -> None:
-        """Lets the running batch end, and gives the query time to note in the checkpoint that it is done."""
+        """Waits for the running batch to end, and for the query to mark it as done in the checkpoint."""
         with self.lock:
             deadline = time.monotonic() + seconds
         while self.reports and query.isActive and time.monotonic() < deadline:
@@ -71,12 +71,12 @@ class Batches:
 
 
 def done_in(query: StreamingQuery) -> list[dict[str, Any]]:
-    """What Spark reports of the last batches, less looks that found nothing: they have the number of the next batch."""
+    """Spark's progress reports of the latest batches. Reports of idle triggers are left out: they carry the next batch's number."""
     return [progress for progress in query.recentProgress if "addBatch" in progress["durationMs"]]
 
 
 def batch_line(report: BatchReport, progress: dict[str, Any], left: Backlog | None) -> str:
-    """What is printed of a batch. `left`: what was not read yet."""
+    """The line printed for a batch. `left`: the backlog after it."""
     rejected = {reason: rows for reason, rows in report.rows.items() if reason}
     most_frequent = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:MAX_REASONS]
     reasons = ", ".join(f"{reason} {rejected[reason]:,}" for reason in most_frequent)

@@ -1,4 +1,4 @@
-"""A stream's checkpoint: one process at a time, and only with the tables that belong to it."""
+"""A stream's checkpoint: used by one process at a time, and only together with its own tables."""
 
 import argparse
 import hashlib
@@ -45,10 +45,10 @@ READ_AGAIN = "read all that is still there into a new --table with a new --check
 
 @contextmanager
 def lock_checkpoint(path: str) -> Iterator[None]:
-    """Keeps the checkpoint at `path` from other processes of this machine. PipelineError if one of them has it.
+    """Locks the checkpoint at `path` against other processes of this machine. Raises PipelineError if it is locked already.
 
-    In another store (`s3a://…`) there is no such lock: Spark lets one of the two write a batch into the checkpoint, and
-    the other fails. A store that can't rename in one step lets both, if they write at the same moment.
+    Other stores (`s3a://…`) have no such lock: Spark lets only one of two streams write a batch into the checkpoint, and the
+    other fails. In a store without atomic rename, both may succeed if they write at the same moment.
     """
     local = local_path(path)
     if local is None:
@@ -71,9 +71,7 @@ def lock_checkpoint(path: str) -> Iterator[None]:
 
 
 def require_separate_places(options: argparse.Namespace) -> None:
-    """PipelineError if the stream has a folder in a table, whose clean-up would delete it. Other stores are not looked
-    at.
-    """
+    """Raises PipelineError if the stream uses a folder inside a table, where VACUUM would delete it. Checks local paths only."""
     ours = {
         os.path.realpath(table) for table in map(local_path, (options.table, quarantine_of(options.table))) if table
     }
@@ -101,9 +99,8 @@ def in_use_message(path: str) -> str:
 
 
 class Checkpoint:
-    """What Spark has noted in the checkpoint at `path`, on any file system that Spark reaches.
-
-    `last_done`: the newest batch that is done when this is made; -1 for none.
+    """Spark's checkpoint at `path`, on any file system that Spark supports. `last_done`: the newest batch that was done when this
+    object was created, or -1.
     """
 
     def __init__(self, spark: SparkSession, path: str):
@@ -112,29 +109,29 @@ class Checkpoint:
         self.last_done = self._newest("commits")
 
     def id(self) -> str | None:
-        """The id of the stream, by which Delta knows its batches; None for a checkpoint that is not there yet."""
+        """The id of the stream, under which Delta records its batches; None if there is no checkpoint yet."""
         metadata = self.files.read(f"{self.path}/{ID}")
         return None if metadata is None else self._parse(metadata, ID)["id"]
 
     def last_begun(self) -> int:
-        """The newest batch that has begun, which settles what it reads; -1 for none."""
+        """The newest batch that has begun, and whose contents are therefore fixed; -1 if there is none."""
         return self._newest("offsets")
 
     def _newest(self, folder: str) -> int:
         return max((int(name) for name in self.files.names_in(f"{self.path}/{folder}") if name.isdecimal()), default=-1)
 
     def drop_cut_id(self) -> None:
-        """Removes the stream's id if a power cut left it empty. It is synced before the tables are created, so nothing
-        refers to it.
+        """Deletes the stream's id if a power cut left it empty. Nothing can refer to it then, because the id is synced before the
+        tables are created.
         """
         if self.last_done < 0 and ID in self.files.names_in(self.path):
             self._drop_cut(ID)
 
     def drop_cut_entries(self, written: int) -> None:
-        """Removes the newest entries where a power cut has left no whole one, so that Spark begins their batch again.
+        """Deletes the newest entries that a power cut left incomplete, so that Spark begins their batch again.
 
-        `written`: the last batch in the tables. Its own plan was synced before the write, so only the entry that marks
-        it as done, or the plan of a later batch, can be cut.
+        `written`: the last batch in the tables. Its plan was synced before it was written, so only the entry that marks it as
+        done, or the plan of a later batch, can be incomplete.
         """
         while self.last_done >= 0 and self._drop_cut(f"commits/{self.last_done}"):
             self.last_done -= 1
@@ -161,9 +158,7 @@ class Checkpoint:
             self._drop_cut(f"sources/0/{newest}")  # of files whose batch was not planned yet
 
     def _has_too_many_patterns(self, file: str) -> bool:
-        """Whether an entry of the file log has more files with wildcards in their names than Spark can list; see
-        `MAX_PATTERNS`.
-        """
+        """Whether an entry of the file log has more files with wildcards in their names than Spark can list (`MAX_PATTERNS`)."""
         entries = [json.loads(line) for line in (self.files.read(f"{self.path}/{file}") or "").split("\n")[1:]]
         # and none of Kafka, whose entry is by topic
         files = [entry for entry in entries if {"path", "batchId"} <= entry.keys()]
@@ -171,9 +166,7 @@ class Checkpoint:
         return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS**2
 
     def _is_whole(self, file: str) -> bool:
-        """Whether one of Spark's files is complete: a version line, which only the stream's id lacks, and lines of
-        JSON.
-        """
+        """Whether one of Spark's files is complete: a version line (which only the stream's id lacks) followed by lines of JSON."""
         # with which Kafka's sources/0/0 begins
         text = (self.files.read(f"{self.path}/{file}") or "").removeprefix("\0")
         lines = text.strip("\n").split("\n")
@@ -192,11 +185,11 @@ class Checkpoint:
         return True
 
     def unread(self) -> dict[str, Any]:
-        """Where the next batch begins, the end of the last one that is done, as its source writes it; {} at the start."""
+        """Where the next batch begins (the end of the last batch that is done), in the source's format; {} at the start."""
         return self.end_of(self.last_done)
 
     def end_of(self, batch_id: int) -> dict[str, Any]:
-        """Where a batch ends, as its source writes it; {} for a batch that was not begun."""
+        """Where a batch ends, in the source's format; {} for a batch that was not begun."""
         file = f"offsets/{batch_id}"
         text = self.files.read(f"{self.path}/{file}")
         if text is None and (batch_id > self.last_done or batch_id < 0):
@@ -214,8 +207,8 @@ class Checkpoint:
             raise PipelineError(damaged_message(self.path, f"{file} is not JSON")) from None
 
     def last_batch(self) -> dict[str, Any]:
-        """The note that `write_last_batch` has written; {} for none, and for one of an earlier batch, since which a
-        version without such notes has run.
+        """The latest note of `write_last_batch`. {} if there is none, or if it is about an earlier batch, because a version without
+        such notes has run since.
         """
         try:
             note = json.loads(self.files.read(f"{self.path}/{LAST_BATCH}") or "{}")
@@ -224,9 +217,7 @@ class Checkpoint:
         return note if note.get("batch", 0) in (self.last_done, self.last_done + 1) else {}
 
     def write_last_batch(self, note: dict[str, Any]) -> None:
-        """Stores the facts about a batch, before Spark marks the batch as done; before the first one only the tables'
-        `versions`.
-        """
+        """Stores facts about a batch before Spark marks it as done; before the first batch, only the tables' `versions`."""
         file, local = f"{self.path}/{LAST_BATCH}", local_path(self.path)
         if local is None:
             self.files.write(file, json.dumps(note))
@@ -234,16 +225,14 @@ class Checkpoint:
             durable.replace(f"{local}/{LAST_BATCH}", json.dumps(note))
 
     def sync(self, batch_id: int, end: dict[str, Any]) -> None:
-        """Returns once the disk has what Spark has written by the start of a batch, which is to go to `end`; does
-        nothing for another store than this machine.
-        """
+        """Syncs the files that Spark wrote when it began a batch that ends at `end`. Does nothing for other stores."""
         if (local := local_path(self.path)) is not None:
             files = f"sources/0/{end.get('logOffset', 0)}"  # a folder's names of files
             written = (ID, f"commits/{batch_id - 1}", f"offsets/{batch_id}", files, f"{files}.compact")
             durable.sync(f"{local}/{file}" for file in written)
 
     def set_aside(self) -> str:
-        """Renames the checkpoint, so that the stream starts over; returns its new path."""
+        """Renames the checkpoint, so that the stream starts over, and returns its new path."""
         aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
         if not self.files.rename(self.path, aside):
             raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do it, then start again.")
@@ -251,8 +240,8 @@ class Checkpoint:
 
 
 def _goes_back(begin: Any, end: Any) -> bool:
-    """Whether a batch from `begin` to `end`, as its source writes them, ends before it begins or lacks a partition: for
-    a moment, Kafka has told an old copy of itself.
+    """Whether a batch from `begin` to `end` (in the source's format) ends before it begins, or lacks a partition, because Kafka
+    has briefly reported stale offsets.
     """
     if isinstance(begin, dict):
         return any(
@@ -263,8 +252,8 @@ def _goes_back(begin: Any, end: Any) -> bool:
 
 @dataclass(frozen=True)
 class Start:
-    """The result of the start checks: the stream's `checkpoint` and, as table properties, the `identity` of its source
-    and the contract and mode that it is `read_by`.
+    """The result of the start checks: the stream's `checkpoint`, the `identity` of its source, and the contract and mode that it
+    is `read_by`, the latter two as table properties.
     """
 
     checkpoint: Checkpoint
@@ -275,11 +264,10 @@ class Start:
 def check_start(
     spark: SparkSession, source: Source, tables: TablePair, contract: Contract, checkpoint_path: str
 ) -> Start:
-    """Makes sure that checkpoint, tables, source and contract belong together, and that the tables have the contract's
-    columns.
+    """Checks that checkpoint, tables, source and contract belong together, and that the tables have the contract's columns.
 
-    Raises PipelineError if going on would lose records (a checkpoint that has read them, tables that don't have them)
-    or write them twice.
+    Raises PipelineError if continuing would lose records (read according to the checkpoint, but not in the tables) or write
+    them twice.
     """
     checkpoint = Checkpoint(spark, checkpoint_path)
     checkpoint.drop_cut_id()
@@ -314,8 +302,8 @@ def check_start(
 
 
 def _last_written(spark: SparkSession, checkpoint: Checkpoint, properties: dict[str, dict[str, str] | None]) -> int:
-    """The last batch in one of the tables, by their `properties`. After a power cut, the quarantine may have one that
-    the table lacks.
+    """The last batch in either table, given their `properties`. After a power cut, the quarantine may have a batch that the table
+    lacks.
     """
     return max(
         (
@@ -336,8 +324,9 @@ def _start_over(
     begin: dict[str, Any],
     changed: dict[str, str],
 ) -> Checkpoint:
-    """Sets the checkpoint aside and frees its tables for a new one, which is returned. `begin`: of the batch that is
-    not done; `changed`: further properties of the table.
+    """Sets the checkpoint aside and frees its tables for a new one, which it returns.
+
+    `begin`: where the unfinished batch begins. `changed`: further properties for the table.
     """
     if properties[tables.table] is None:  # nothing was written yet
         if properties[tables.quarantine] is not None:
@@ -361,9 +350,7 @@ def _start_over(
 def _finish_starting_over(
     spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, dict[str, str] | None]
 ) -> Checkpoint:
-    """Frees the quarantine and sets the checkpoint aside if the table no longer is theirs; returns the checkpoint to go
-    on with.
-    """
+    """Frees the quarantine and sets the checkpoint aside if the table no longer belongs to them. Returns the checkpoint to use."""
     of_table, of_quarantine = properties[tables.table] or {}, properties[tables.quarantine]
     if of_table.get(WRITER) != NO_WRITER or REPLACED not in of_table:
         return checkpoint
@@ -383,7 +370,7 @@ def _set_aside(spark: SparkSession, checkpoint: Checkpoint) -> Checkpoint:
 def _check_tables(
     spark: SparkSession, checkpoint: Checkpoint, found: dict[str, dict[str, str] | None], tables: TablePair
 ) -> None:
-    """`found`: the properties of both tables, None for one that is not there."""
+    """`found`: the properties of both tables, None for a table that does not exist."""
     for table, properties in found.items():
         if properties is None and checkpoint.last_done >= 0:
             raise PipelineError(
@@ -418,8 +405,8 @@ def _check_tables(
 
 
 def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
-    """Raises PipelineError if a table, the stream's `table` or `quarantine` by its `role`, has lost one of its newest
-    commits or files, or has the last batch from another checkpoint.
+    """Raises PipelineError if a table has lost one of its newest commits or files, or has its last batch from another
+    checkpoint. `role`: `table` or `quarantine`.
     """
     _, damage = commits.damage()
     if damage:
@@ -443,9 +430,7 @@ def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
 
 
 def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: int, contents: dict[str, Any]) -> None:
-    """Raises PipelineError if the table has a batch of this number that holds something else: a copy of the checkpoint
-    has written it.
-    """
+    """Raises PipelineError if the table has a batch with this number but other contents, written by a copy of the checkpoint."""
     if commits.contents_of(checkpoint.id() or "", batch_id) not in (None, contents):
         raise PipelineError(
             f"The batch {batch_id} in {commits.table} holds other records than in the checkpoint {checkpoint.path}, of "
@@ -457,10 +442,10 @@ def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: in
 def _fit_table(
     spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str], start: Start
 ) -> None:
-    """Brings the table, which has these `properties`, to the contract's columns.
+    """Adapts the table, which has these `properties`, to the contract's columns.
 
-    Raises PipelineError if it can't, or if a batch was half written and is now read by another contract or in another
-    mode: some of its records would then be in both tables, or in none.
+    Raises PipelineError if that is impossible, or if a batch is only partly written and would now be read with another
+    contract or in another mode: some of its records would end up in both tables, or in none.
     """
     is_changed = any(properties.get(name, value) != value for name, value in start.read_by.items())
     if (

@@ -1,4 +1,4 @@
-"""A stream's figures for Prometheus, and whether it works, over HTTP: `--metrics-port`."""
+"""A stream's metrics for Prometheus and its health check, served over HTTP (`--metrics-port`)."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ CLIENT_SECONDS = 10  # a client that connects and asks for nothing must not keep
 
 
 class Metrics(NoMetrics):
-    """Answers on http://HOST:PORT: /metrics with the figures, /healthz with 200 while the stream works, else 503."""
+    """Serves http://HOST:PORT/metrics, and /healthz, which returns 200 while the stream is running and 503 otherwise."""
 
     def __init__(self, host: str, port: int):
         self.works, self.newest_at = False, 0.0

@@ -1,4 +1,4 @@
-"""Running a stream: a clean stop, a line per batch, a sentence for what ends it."""
+"""Running a stream: a clean stop, a line per batch, and a clear message for every error that ends it."""
 
 import argparse
 import os
@@ -45,11 +45,11 @@ MAX_SET_BACK_SECONDS = 10  # seconds that the clock may go backwards, for which 
 
 
 class ClockSetBackError(Exception):
-    """The query would do nothing until the clock shows again what it has shown before."""
+    """The clock was set back. Spark would start no batch until it has caught up."""
 
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
-    """The options that both streams have: --readings, --table, --checkpoint, --trigger, --once, --metrics-port."""
+    """Adds the options of both streams: --readings, --table, --checkpoint, --trigger, --once, --metrics-port."""
     add_readings_option(parser)
     parser.add_argument(
         "--table",
@@ -89,7 +89,7 @@ def _interval(value: str) -> str:
 
 
 def trigger_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The trigger that the options of `add_stream_options` ask for."""
+    """The trigger for the options added by `add_stream_options`."""
     return AVAILABLE_NOW if options.once else {"processingTime": options.trigger}
 
 
@@ -101,10 +101,10 @@ def run_until_stopped(
     contract: Contract,
     options: argparse.Namespace,
 ) -> None:
-    """Runs `streams` of `source`, each with its trigger, into `tables`, one after the other, until the last ends or a
-    signal comes: then the running batch is finished. If the source stops answering, it waits for it and goes on.
+    """Runs the `streams` of `source`, each with its trigger, one after the other, into `tables`.
 
-    Raises PipelineError if it can't start or can't go on.
+    Returns when the last stream ends, or after the running batch when a signal arrives. If the source stops answering, waits
+    and continues. Raises PipelineError if the stream can't start or continue.
     """
     stopping = StopFlag()
     on_stop_signal(stopping.set)
@@ -172,9 +172,9 @@ def run_query(
     stopping: StopFlag,
     metrics: NoMetrics,
 ) -> tuple[int, Exception | None]:
-    """Runs the query until it is done or `stopping` is set: the number of batches, and the error that ended it before.
+    """Runs the query until it ends or `stopping` is set. Returns the number of batches, and the error that ended the query early.
 
-    Prints a line for each batch that has taken in records.
+    Prints a line for each batch with records.
     """
     batches = Batches(writer, stopping, metrics)
     try:
@@ -211,7 +211,7 @@ def run_query(
 
 
 def explain(error: Exception, table: str, checkpoint: str) -> str | None:
-    """What to do about an error of the checkpoint, of the tables or of their file systems; None for another error."""
+    """Returns what to do about an error of the checkpoint, the tables or their file systems; None for any other error."""
     message = first_line(root_cause(error))
     if java_class(error) == OUT_OF_MEMORY:
         return (
@@ -249,7 +249,7 @@ def unreadable_folder_message(folder: str) -> str:
 
 
 def _existing(path: str) -> str:
-    """The path, or the nearest folder above it that is there."""
+    """The path itself, or its nearest parent folder that exists."""
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return path

@@ -1,4 +1,4 @@
-"""Writing a micro-batch of a stream: each record into a table or its quarantine, exactly once."""
+"""Writing a micro-batch: every record to the table or to its quarantine, exactly once."""
 
 import json
 from collections.abc import Iterator
@@ -33,9 +33,11 @@ OBSERVATION_SECONDS = 60  # seconds after a batch was written
 
 
 class BatchReport(NamedTuple):
-    """What became of a batch: rows by reject_reason (None: accepted), how many of those accepted had fields that the
-    contract does not name, and which, the newest of their times (microseconds since 1970; None without one), and what
-    the source wants to remember of the last records.
+    """The outcome of a batch.
+
+    `rows`: row counts by reject_reason (None: accepted). `with_unknown`: accepted records with fields outside the contract;
+    `unknown`: the names of those fields. `newest`: the latest of the records' times (microseconds since 1970), None without
+    one. `last_records`: what the source observed of the last records.
     """
 
     rows: dict[str | None, int]
@@ -46,17 +48,17 @@ class BatchReport(NamedTuple):
 
 
 class NoMetrics:
-    """Metrics that nobody asks for; pipeline/streaming/metrics.py has the others, and needs a library for them."""
+    """No-op metrics, used without `--metrics-port`. pipeline/streaming/metrics.py has the real ones, which need a library."""
 
     def working(self, works: bool) -> None:
-        """Whether the query runs."""
+        """Records whether the query is running."""
 
     def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[int, int]) -> None:
-        """A batch with records, of which Spark reports `progress`; `lag`: records left to read, by partition."""
+        """Records a batch for which Spark reports `progress`. `lag`: records still to be read, by partition."""
 
 
 class TableWriter:
-    """Writes each micro-batch of `source` to `tables`, by the contract: every record to one of the two, exactly once."""
+    """Writes the micro-batches of `source` to `tables`, as the contract decides: every record to one of the two, exactly once."""
 
     def __init__(self, tables: TablePair, contract: Contract, source: Source, start: Start):
         self.tables, self.contract, self.source, self.start = tables, contract, source, start
@@ -64,7 +66,7 @@ class TableWriter:
         self.synced: dict[str, int] = {}  # up to these versions of them the disk has all
 
     def write(self, batch: DataFrame, batch_id: int, stream: str) -> BatchReport:
-        """Writes one batch of the query with the id `stream`."""
+        """Writes one batch of the query whose id is `stream`."""
         spark, tables, checkpoint = batch.sparkSession, self.tables, self.start.checkpoint
         end = checkpoint.end_of(batch_id)
         checkpoint.sync(batch_id, end)
@@ -112,14 +114,14 @@ class TableWriter:
         return report
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
-        """The versions of the tables, once the disk has them."""
+        """Returns the versions of both tables after syncing them to the disk."""
         return {
             "table": self._sync(spark, self.tables.table, stream),
             "quarantine": self._sync(spark, self.tables.quarantine, stream),
         }
 
     def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
-        """Returns the version of a table once the disk has it."""
+        """Returns the version of a table after syncing it to the disk."""
         version, _ = version_and_last_batch(spark, table, stream)
         # an earlier process may have been killed before it came here
         first = self.synced.get(table, version - NEWEST_COMMITS) + 1
@@ -138,10 +140,10 @@ class TableWriter:
     def _write_accepted(
         self, records: DataFrame, batch_id: int, stream: str, contents: dict[str, Any]
     ) -> tuple[BatchReport, tuple[bool, DataFrame] | None]:
-        """Appends the valid ones of `records` to the table, unless the batch is there already.
+        """Appends the valid `records` to the table, unless the batch is already there.
 
-        Returns the report, and what `_rejected` does. One pass over the records finds all of that: what is rejected is
-        little as a rule, and kept in memory.
+        Returns the report and the result of `_rejected`. A single pass over the records does all of this: few records are
+        rejected as a rule, and they are kept in memory.
         """
         spark = records.sparkSession
         cores = spark.sparkContext.defaultParallelism
@@ -172,8 +174,8 @@ class TableWriter:
         return self._report(found, judged), self._rejected(judged, found, of_table)
 
     def _accepted(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
-        """How many of the batch's records are in the table, and their fingerprint; unless that `is_compared`, by this
-        reading.
+        """Returns how many of the batch's records are in the table, and their fingerprint. Reads the table only if `is_compared`;
+        otherwise the figures of this reading are those of the table.
         """
         if not is_compared:
             return found["accepted"], found["fingerprint"]
@@ -192,10 +194,10 @@ class TableWriter:
     def _rejected(
         self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]
     ) -> tuple[bool, DataFrame] | None:
-        """The rejected records as the quarantine takes them, and whether they are others than those of an earlier
-        reading; None for none.
+        """Returns whether the rejected records differ from those of an earlier reading, and the records with the quarantine's
+        columns; None if there are none.
 
-        `found`: the figures of a reading; `of_table`: `_accepted`.
+        `found`: the figures of a reading. `of_table`: the result of `_accepted`.
         """
         columns = list(self.tables.quarantine_columns)
         is_same = (found["accepted"], found["fingerprint"]) == of_table
@@ -220,9 +222,9 @@ class TableWriter:
         return self.source.knows_records, rows.select(*columns)
 
     def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:
-        """The judged records, and what observes them while they are read once; `observed` has it then.
+        """Returns the judged records and the observation that collects their figures during one reading (see `observed`).
 
-        `kept_by_task`: the most rejected records that are kept of each task, at most 100,000, which is Spark's limit.
+        `kept_by_task`: the maximum number of rejected records kept per task, at most 100,000 (Spark's limit).
         """
         is_valid = _is_valid()
         has_unknown = is_valid & (F.size("_unknown_fields") > 0)
@@ -248,7 +250,7 @@ class TableWriter:
         return judged.observe(seen, *(figure.alias(name) for name, figure in figures.items())), seen
 
     def _fingerprint(self, is_valid: Column) -> Column:
-        """An aggregate over records that differs where others of them are valid, by where they come from."""
+        """An aggregate whose value depends on which records are valid, by their origin."""
         return F.coalesce(F.sum(F.when(is_valid, F.xxhash64(*self.tables.origin))), F.lit(0))
 
     def _report(self, found: dict[str, Any], judged: DataFrame) -> BatchReport:
@@ -267,9 +269,10 @@ class TableWriter:
         stream: str,
         contents: dict[str, Any],
     ) -> None:
-        """Appends `records` to `table` with a note of the batch's `contents`, unless its log says that this stream's
-        batch is there: a batch repeated after a crash. Raises PipelineError if the table is gone, which Delta would
-        make anew without a word.
+        """Appends `records` to `table`, with the batch's `contents` in the commit. Does nothing if the table's log shows that this
+        stream has written the batch before a crash.
+
+        Raises PipelineError if the table is gone; Delta would silently create it again.
         """
         if not DeltaTable.isDeltaTable(records.sparkSession, table):
             raise PipelineError(
@@ -297,7 +300,7 @@ def _is_valid() -> Column:
 
 @contextmanager
 def _code_generation(spark: SparkSession) -> Iterator[None]:
-    """Generates code for all that is run meanwhile, as is Spark's default."""
+    """Enables code generation within the context, as is Spark's default."""
     setting = "spark.sql.codegen.factoryMode"
     usual = spark.conf.get(setting) or "FALLBACK"
     spark.conf.set(setting, "FALLBACK")

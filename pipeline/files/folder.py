@@ -24,10 +24,10 @@ FILE_NAMES = (
 
 
 def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
-    """New files as a stream: `path`, `length`, `modificationTime` (both of now, each time that they are looked at), and
-    `ingest_time`, the start of the batch that takes the file.
+    """New files as a stream: `path`, `length` and `modificationTime` (both current whenever they are evaluated), and `ingest_time`,
+    the start of the batch that reads the file.
 
-    Not what is in them, so that a file that can't be read stops no batch: FileSource reads them.
+    The stream does not read the files themselves, so that an unreadable file can't stop a batch; FileSource reads them.
     """
     if not FileSystem(spark, options.input).is_folder(options.input):
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
@@ -61,7 +61,7 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
 
 
 def check_archive(archive: str, folder: str) -> None:
-    """Raises PipelineError if Spark can't move files from `folder` to `archive`, or would read them there again."""
+    """Raises PipelineError if Spark can't move files from `folder` to `archive`, or would read them again there."""
     place, source = (
         urlsplit(path) if (local := local_path(path)) is None else SplitResult("", "", os.path.realpath(local), "", "")
         for path in (archive, folder)
@@ -84,7 +84,7 @@ def check_archive(archive: str, folder: str) -> None:
 
 
 def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
-    """How many files were not taken yet; 0 if the folder or the checkpoint is not on this machine."""
+    """The number of files not read yet; 0 if the folder or the checkpoint is not on this machine."""
     if None in (local_path(options.input), local_path(options.checkpoint)):
         return 0
     taken.read_log()
@@ -95,9 +95,9 @@ def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
 
 
 def paths_in(folder: str) -> Iterator[str]:
-    """The files in a folder of this machine and in those inside it, without drafts and links; of a URI none.
+    """The files in a local folder and its subfolders, without drafts and links; none for a URI.
 
-    Raises PipelineError if one of the folders may not be read, or is a link back.
+    Raises PipelineError if a folder can't be read, or contains a link that Spark might follow without end.
     """
 
     def refuse(error: OSError) -> None:
@@ -123,19 +123,19 @@ def paths_in(folder: str) -> Iterator[str]:
 
 
 def links_in(folder: str) -> Iterator[str]:
-    """The links to folders in a folder of this machine and in those inside it; of a URI none."""
+    """The links to folders in a local folder and its subfolders; none for a URI."""
     for place, folders, _ in os.walk(local_path(folder) or ""):
         yield from (path for name in folders if os.path.islink(path := os.path.join(place, name)))
 
 
 def is_behind_link(path: str, folder: str) -> bool:
-    """Whether the way from `folder`, which may itself be a link, to a folder in it has a link."""
+    """Whether there is a link on the way from `folder` (which may itself be a link) to a folder inside it."""
     return os.path.realpath(path) != os.path.normpath(
         os.path.join(os.path.realpath(folder), os.path.relpath(path, folder))
     )
 
 
 def is_loop(path: str, folder: str) -> bool:
-    """Whether a path is a link to `folder` or to a folder above or inside it."""
+    """Whether a path is a link to `folder`, or to a folder above or inside it."""
     one, other = (os.path.realpath(each) + "/" for each in (path, local_path(folder) or ""))
     return os.path.islink(path) and (one.startswith(other) or other.startswith(one))

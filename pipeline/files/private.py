@@ -9,8 +9,8 @@ from pyspark.sql import DataFrame
 
 
 def planned_files(batch: DataFrame) -> list[str]:
-    """The paths of the files that a file stream has planned for this micro-batch, as its checkpoint has them: the
-    batch's own rows leave out those that are no longer there.
+    """The paths of the files planned for this micro-batch, as recorded in the checkpoint. The rows of the batch itself omit files
+    that no longer exist.
     """
     leaves = query_of(batch)._jsq.streamingQuery().lastExecution().analyzed().collectLeaves()
     [files] = [leaf.relation().location() for leaf in map(leaves.apply, range(leaves.size()))]

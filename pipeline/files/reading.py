@@ -1,4 +1,4 @@
-"""Reading files of JSON records whole: every record of each, whatever the names of the files and whatever is in them."""
+"""Reading whole files of JSON records: every record of each file, whatever its name and content."""
 
 import functools
 import os
@@ -38,8 +38,8 @@ READ_OPTIONS = {
 
 
 def files_in(batch: DataFrame) -> list[Row]:
-    """The files whose names are in a batch: `path`, `length` and `modified` (milliseconds since 1970) as they are now,
-    and `arrival`, the start of the batch (microseconds since 1970).
+    """The files named in a batch: `path`, current `length` and `modified` (milliseconds since 1970), and `arrival`, the start of
+    the batch (microseconds since 1970).
     """
     # A datetime of Python would go through the zone of this machine.
     files = batch.select(
@@ -55,17 +55,17 @@ def files_in(batch: DataFrame) -> list[Row]:
 def read_lines(
     spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool
 ) -> DataFrame:
-    """One record per line of `files`, but for blank lines; see `read_files`."""
+    """One record per line of `files`, except blank lines; see `read_files`."""
     return read_files(spark, files, faults, max_unpacked, careful, lineSep="\n")
 
 
 def read_values(
     spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool
 ) -> DataFrame:
-    """One record per object of `files`, each of which holds an object or an array of them; see `read_files`.
+    """One record per object of `files`, each of which holds an object or an array of objects; see `read_files`.
 
-    A file whose array is broken, holds null or strings, is nested more than 200 levels deep or has more than 400,000
-    elements is one record as a whole.
+    A file counts as one record if its array is broken, contains null or strings, is nested more than 200 levels deep or has
+    more than 400,000 elements.
     """
     whole = with_elements(read_files(spark, files, faults, max_unpacked, careful, wholetext=True))
     return whole.select(
@@ -74,8 +74,8 @@ def read_values(
 
 
 def with_elements(files: DataFrame) -> DataFrame:
-    """Adds to files (`raw`) what is in them: `is_object`, and the `elements` of an array as they stand there, null of
-    anything else and of an array with null or strings in it.
+    """Adds `is_object` and `elements` to files (`raw`). `elements`: the elements of an array, exactly as they appear in the file;
+    null for anything else, and for an array with null or strings in it.
     """
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     checksum = F.sha2("raw", 256)
@@ -102,7 +102,7 @@ def with_elements(files: DataFrame) -> DataFrame:
 
 
 def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> list[str]:
-    """Paths of the `files` of a batch that hold one object or an array of them over several lines, or an array in one."""
+    """The paths of those `files` of a batch that hold one object or array over several lines, or an array on one line."""
     line = F.btrim(F.col("raw").cast("string"), F.lit(" \t\r\ufeff"))
     begins_object = line.startswith("{")
     suspects = (
@@ -138,7 +138,7 @@ def read_files(
 ) -> DataFrame:
     """Reads the `files` of a batch (`files_in`); see `find_unreadable` for the other parameters.
 
-    Out: `raw` (binary: a line or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`:
+    Out: `raw` (binary: a line, or a whole file that is not blank), `source_file`, `ingest_time`, and `reject_reason`, which is
     null, or "unreadable_file" with a null `raw` for each of `faults`.
     """
     paths = [file.path for file in files]
@@ -157,7 +157,7 @@ def read_files(
 
 
 def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> DataFrame:
-    """The lines of files, or with `wholetext` the files, whatever their names hold."""
+    """The lines of files, or with `wholetext` the files themselves, whatever their names contain."""
     reader = spark.read.options(**READ_OPTIONS)
     # Spark takes each path as a pattern, by which Hadoop finds none with a ":". It can be told to take one path
     # literally; of several it would then read each several times.
@@ -173,8 +173,8 @@ def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> Dat
 
 
 def source_file() -> Column:
-    """The path of the file that a row of `read_text` is from. Spark has it as a URI, in which url_decode makes a blank
-    of "+".
+    """The path of the file that a row of `read_text` came from. Spark provides a URI, in which url_decode would turn "+" into a
+    blank.
     """
     uri = F.col("file_path")
     return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
@@ -188,11 +188,11 @@ def find_unreadable(
     careful: bool,
     text_options: dict[str, Any],
 ) -> None:
-    """Adds to `faults` those of `files` that are themselves at fault, by their path, and names them on stderr: a broken
-    .gz, one of more than `max_unpacked` bytes inside, or more in one piece than the memory could hold.
+    """Adds those of `files` that can't be read because of their own content to `faults`, by path, and names them on stderr: a
+    broken .gz, one that expands to more than `max_unpacked` bytes, or a line too large for the memory.
 
-    `careful`: looks into small .gz files too, after Spark has failed to read the files. Raises SourceAwayError if one
-    of them can't be read for another reason.
+    `careful`: also checks small .gz files, after Spark has failed to read the files. Raises SourceAwayError if a file can't be
+    read for another reason.
     """
     found, sizes = {}, {}
     for file in files:
@@ -222,10 +222,10 @@ def find_unreadable(
 
 
 def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = False) -> int:
-    """The bytes in `file`, unpacked, `limit` + 1 for more; unless `exactly`, a .gz that is small in any case counts as
-    it is, packed.
+    """The uncompressed size of `file` in bytes, or `limit` + 1 if it is larger. Unless `exactly`, returns the compressed size of
+    a .gz that is small in any case.
 
-    Raises BrokenFileError for a broken .gz, and SourceAwayError for one that can't be read.
+    Raises BrokenFileError for a broken .gz, and SourceAwayError for a file that can't be read.
     """
     # A .gz has at most 1,032 times its size inside: https://zlib.net/zlib_tech.html
     if (
@@ -242,7 +242,7 @@ def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = Fa
 
 
 def is_there(spark: SparkSession, path: str) -> bool:
-    """Whether there is a file at `path`. Raises SourceAwayError if that can't be said."""
+    """Whether there is a file at `path`. Raises SourceAwayError if that can't be determined."""
     try:
         if not path.startswith("/"):
             return FileSystem(spark, path).size(path) is not None
@@ -255,7 +255,7 @@ def is_there(spark: SparkSession, path: str) -> bool:
 
 
 def unreadable_file_of(error: Exception) -> str | None:
-    """The path of the file that Spark could not read; None for another error."""
+    """The path of the file that Spark could not read; None for any other error."""
     for cause in java_causes(error):
         with suppress(Py4JError):  # not an error of Spark
             if cause.getCondition().startswith("FAILED_READ_FILE"):
@@ -264,7 +264,7 @@ def unreadable_file_of(error: Exception) -> str | None:
 
 
 def away(path: str, error: Exception) -> str:
-    """What to do about a file that can't be read by no fault of its own."""
+    """What to do about a file that can't be read through no fault of its own."""
     return (
         f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost: see to its storage or its permissions, "
         f"or move it out of the folder, and start again."

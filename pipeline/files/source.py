@@ -23,7 +23,7 @@ from pyspark.sql import DataFrame, Row, SparkSession
 
 
 class FileSource(Source):
-    """Files, whose names come in the batches, as the source of a stream (pipeline/streaming/source.py)."""
+    """The input folder as the source of a stream (streaming/source.py). Its batches contain file names."""
 
     def __init__(self, spark: SparkSession, options: argparse.Namespace):
         self.folder = FileSystem(spark, options.input).qualified(options.input)
@@ -47,9 +47,7 @@ class FileSource(Source):
         checkpoint: str,
         last_records: str | None,
     ) -> None:
-        """Names the files that have changed since they were read, or since they were to be. `last_records`:
-        `TakenFiles.read_later`.
-        """
+        """Names files that have changed since they were read or planned. `last_records`: `TakenFiles.read_later`."""
         self.taken.read_log()
         self.taken.check_folder()
         for path, modified in json.loads(last_records or "{}").items():
@@ -106,8 +104,8 @@ class FileSource(Source):
         return self.read(batch.sparkSession, files, self.faults, self.max_unpacked, careful=True)
 
     def _name_gone(self, paths: list[str]) -> None:
-        """Names files that are gone. Raises SourceAwayError if a folder of theirs on this machine is empty: its disk
-        may be away.
+        """Names files that have disappeared. Raises SourceAwayError if a local folder of theirs is empty, because its disk may not
+        be mounted.
         """
         for folder, path in {os.path.dirname(path): path for path in reversed(paths) if path.startswith("/")}.items():
             if not os.path.isdir(folder) or not os.listdir(folder):
@@ -119,9 +117,7 @@ class FileSource(Source):
         self.taken.name_gone(paths)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
-        """The files of a batch, without drafts that Spark doesn't recognize (`_site=A/1.json`) and files reached
-        through a link.
-        """
+        """The files of a batch, without drafts that Spark doesn't recognise (`_site=A/1.json`) and files behind a link."""
         files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
         folders = {os.path.dirname(plain(file.path)) for file in files}
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
@@ -153,7 +149,7 @@ class FileSource(Source):
         )
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
-        """Names files that changed while they were taken, and those that should be read with --multiline."""
+        """Names files that changed while they were read, and files that should be read with --multiline."""
         self.waiting -= len(self.files)
         self.entry, self.begun = self.taken.last_entry, []
         files = self._files_in(batch)

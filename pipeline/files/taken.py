@@ -1,4 +1,4 @@
-"""The files that a stream has taken, as Spark has noted them in its checkpoint, and those that have changed since."""
+"""The files that a stream has read, as recorded by Spark in its checkpoint, and those that have changed since."""
 
 import itertools
 import json
@@ -25,16 +25,14 @@ AT_ONCE = 1000  # files that `watch` looks at: a few milliseconds
 
 
 class TakenFile(NamedTuple):
-    """`entry`: the number of the log's entry that has the file. `modified`: when it was written last, in milliseconds
-    since 1970.
-    """
+    """`entry`: the number of the log entry that lists the file. `modified`: its modification time in milliseconds since 1970."""
 
     entry: int
     modified: int
 
 
 def plain(path: str) -> str:
-    """A path as Python takes it, of a file on this machine (file:/data, file:///data); the URI of any other."""
+    """The path of a local file in Python's notation (for file:/data and file:///data); other URIs unchanged."""
     return local_path(path) or path
 
 
@@ -52,10 +50,10 @@ def _are_on_one_disk(*paths: str) -> bool:
 
 
 class TakenFiles:
-    """The files that a stream has taken, by their path as `plain` gives it.
+    """The files that a stream has read, by path (see `plain`).
 
-    Spark has a log of them in the checkpoint (CompactibleFileStreamLog in its source): an entry for each batch, the
-    file N; every tenth is the file N.compact instead, with all that was before.
+    Spark logs them in the checkpoint (CompactibleFileStreamLog in its source): one entry per batch in the file N. Every tenth
+    entry is the file N.compact instead, which also contains all earlier entries.
     """
 
     def __init__(self, spark: SparkSession, checkpoint: str, folder: str, archive: str | None):
@@ -72,7 +70,7 @@ class TakenFiles:
         self.next_round = time.monotonic() + ROUND_SECONDS
 
     def read_log(self) -> None:
-        """Takes note of what has come to the log. Drafts, which the stream passes over, are in it but not here."""
+        """Reads new entries of the log. Drafts are listed there, but the stream skips them, and so they are left out."""
         names = {
             int(match[1]): match[0]
             for name in sorted(self._names())
@@ -86,8 +84,8 @@ class TakenFiles:
                 self.last_entry = number
 
     def check_folder(self) -> None:
-        """Raises PipelineError if none of the taken files is in the folder, but some are there under a different path,
-        by which they would be read again; for a URI, whatever is there.
+        """Raises PipelineError if none of the files is in the folder but some are there under a different path, by which they would
+        be read again; for a URI, regardless of the folder's content.
         """
         begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
         folder = self.folder.rstrip("/") + "/"
@@ -103,7 +101,7 @@ class TakenFiles:
             )
 
     def after(self, entry: int) -> list[str]:
-        """The files of the later entries."""
+        """The files of later entries."""
         paths = []
         for path in reversed(self.files):  # in the order of the log
             if self.files[path].entry <= entry:
@@ -112,14 +110,14 @@ class TakenFiles:
         return paths
 
     def note(self, path: str, modified: int) -> None:
-        """Notes the modification time of a file that is being read. It may be later than the one in Spark's log."""
+        """Records the modification time of a file that is being read. It may be later than the one in Spark's log."""
         if path in self.files and self.files[path].modified != modified:
             self.files[path] = self.files[path]._replace(modified=modified)
             self.read_later[path] = modified
 
     def watch(self) -> None:
-        """Names files that have changed. Looks at some of them each time, so at all of them once a minute, or less
-        often if they are many.
+        """Names files that have changed. Checks some of them in each call, so that all of them are checked once a minute, or less
+        often if there are many.
         """
         self.name_changed(self.changed(itertools.islice(self.round, AT_ONCE)))
         if time.monotonic() >= self.next_round:
@@ -127,7 +125,7 @@ class TakenFiles:
             self.next_round = time.monotonic() + max(ROUND_SECONDS, len(self.files) / AT_ONCE)
 
     def changed(self, paths: Iterable[str]) -> list[str]:
-        """Those of `paths` that are on this machine and were written since they were taken."""
+        """Those of `paths` that are local and were modified after they were read."""
         return [
             path
             for path in paths
@@ -135,7 +133,7 @@ class TakenFiles:
         ]
 
     def name_changed(self, paths: Iterable[str]) -> None:
-        """Says on stderr, once for each file, that it has changed since it was taken."""
+        """Reports each of these files once, as changed after it was read."""
         self._name(
             paths,
             "has changed since it was taken, and a file is read only once: later additions may be in no table. Put records "
@@ -144,7 +142,7 @@ class TakenFiles:
         )
 
     def name_gone(self, paths: Iterable[str]) -> None:
-        """Says on stderr, once for each file, that it could not be read because it is not there."""
+        """Reports each of these files once, as gone before it was read."""
         paths = list(paths)
         self._name(
             paths,
@@ -154,7 +152,7 @@ class TakenFiles:
         )
 
     def name_linked(self, paths: Iterable[str], is_archived: bool) -> None:
-        """Says on stderr, once for each file, that it is not read because of a link, or is even archived unread."""
+        """Reports each of these files once, as not read, or even archived unread, because of a link."""
         what_next = (
             "--archive moves the file away all the same. Remove the link, and put the file back"
             if is_archived
@@ -163,7 +161,7 @@ class TakenFiles:
         self._name(paths, f"is not read: links in the input folder are not followed. {what_next}.")
 
     def name_archived_drafts(self, paths: Iterable[str]) -> None:
-        """Says on stderr, once for each draft, that Spark is going to archive it unread."""
+        """Reports each of these drafts once, as about to be archived unread."""
         self._name(
             paths,
             'is a draft, which is not read, but --archive moves it: Spark takes a folder with "=" in its name for no draft. '
@@ -171,7 +169,7 @@ class TakenFiles:
         )
 
     def name_packed(self, paths: Iterable[str]) -> None:
-        """Warns, once per file, of files that look like an earlier one that was compressed or decompressed in place."""
+        """Warns once about each file that looks like an earlier one, compressed or decompressed in place."""
         taken = {
             path: self.files.get(path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz") for path in paths
         }
@@ -188,7 +186,7 @@ class TakenFiles:
         )
 
     def name_renamed(self, paths: Iterable[str]) -> None:
-        """Warns, once per file, of files that look like an earlier one that was renamed or moved within the folder."""
+        """Warns once about each file that looks like an earlier one, renamed or moved within the folder."""
         # A rename keeps the time to the nanosecond; many files may share one to the second.
         times = {self.files[path].modified: path for path in paths if self.files[path].modified % 1000}
         gone = {
@@ -240,9 +238,7 @@ class TakenFiles:
         self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
 
     def _modified(self, path: str) -> int | None:
-        """When a local file, or its copy in the archive, was last modified (milliseconds since 1970); None if it can't
-        be found.
-        """
+        """The modification time of a local file or of its archived copy (milliseconds since 1970); None if there is neither."""
         places = [path, *([f"{self.archive}{path}"] if self.archive else [])]
         for place in places if path.startswith("/") else ():
             with suppress(OSError):

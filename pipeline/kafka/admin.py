@@ -12,9 +12,7 @@ from kafka.protocol.consumer.fetch import FetchRequest
 
 
 class Admin(KafkaAdminClient):  # type: ignore[misc]  # which has no types
-    """One that closes what it has opened where it finds no broker: kafka-python's own leaves a thread and three files
-    (3.0.12).
-    """
+    """kafka-python's admin client, which (3.0.12) leaves a thread and three files open when no broker answers. This one closes them."""
 
     def __init__(self, **settings: Any):
         try:
@@ -26,8 +24,8 @@ class Admin(KafkaAdminClient):  # type: ignore[misc]  # which has no types
             raise
 
     def messages(self, leader: int, topic: str, partition: int, offset: int) -> bytes:
-        """Kafka's messages from the one with the record at `offset` on, packed: some 1 MB, or one that is larger, and
-        part of another. No client gives them, and each unpacks them (3.0.12).
+        """Returns raw record batches, beginning with the batch that contains `offset`: about 1 MB, or a single larger batch, and part
+        of the next. No client exposes them, and all of them decompress (3.0.12).
         """
         part = FetchRequest.FetchTopic.FetchPartition(
             partition=partition,

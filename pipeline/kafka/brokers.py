@@ -1,4 +1,4 @@
-"""The Kafka brokers from a script's point of view: do they answer, do they let it in, and what to do if not."""
+"""The Kafka brokers as a script sees them: whether they answer, whether they grant access, and what to do if not."""
 
 import argparse
 import logging
@@ -19,7 +19,7 @@ SERVERS = "localhost:9092"
 
 
 def add_broker_options(parser: argparse.ArgumentParser) -> None:
-    """The options --bootstrap-servers and --kafka-config."""
+    """Adds the options --bootstrap-servers and --kafka-config."""
     parser.add_argument(
         "--bootstrap-servers",
         metavar="HOST:PORT,…",
@@ -34,14 +34,14 @@ def add_broker_options(parser: argparse.ArgumentParser) -> None:
 
 
 class NoBrokerError(PipelineError):
-    """No broker answers, which may pass."""
+    """No broker answers, perhaps only for a while."""
 
 
 class _Refusals(logging.Handler):
-    """Catches why a broker refuses a connection: kafka-python says it in its log only, and then raises a mere timeout.
+    """Captures the reason why a broker refuses a connection, which kafka-python only logs before it raises a timeout.
 
-    It loses the broker's last words where these come together with the end of the connection (3.0.12, over TLS). Then
-    all that is known is that the broker has hung up.
+    It loses the broker's last message if the connection is closed at the same moment (3.0.12, over TLS). All that is known
+    then is that the broker has hung up.
     """
 
     def __init__(self) -> None:
@@ -67,9 +67,7 @@ class _Refusals(logging.Handler):
 
 
 class Broker:
-    """The brokers of a cluster. `servers`: "host:port,…"; `properties`: those of a Kafka client, as in
-    `--kafka-config`.
-    """
+    """The brokers of a cluster. `servers`: "host:port,…". `properties`: Kafka client properties, as in `--kafka-config`."""
 
     def __init__(self, servers: str | None, properties: dict[str, str] | None = None):
         self.properties = properties or {}
@@ -95,14 +93,14 @@ class Broker:
         python_settings(self.properties, KafkaAdminClient.DEFAULT_CONFIG)
 
     def client(self, kind: Any, **settings: Any) -> Any:
-        """A client of kafka-python of this `kind`; the properties win over `settings`."""
+        """Creates a kafka-python client of this `kind`. The properties override `settings`."""
         return kind(
             **settings | python_settings(self.properties, kind.DEFAULT_CONFIG),
             bootstrap_servers=self.servers.split(","),
         )
 
     def ask(self, question: Callable[[KafkaAdminClient], object]) -> None:
-        """Calls `question` with a client. Raises NoBrokerError if none answers, PipelineError if the client is refused."""
+        """Calls `question` with a client. Raises NoBrokerError if no broker answers, PipelineError if access is denied."""
         refusals = _Refusals()
         try:
             self.require_listener()
@@ -124,7 +122,7 @@ class Broker:
             ) from error
 
     def require_listener(self) -> None:
-        """Raises OSError if nothing listens; a client would try again for seconds."""
+        """Raises OSError if nothing listens on any of the addresses; a client would retry for seconds."""
         for number, address in enumerate(self.addresses, 1):
             try:
                 socket.create_connection(address, timeout=3).close()

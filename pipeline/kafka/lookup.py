@@ -1,6 +1,6 @@
-"""The records of a topic by their offsets, also around those that don't fit into the memory.
+"""Looking up records of a topic by offset, also in the neighbourhood of records that do not fit into memory.
 
-A few kilobytes of a compressed message can hold a gigabyte, which Kafka unpacks as it reads the record, not before.
+A compressed batch of a few kilobytes can expand to a gigabyte. Kafka's consumer decompresses a record when it comes to it.
 """
 
 import functools
@@ -35,8 +35,8 @@ Offsets = dict[int, tuple[int, int]]  # partition: the first offset, and the one
 
 
 class Gap(NamedTuple):
-    """Offsets that are not read: a record that is too large at `begin`, and what is packed in a message after it, to
-    before `end`, to which a consumer comes only by unpacking it. No record is between `after` and `begin`.
+    """Offsets that are not read, from `begin` up to but excluding `end`: a record that is too large, and the records behind it in
+    the same batch, which a consumer can only reach by decompressing it. There are no records between `after` and `begin`.
     """
 
     partition: int
@@ -46,7 +46,7 @@ class Gap(NamedTuple):
 
 
 def kafka_options(topic: Topic) -> dict[str, Any]:
-    """The options of Spark's Kafka source that say which cluster it reads, and how."""
+    """The options of Spark's Kafka source that say which cluster to read, and how."""
     return (
         {"kafka.isolation.level": topic.isolation_level}
         | spark_options(topic.properties)
@@ -55,12 +55,14 @@ def kafka_options(topic: Topic) -> dict[str, Any]:
 
 
 def is_too_large(error: BaseException) -> bool:
-    """Whether a reading has failed for a record that does not fit into the memory. A consumer says so once, then this."""
+    """Whether reading has failed because a record does not fit into memory. A consumer reports this once as an
+    OutOfMemoryError, and from then on with this message.
+    """
     return java_class(error) == OUT_OF_MEMORY or "Received exception when fetching the next record" in root_cause(error)
 
 
 class RecordLookup:
-    """Reads the records of `topic` at given offsets."""
+    """Looks up records of `topic` by offset."""
 
     def __init__(self, topic: Topic):
         self.topic = topic
@@ -70,9 +72,10 @@ class RecordLookup:
     def ask(
         self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False
     ) -> Result:
-        """The answer of `question` to the records at these offsets (`records`). If they don't fit into the memory, the
-        question is asked again without those that are too large. `has_failed`: another reading has shown already that
-        they don't.
+        """Returns the answer of `question` to the records at these offsets (see `records`). If they don't fit into memory, asks again
+        without the records that are too large.
+
+        `has_failed`: whether reading these offsets is known to run out of memory.
         """
         for one_by_one in (0, NEAR_OFFSETS, sys.maxsize)[has_failed:]:
             if one_by_one:
@@ -85,7 +88,7 @@ class RecordLookup:
         raise AssertionError("the last reading returns or raises")
 
     def gaps(self, offsets: Offsets) -> list[Gap]:
-        """The gaps that were found within these offsets."""
+        """The known gaps within these offsets."""
         return [
             Gap(gap.partition, *(min(max(offset, begin), end) for offset in gap[1:]))
             for gap in sorted(self._gaps)
@@ -94,7 +97,7 @@ class RecordLookup:
         ]
 
     def records(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool = False) -> DataFrame:
-        """The records at these offsets, but for the gaps that were found, as `kafka_records` gives them."""
+        """The records at these offsets, without the known gaps, in the format of `kafka_records`."""
         pieces: dict[tuple[int, bool], Offsets] = {}  # Spark reads no more than one of each partition at a time
         for partition, (begin, end) in offsets.items():
             for number, gap in enumerate([*self.gaps({partition: (begin, end)}), Gap(partition, end, end, end)]):
@@ -127,8 +130,9 @@ class RecordLookup:
         )
 
     def _find_gaps(self, spark: SparkSession, offsets: Offsets, one_by_one: int) -> None:
-        """Finds out which of the records at these offsets are too large. `one_by_one`: how many offsets before each of
-        them, and before the end, are read one record at a time from then on.
+        """Finds the records at these offsets that are too large.
+
+        `one_by_one`: how many offsets before each of them, and before the end, are read one record at a time from now on.
         """
         self._one_by_one = one_by_one
         self._gaps = []

@@ -26,12 +26,11 @@ KAFKA_RECORD = {
 
 
 def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
-    """The records that `rows`, a `spark.read` of Kafka, would read, with their timestamps as Kafka has them, and null
-    for keys and values of more than `max_bytes`.
+    """The records that `rows` (a `spark.read` from Kafka) would return, with their original timestamps, and null for keys and
+    values larger than `max_bytes`.
 
-    Spark's own reader fails on a time that is no TIMESTAMP, and copies the largest value that a consumer can still
-    hold. Out: the columns of `KAFKA_RECORD` (`timestamp`: milliseconds; sizes: bytes, -1 for null), and
-    `timestampType`, as Spark has it.
+    Spark's own reader fails on a time outside the range of a TIMESTAMP, and copies every value, however large.
+    Out: the columns of `KAFKA_RECORD` (`timestamp` in milliseconds; sizes in bytes, -1 for null) and Spark's `timestampType`.
     """
     spark = rows.sparkSession
     java = _java(spark)
@@ -73,7 +72,7 @@ def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
 
 
 def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
-    """The offsets that a micro-batch of Kafka reads of each partition: the first, and the one after the last."""
+    """The offsets that a micro-batch reads from each partition: the first, and the one after the last."""
     offsets: dict[int, tuple[int, int]] = {}
     for part in batch._jdf.queryExecution().toRdd().partitions():
         part = part.inputPartition().get().offsetRange()
@@ -85,11 +84,11 @@ def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
 
 
 def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> None:
-    """Makes a batch read all of its records from Kafka, even those that Spark has fetched along with an earlier batch:
-    since then, Kafka may have lost the end of its log, and have other records there.
+    """Makes the next batch read all of its records from Kafka, including those that Spark prefetched during an earlier batch.
+    Since then Kafka may have lost the end of its log and have other records there.
 
-    `and_consumers`: those that had a record too large for the memory would fail there again, and others hold the last
-    one they read.
+    `and_consumers`: closes idle consumers, too. A consumer that ran out of memory would fail again at the same record, and
+    the others keep the last record that they read.
     """
     consumers = getattr(_java(spark).org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
     for name in ["fetchedDataPool"] + ["consumerPool"] * and_consumers:
@@ -99,8 +98,7 @@ def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> 
 
 
 class KafkaReader:
-    """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by
-    itself.
+    """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
 
     `options`: those of Spark's Kafka source.
     """
@@ -129,11 +127,10 @@ class KafkaReader:
     def records_at(
         self, topic: str, offsets: dict[int, int], seconds: float, max_bytes: int
     ) -> dict[int, tuple[int, bytes | None]]:
-        """The timestamp (milliseconds since 1970) and value of the record at each offset, by partition; None for a
-        larger value.
+        """The timestamp (milliseconds since 1970) and the value of the record at each offset, by partition. The value is None if it
+        is null or larger than `max_bytes`.
 
-        Leaves out the records that Kafka doesn't have, or doesn't deliver within `seconds`, or that don't fit into the
-        memory.
+        Omits records that Kafka doesn't have, doesn't deliver within `seconds`, or that don't fit into memory.
         """
         places = {partition: self._place(topic, partition) for partition in offsets}
         found: dict[int, tuple[int, bytes | None]] = {}
@@ -166,9 +163,10 @@ class KafkaReader:
     def records_between(
         self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float, max_bytes: int
     ) -> list[tuple[int, int, int, bytes | None]] | None:
-        """The partition, offset, timestamp and value of each record at these offsets (partition: the first, and the one
-        after the last); None for a larger value. None in all if one of them doesn't fit into the memory, or if they
-        take more than so many `seconds`.
+        """The partition, offset, timestamp and value of each record at these offsets (by partition: the first, and the one after the
+        last). The value is None if it is null or larger than `max_bytes`.
+
+        Returns None if a record doesn't fit into memory, or if reading takes longer than `seconds`.
         """
         places = {
             partition: self._place(topic, partition) for partition, (begin, end) in offsets.items() if begin < end
@@ -205,7 +203,7 @@ class KafkaReader:
 
 
 class LargeRecord(NamedTuple):
-    """A record that is too large, by its offset, and what a consumer can't read because of it."""
+    """A record that is too large, and the offsets that a consumer can't read because of it."""
 
     # the offset after the last record before it: a consumer that is asked for a later one comes to it, even if that
     # holds none
@@ -217,9 +215,10 @@ class LargeRecord(NamedTuple):
 def large_records(
     spark: SparkSession, messages: bytes, begin: int, max_bytes: int
 ) -> tuple[int | None, list[LargeRecord]]:
-    """The offset after these messages, as Kafka has them from the offset `begin` on, and the first record of more than
-    `max_bytes` in each that is compressed. A record is measured with its headers, and skipped rather than held. None if
-    there is no whole message.
+    """Searches raw record batches, which begin at the offset `begin`, for records larger than `max_bytes`.
+
+    Returns the offset after the last complete batch (None if there is none), and the first large record of each compressed
+    batch. The size of a record includes its headers. Records are skipped while decompressing, and never held in memory.
     """
     java = _java(spark)
     collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common

@@ -1,8 +1,8 @@
 """The properties of a Kafka client (`--kafka-config FILE`), for kafka-python and for Spark's Kafka source.
 
-The file is the one that Kafka's own tools take as `--command-config`, in the syntax of Java's properties. Its names are
-those of https://kafka.apache.org/39/documentation.html#consumerconfigs and the like. Certificates have to be PEM files
-(`ssl.truststore.type=PEM`, `ssl.keystore.type=PEM`): that is what both clients read.
+The file is the one that Kafka's own tools take as `--command-config`, a Java properties file. For the names see
+https://kafka.apache.org/39/documentation.html#consumerconfigs. Certificates must be PEM files
+(`ssl.truststore.type=PEM`, `ssl.keystore.type=PEM`), because both clients can read those.
 """
 
 import difflib
@@ -35,7 +35,7 @@ JAVA_ONLY = r"((key|value)\.serializer|metric\.reporters)=.*|compression\.type=n
 
 
 def read_properties(path: str) -> dict[str, str]:
-    """The properties in the file at `path`. PipelineError, which never quotes the file, where it can't be read."""
+    """Returns the properties in the file at `path`. Raises PipelineError, which never quotes the file, if it can't be read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             properties = {name: value.strip() for name, value in javaproperties.load(file).items()}
@@ -55,10 +55,10 @@ def spark_options(properties: dict[str, str]) -> dict[str, str]:
 
 
 def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
-    """The properties as settings of a client of kafka-python, whose own settings are `known` (its DEFAULT_CONFIG).
+    """The properties as settings of a kafka-python client whose own settings are `known` (its DEFAULT_CONFIG).
 
-    As Kafka's own clients do, it leaves out what another kind of client knows; but never what makes a connection safe:
-    see `check_security`.
+    Like Kafka's own clients, it ignores properties of other kinds of clients, but never a security property; see
+    `check_security`.
     """
     check_security(properties)
     settings = {}
@@ -78,15 +78,14 @@ def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[s
 
 
 def security_protocol(properties: dict[str, str]) -> str:
-    """One of `PROTOCOLS`; Kafka's own clients take them in lower case, too."""
+    """One of `PROTOCOLS`. Kafka's own clients also accept them in lower case."""
     return properties.get("security.protocol", "PLAINTEXT").upper()
 
 
 def check_security(properties: dict[str, str]) -> None:
-    """Raises PipelineError if one of the two clients would leave out something that is to make the connection safe.
+    """Raises PipelineError if one of the two clients would ignore a security property.
 
-    Both ignore a misspelt name without a word. `sasl.…` and `ssl.…` without the protocol that uses them do nothing,
-    either.
+    Both silently ignore misspelt names, and `sasl.…` and `ssl.…` properties that the protocol does not use.
     """
     for name in properties.keys() - set(SECURITY_NAMES):
         similar = difflib.get_close_matches(re.sub("[_-]", ".", name.lower()), SECURITY_NAMES, 1, cutoff=0.75)
@@ -127,7 +126,7 @@ def _as_type_of(default: object, value: str, name: str) -> Any:
 
 
 def _user_and_password(jaas: str) -> dict[str, str]:
-    """Takes them from `sasl.jaas.config`: a login module with username="…" and password="…"; a backslash escapes."""
+    """Extracts them from `sasl.jaas.config`: a login module with username="…" and password="…"; a backslash escapes."""
     found = {
         name: re.sub(r"\\(.)", r"\1", text)
         for name, text in re.findall(r'\b(username|password)\s*=\s*"((?:[^"\\]|\\.)*)"', jaas)

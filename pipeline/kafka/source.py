@@ -1,6 +1,4 @@
-"""The topic as the source of a stream: what is lost of it, how far behind the stream is, and what to do when Kafka is
-away.
-"""
+"""The topic as the source of a stream: lost records, the backlog, and outages of Kafka."""
 
 import hashlib
 import json
@@ -54,35 +52,33 @@ TOPIC_ID, TOPIC_NAME = ("pipeline.topic.id", "pipeline.topic.name")
 
 
 def _time(milliseconds: str) -> str:
-    """SQL: Kafka's time where both ways of reading (`KafkaSource.read_again`) give the same, else null."""
+    """SQL: Kafka's time if both ways of reading (`KafkaSource.read_again`) return the same, else null."""
     return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN_START_MS} AND {MAX_TIMESTAMP_MS} THEN {milliseconds} END"
 
 
 def _known_time(milliseconds: int) -> int | None:
-    """As `_time`, of a single record."""
+    """Like `_time`, for a single record."""
     return milliseconds if GREGORIAN_START_MS <= milliseconds <= MAX_TIMESTAMP_MS else None
 
 
 def _hash(value: bytes | None) -> str | None:
-    """As `_md5`, of a single record."""
+    """Like `_md5`, for a single record."""
     return None if value is None else hashlib.md5(value, usedforsecurity=False).hexdigest()
 
 
 def _differs(known: tuple[int | None, str | None], found: tuple[int | None, str | None]) -> bool:
-    """Whether two readings of an offset, each the time and the hash, are of different records as far as both are known."""
+    """Whether two readings of an offset (time and hash each) are certainly of different records."""
     (known_time, known_md5), (time, md5) = known, found
     return known_time is not None and known_time != time or None not in (known_md5, md5) and known_md5 != md5
 
 
 def _values(tables: TablePair) -> dict[str, str]:
-    """The columns that have the record, by the table."""
+    """The column that holds the record, by table."""
     return {tables.table: "raw_json", tables.quarantine: "raw"}
 
 
 def _is_oversized(kafka: DataFrame) -> Column:
-    """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of
-    `kafka_records`.
-    """
+    """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
     sizes = (
         [F.col("serializedKeySize"), F.col("serializedValueSize")]
         if "serializedValueSize" in kafka.columns
@@ -92,14 +88,12 @@ def _is_oversized(kafka: DataFrame) -> Column:
 
 
 def _md5(value: str) -> str:
-    """SQL: a hash of a record that may be compared, null for one that is not always read (`KafkaSource.read_again`)."""
+    """SQL: a hash for comparing records; null for records that are not always read (`KafkaSource.read_again`)."""
     return f"CASE WHEN octet_length({value}) <= {MAX_RECORD_BYTES} THEN md5({value}) END"
 
 
 def _is_same(value: str) -> str:
-    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of
-    `KafkaSource._in_kafka`.
-    """
+    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `KafkaSource._in_kafka`."""
     return (
         f"row.partition = record.partition AND row.offset = record.offset AND {_md5(f'row.{value}')} <=> record.md5 "
         f"AND {_time('unix_millis(row.kafka_timestamp)')} <=> record.time"
@@ -107,9 +101,10 @@ def _is_same(value: str) -> str:
 
 
 def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
-    """Records as a stream takes them, from the columns of Spark's Kafka source: the value as `raw` and `raw_json`,
-    where it came from, `ingest_time`, `arrival_time`, which is null where the broker does not say, and a
-    `reject_reason` for what is too large.
+    """The records in a stream's format, from the columns of Spark's Kafka source.
+
+    Out: the value as `raw` and `raw_json`, the columns that say where it came from, `ingest_time`, `arrival_time` (null if the
+    broker does not record it), and a `reject_reason` for records that are too large.
     """
     return kafka.select(
         F.when(_is_oversized(kafka), OVERSIZED).alias("reject_reason"),
@@ -129,10 +124,9 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
 
 
 class KafkaSource(Source):
-    """The topic as the source of a stream (streaming/source.py). `accept_data_loss`: passes over the records that it
-    has lost by now.
+    """The topic as the source of a stream (streaming/source.py).
 
-    `group`: the consumer group under which it notes how far it is.
+    `accept_data_loss`: skips records that are lost by now. `group`: the consumer group to commit offsets to.
     """
 
     knows_records = True
@@ -155,9 +149,7 @@ class KafkaSource(Source):
         return str(self.topic)
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
-        """Ends the stream that passes over lost records as soon as it is past them: the next one stops where more is
-        lost.
-        """
+        """Also ends a stream that skips lost records as soon as it is past them. The stream after it stops if more is lost."""
         if self.accept_data_loss and (done := done_in(query_of(batch))):
             end = self._offsets(done[-1], "endOffset")
             if all(end.get(partition, -1) >= offset for partition, offset in self.beginning.items()):
@@ -189,7 +181,7 @@ class KafkaSource(Source):
         return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
-        """The last records of each partition of the batch. Partitions without any keep those of an earlier batch."""
+        """The last records of each partition of the batch. A partition without any keeps those of an earlier batch."""
         observed = json.loads(last_records or "{}")
         newest: dict[str, list[dict[str, Any]]] = {}
         for record in observed.get("records", ()):
@@ -226,8 +218,8 @@ class KafkaSource(Source):
         )
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
-        """Reads records whose time, which a producer may set to any number, is more than Spark's reader takes, and
-        passes over those that don't fit into the memory.
+        """Reads a batch that Spark's reader can't: records with arbitrary times set by their producers, and records that do not fit
+        into memory, which are skipped and named.
         """
         if not (has_large := is_too_large(error)) and java_class(error) != "java.lang.ArithmeticException":
             raise error
@@ -346,7 +338,7 @@ class KafkaSource(Source):
         return json.dumps({self.topic.name: places}) if places or shorter else None
 
     def _end_at_least(self, offsets: dict[int, int]) -> dict[int, int]:
-        """The end of each partition. If one is before these offsets, it waits: a new leader says so for a moment."""
+        """The end of each partition. Waits if it is before these offsets, because a new leader may report a stale end for a moment."""
         deadline = time.monotonic() + ELECTION_SECONDS
         while True:
             end = self.topic.end()
@@ -358,7 +350,7 @@ class KafkaSource(Source):
             time.sleep(0.5)
 
     def require_read_records(self, spark: SparkSession) -> None:
-        """Compares the last record read of each partition before this batch with the one that Kafka has now."""
+        """Compares the last record of each partition read before this batch with the one that Kafka has now."""
         newest = {
             int(partition): max(records, key=lambda record: record["offset"])
             for partition, records in self.remembered.items()
@@ -398,11 +390,11 @@ class KafkaSource(Source):
             self.starting_offsets = json.dumps({self.topic.name: added | json.loads(place)[self.topic.name]})
 
     def _replaced(self, spark: SparkSession, tables: TablePair, next_offsets: dict[int, int]) -> dict[int, int]:
-        """Where to go on in each partition if some have lost records that were read, and perhaps have others in their
-        place; else {}.
+        """Returns where to continue in each partition if some have lost records that were read, and may have others in their place;
+        {} if none has.
 
-        Other records are recognised by their values. With read_committed, any record between the last one that was read
-        and the next offset is another one, too. Raises PipelineError if the loss is not accepted.
+        Other records are recognised by their values. With read_committed, any record between the last one read and the next
+        offset is another one, too. Raises PipelineError if the loss is not accepted.
         """
         with self._asking():
             first, end = self.topic.beginning(), self.topic.end()
@@ -453,7 +445,7 @@ class KafkaSource(Source):
         } | places
 
     def _parting(self, spark: SparkSession, tables: TablePair, partition: int, first: int, end: int) -> int:
-        """The offset from `first` to `end` from which on Kafka has other records than the tables."""
+        """The offset between `first` and `end` from which on Kafka and the tables have different records."""
 
         def newest_same(records: DataFrame) -> int | None:
             same = [
@@ -477,7 +469,7 @@ class KafkaSource(Source):
         return first
 
     def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
-        """By offset, time and value. Those that Kafka no longer has stay."""
+        """Compares offset, time and value. Records that Kafka no longer has are kept."""
         begins, ends = (each.get(self.topic.name, {}) for each in (begin, end))
         with self._asking():
             first, last = self.topic.beginning(), self.topic.end()
@@ -496,7 +488,7 @@ class KafkaSource(Source):
         self._in_kafka(spark, ranges, delete)
 
     def _few_in_kafka(self, spark: SparkSession, offsets: Offsets) -> list[tuple[int, int, int | None, str | None]]:
-        """As `_in_kafka`, of so few records that a job of Spark's would take longer."""
+        """Like `_in_kafka`, for so few records that a Spark job would take longer."""
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
         with self._asking():
             found = self.reader.records_between(self.topic.name, offsets, MAX_WAIT_SECONDS, MAX_RECORD_BYTES)
@@ -505,7 +497,7 @@ class KafkaSource(Source):
         return [(partition, offset, _known_time(time), _hash(value)) for partition, offset, time, value in found]
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
-        """The answer of `question` to the records that Kafka has at these offsets. They come as "record": `partition`,
+        """Returns the answer of `question` to the records that Kafka has at these offsets, aliased as "record": `partition`,
         `offset`, `time` (`_time`) and `md5` (`_md5`) of the value.
         """
         return self.lookup.ask(
@@ -576,13 +568,13 @@ class KafkaSource(Source):
         return Backlog(sum(lag.values()), "behind", rows) if lag else None
 
     def _offsets(self, progress: dict[str, Any], which: str) -> dict[int, int]:
-        """The offsets of this name by partition, in what Spark reports of a batch; {} for none."""
+        """The offsets by partition that Spark reports for a batch under this name; {} if there are none."""
         [kafka] = progress["sources"]
         of_topics = json.loads(kafka[which] or "null") or {}
         return {int(partition): offset for partition, offset in of_topics.get(self.topic.name, {}).items()}
 
     def _lose(self, problem: str, what_follows: str, is_accepted: bool = True) -> None:
-        """Says what is lost if that was accepted, else raises PipelineError."""
+        """Prints the loss if it was accepted, else raises PipelineError."""
         problem = problem[0].upper() + problem[1:]
         if not self.accept_data_loss or not is_accepted:
             raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")

@@ -15,8 +15,8 @@ from pyspark.sql import functions as F
 def streams_of(
     spark: SparkSession, source: KafkaSource, options: argparse.Namespace
 ) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
-    """The topic as streams, each with its trigger: if data loss is accepted, first one that passes over what is lost by
-    now; then the one that the options ask for, which stops where Kafka loses more.
+    """The topic as streams, each with its trigger. If data loss is accepted, the first stream skips everything lost by now. The
+    last one has the trigger of the options, and stops if Kafka loses more.
     """
     if options.accept_data_loss:
         yield read_topic(spark, source, options, fail_on_data_loss=False), AVAILABLE_NOW
@@ -27,7 +27,7 @@ def streams_of(
 def read_topic(
     spark: SparkSession, source: KafkaSource, options: argparse.Namespace, fail_on_data_loss: bool = True
 ) -> DataFrame:
-    """The topic as a stream of `records_of`; `ingest_time` is the start of its batch."""
+    """The topic as a stream of `records_of`; `ingest_time` is the start of the batch."""
     topic = source.topic
     kafka = (
         spark.readStream.format("kafka")

@@ -1,4 +1,4 @@
-"""The Kafka topic from a script's point of view: is it there, is it still the same, and what to do if not."""
+"""The Kafka topic as a script sees it: whether it exists, whether it is still the same, and what to do if not."""
 
 import argparse
 import re
@@ -43,7 +43,7 @@ MAX_OUTAGE_SECONDS = 300  # seconds that a running stream waits for its broker t
 
 
 def add_topic_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `add_broker_options`, --topic and --wait."""
+    """Adds the options of `add_broker_options`, --topic and --wait."""
     add_broker_options(parser)
     parser.add_argument("--topic", type=topic_name, default=TOPIC, help="Kafka topic")
     parser.add_argument(
@@ -56,7 +56,7 @@ def add_topic_options(parser: argparse.ArgumentParser) -> None:
 
 
 def topic_name(value: str) -> str:
-    """The type of an option that takes the name of a topic: https://kafka.apache.org/39/documentation.html#topicconfigs"""
+    """The type of an option that takes a topic's name: https://kafka.apache.org/39/documentation.html#topicconfigs"""
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in (".", ".."):
         raise argparse.ArgumentTypeError(
             f'{value!r} is not a valid topic name, which has only letters A to Z, digits, ".", "_" and "-", '
@@ -66,7 +66,7 @@ def topic_name(value: str) -> str:
 
 
 class NoTopicError(PipelineError):
-    """The broker answers, and has no such topic."""
+    """The broker answers but has no such topic."""
 
 
 class Topic(Broker):
@@ -88,9 +88,7 @@ class Topic(Broker):
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Topic":
-        """The topic that the options of `add_topic_options` name; with those of `add_broker_options` alone, the default
-        one.
-        """
+        """The topic named by the options of `add_topic_options`; the default topic if there are only those of `add_broker_options`."""
         return cls(
             options.bootstrap_servers,
             getattr(options, "topic", TOPIC),
@@ -98,14 +96,14 @@ class Topic(Broker):
         )
 
     def group_of(self, table: str) -> str:
-        """The consumer group under which a stream into `table` notes how far it is, unless --group-id says another."""
+        """The consumer group to which a stream into `table` commits its offsets, unless --group-id names another."""
         name = table.rstrip("/").rpartition("/")[2]
         return self.properties.get("group.id", f"pipeline-{name}")
 
     def wait(self, seconds: float, create: bool = False, stopping: StopFlag | None = None) -> None:
-        """Returns once the topic is there, or `stopping` is set; `create` makes it if it is missing.
+        """Returns when the topic exists or `stopping` is set. `create`: creates the topic if it does not exist.
 
-        Raises PipelineError if no broker answers, or there is no topic, for so many seconds.
+        Raises PipelineError if there is no broker or no topic within so many seconds.
         """
         deadline = time.monotonic() + seconds
         with in_progress() as note:
@@ -119,7 +117,7 @@ class Topic(Broker):
                 (stopping.wait if stopping else time.sleep)(0.5)
 
     def _require(self, create: bool) -> None:
-        """Raises NoBrokerError or NoTopicError if one is not there; `create` makes the topic."""
+        """Raises NoBrokerError or NoTopicError if either is missing. `create`: creates the topic."""
 
         def look(admin: Admin) -> None:
             if self.name in admin.list_topics():
@@ -166,12 +164,12 @@ class Topic(Broker):
         return self.client(Admin)
 
     def id(self) -> str:
-        """Kafka's id of the topic, which changes when it is deleted and made again; "" if there is no topic."""
+        """Kafka's id of the topic, which changes when it is deleted and recreated; "" if there is no topic."""
         [topic] = self._admin.describe_topics([self.name])
         return str(topic["topic_id"] or "")
 
     def lost(self, unread: dict[int, int]) -> str:
-        """Offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
+        """The offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
         first, end = (self._offsets(spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
         gone = []
         unread = dict.fromkeys(first, 0) | unread  # partitions that are new are read from their beginning
@@ -191,7 +189,7 @@ class Topic(Broker):
         return self._offsets(OffsetSpec.LATEST)
 
     def read_too_far(self, unread: dict[int, int]) -> str:
-        """Where `unread` is past the start of a transaction that is still open, as text; "" if nowhere."""
+        """Where `unread` is beyond the start of a transaction that is still open, as text; "" if nowhere."""
         end = self._offsets(OffsetSpec.LATEST)
         settled = self._offsets(OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
         return ", ".join(
@@ -212,22 +210,20 @@ class Topic(Broker):
         }
 
     def messages(self, partition: int, offset: int) -> bytes:
-        """Kafka's messages from the one with the record at `offset` on, as `Admin.messages` gives them."""
+        """Raw record batches, beginning with the batch that contains `offset` (see `Admin.messages`)."""
         [topic] = self._admin.describe_topics([self.name])
         [leader] = [each["leader_id"] for each in topic["partitions"] if each["partition_index"] == partition]
         return self._admin.messages(leader, self.name, partition, offset)
 
     @cached_property
     def _notes(self) -> Admin:
-        """A client of its own: the stream asks the other one at the same time."""
+        """A client of its own, because the stream uses the other one at the same time."""
         return self.client(
             Admin, request_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000, bootstrap_timeout_ms=COMMIT_OFFSETS_SECONDS * 1000
         )
 
     def commit_offsets(self, group: str, offsets: dict[int, int]) -> None:
-        """Notes in Kafka that the consumer group `group` goes on at these offsets (partition: next offset). Raises
-        KafkaError.
-        """
+        """Commits these offsets (partition: next offset) to Kafka for the consumer group `group`. Raises KafkaError."""
         places = {
             TopicPartition(self.name, partition): OffsetAndMetadata(offset, "", -1)
             for partition, offset in offsets.items()
@@ -245,7 +241,7 @@ class Topic(Broker):
                 time.sleep(0.2)
 
     def close(self) -> None:
-        """Closes the clients; whoever asks again gets new ones."""
+        """Closes the clients; the next request creates new ones."""
         self._forget("_admin", "_notes")
 
     def _forget(self, *clients: str) -> None:
@@ -254,7 +250,7 @@ class Topic(Broker):
                 client.close()
 
     def unread(self, group: str) -> int | None:
-        """How many records come after the offsets that the consumer group has noted; None if it has noted none.
+        """The number of records after the offsets that the consumer group has committed; None if it has committed none.
 
         Raises KafkaError, or OSError if no broker listens.
         """
@@ -265,15 +261,15 @@ class Topic(Broker):
         return sum(max(0, ends[place].offset - note.offset) for place, note in noted.items()) if noted else None
 
     def require_access(self, error: Exception) -> None:
-        """Raises PipelineError if the brokers have refused this client with `error`."""
+        """Raises PipelineError if the brokers have denied this client access, according to `error`."""
         message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"
         if re.search(r"(Authenticat|Authoriz|S[sS][lL])\w*(Exception|Error)", message):
             raise self.refused(first_line(root_cause(error))) from error
 
     def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
-        """After the `error` of a stream: returns when the topic can be read again, or `stopping` is set.
+        """Returns when the topic can be read again after the `error` of a stream, or when `stopping` is set.
 
-        Raises PipelineError if Kafka stays away or waiting is of no use; `error` if it is not Kafka's.
+        Raises PipelineError if Kafka stays away or waiting is pointless, and `error` itself if it is not about Kafka.
         """
         self.require_access(error)
         message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"

@@ -1,4 +1,4 @@
-"""Where things are: the repository, the tables of the lake, and paths as this machine's own tools take them."""
+"""Where things are: the repository, the tables of the lake, and local paths."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def local_path(path: str) -> str | None:
-    """The path as this machine's own tools take it, however it is written (/data, file:/data, file:///data); None for
-    another store's.
-    """
+    """The path of a local file in Python's notation (for /data, file:/data, file:///data); None for other stores."""
     path = re.sub("^file:(//)?(?=/)", "", path)
     return None if "://" in path else path
 
@@ -20,5 +18,5 @@ SILVER = str(LAKE / "silver" / "sensor_data")
 
 
 def quarantine_of(table: str) -> str:
-    """The path of the table beside `table` that takes the records it rejects."""
+    """The path of the quarantine that belongs to `table`."""
     return table.rstrip("/") + "_quarantine"

@@ -1,4 +1,4 @@
-"""Simulated sensors: readings by a contract, and some that break it."""
+"""Simulated sensors: readings that follow a contract, and readings that break it."""
 
 import copy
 import itertools
@@ -24,10 +24,10 @@ WRONG_VALUES: dict[str, dict[str, Any]] = {
 
 
 class Simulator:
-    """Makes readings by `contract`. `sensor_types`: those of readings.py, where the contract has such.
+    """Generates readings according to `contract`.
 
-    `breaks`: a way to break a reading for each of the contract's reasons, by the reason, but for rules that are unknown
-    here.
+    `sensor_types`: those of readings.py, if the contract has such a field. `breaks`: for each of the contract's reasons, a way
+    to break a reading; rules unknown to the simulator have none.
     """
 
     def __init__(self, contract: Contract, sensor_types: dict[str, Any]):
@@ -54,9 +54,8 @@ class Simulator:
     def messages(
         self, devices: int, invalid_fraction: float = 0, seed: int | None = None
     ) -> Iterator[tuple[str, bytes | None]]:
-        """Endless messages (device id, record) of `devices` devices in turn, the time in them being the present.
-
-        A record has the contract's fields in their order; those that are unknown here have any value of their kind.
+        """Yields messages (device id, record) of `devices` devices in turn, with the current time. A record has the contract's fields
+        in their order; fields unknown to the simulator have any value of their kind.
         """
         rng = random.Random(seed)
         fleet = [self._device(number, rng) for number in range(1, devices + 1)]
@@ -76,7 +75,7 @@ class Simulator:
             yield device["device_id"], next(breaks)(reading) if is_broken else to_json(reading)
 
     def _device(self, number: int, rng: random.Random) -> dict[str, Any]:
-        """What a device always says, and where its value starts."""
+        """The constant values of a device, and the value it starts from."""
         device: dict[str, Any] = {"device_id": f"sensor-{number:03}"}
         if self.sensor_types:
             sensor_type, sensor = list(self.sensor_types.items())[number % len(self.sensor_types)]
@@ -86,7 +85,7 @@ class Simulator:
 
 
 def is_of(field: Field, value: Any) -> bool:
-    """Whether the field can have this value, which a device has for its name."""
+    """Whether the field can have this value, which a device uses as its name."""
     kinds = ((Text, str), (Integer, int), (Number, (int, float)))
     return any(isinstance(field, kind) and isinstance(value, types) for kind, types in kinds)
 
@@ -117,7 +116,7 @@ def to_json(reading: dict[str, Any]) -> bytes:
 
 
 def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], bytes]:
-    """A way to break a reading: by what `change` makes of the field's value."""
+    """A way to break a reading: replaces the field's value by the result of `change`."""
 
     def break_reading(reading: dict[str, Any]) -> bytes:
         broken = copy.deepcopy(reading)
@@ -128,5 +127,5 @@ def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict[str, 
 
 
 def having(wrong: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
-    """A way to break a reading: by the values `wrong`."""
+    """A way to break a reading: sets the values `wrong`."""
     return lambda reading: to_json(reading | wrong)

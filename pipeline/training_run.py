@@ -1,5 +1,4 @@
-"""A short run of the pipeline, so that all that it needs of Java is in the archive of classes
-(pipeline/spark/class_archive.py).
+"""A short run of the pipeline that loads all the classes it needs, for Java's class archive (pipeline/spark/class_archive.py).
 
 python3 -m pipeline.training_run -XX:ArchiveClassesAtExit FILE
 """
@@ -34,7 +33,7 @@ CONTRACT = Contract(
 
 
 def main(make: str, archive: str) -> None:
-    """Takes two files through a stream into tables, and shows these."""
+    """Streams two files into tables, and shows the tables."""
     spark = build_spark("class-archive", make_archive=f"{make}={archive}")
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "input")

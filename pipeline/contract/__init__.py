@@ -1,4 +1,4 @@
-"""What a valid record is: the kinds of fields, the contract, and the judge that reads records by it.
+"""What makes a record valid: the kinds of fields, the contract, and the judge that applies it to records.
 
 A contract of your own begins with: from pipeline.contract import Boolean, Contract, Integer, Number, Text, Timestamp
 """

@@ -1,4 +1,4 @@
-"""The columns that a table has besides those of a contract."""
+"""The columns of the tables that do not come from the contract."""
 
 FILE_ORIGIN = {"source_file": "STRING"}
 KAFKA_ORIGIN = {

@@ -1,9 +1,8 @@
-"""What a contract is made of. A contract says which fields a valid record has and which rules it keeps; readings.py is
-one.
+"""Contracts. A contract defines the fields of a valid record and the rules it must obey; readings.py is an example.
 
-    from pipeline.contract.contract import Boolean, Contract, Integer, Number, Text, Timestamp
+    from pipeline.contract import Boolean, Contract, Integer, Number, Text, Timestamp
 
-pipeline/contract/judge.py reads records by it.
+pipeline/contract/judge.py applies it to records.
 """
 
 import argparse
@@ -38,11 +37,11 @@ OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "o
 
 @dataclass(frozen=True)
 class Contract:
-    """Which records are valid.
+    """Defines which records are valid. Raises ContractError.
 
-    `fields`: in the order of the table's columns, in which the records should have them too, for speed. `rules`: the
-    reasons to reject a record for what its values say, each with SQL over the columns and `ingest_time` that is true
-    for such a record. The first that holds is the reason. Raises ContractError.
+    `fields`: in the order of the table's columns; records are read fastest if they have their fields in the same order.
+    `rules`: reasons to reject a record, each with SQL over the columns and `ingest_time` that is true for such a record. The
+    first rule that is true is the reason.
     """
 
     fields: tuple[Field, ...]
@@ -73,17 +72,17 @@ class Contract:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns of a table: names and types of SQL."""
+        """The columns of a table: SQL names and types."""
         return {each.column: each.type for each in self.fields}
 
     @property
     def time(self) -> str:
-        """The column that says when a record was made, or else when it arrived."""
+        """The column that says when a record was made; if there is none, when it arrived."""
         return next((each.column for each in self.fields if isinstance(each, Timestamp)), "ingest_time")
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why a record can be rejected; the first that holds is the reason."""
+        """The reasons for which a record can be rejected, in the order in which they are checked."""
         return (
             "empty_record",
             "invalid_encoding",
@@ -95,11 +94,11 @@ class Contract:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """The rules as SQL to be put into other SQL: the line after each ends a comment."""
+        """The rules as SQL to embed into other SQL. Each ends with a line break, in case it ends with a comment."""
         return {reason: f"({sql}\n)" for reason, sql in self.rules.items()}
 
     def check_rules(self, spark: SparkSession) -> None:
-        """Raises ContractError if a rule is no SQL over the columns, or not the same for the same record."""
+        """Raises ContractError if a rule is not SQL over the columns, or not always the same for the same record."""
         columns = self.columns | {"ingest_time": "TIMESTAMP"}
         empty = spark.range(0).selectExpr(*(f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in columns.items()))
         for reason, condition in self.conditions.items():
@@ -124,7 +123,7 @@ class Contract:
 
 @contextmanager
 def in_file(path: str) -> Iterator[None]:
-    """Makes of a ContractError a sentence that names the file."""
+    """Turns a ContractError into a PipelineError that names the file."""
     try:
         yield
     except ContractError as error:
@@ -132,7 +131,7 @@ def in_file(path: str) -> Iterator[None]:
 
 
 def add_readings_option(parser: argparse.ArgumentParser) -> None:
-    """The option --readings."""
+    """Adds the option --readings."""
     parser.add_argument(
         "--readings",
         type=location,
@@ -143,12 +142,12 @@ def add_readings_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load_contract(path: str) -> Contract:
-    """The CONTRACT of the Python file at `path`. Raises PipelineError if there is none, or an invalid one."""
+    """Returns the CONTRACT of the Python file at `path`. Raises PipelineError if there is none or it is invalid."""
     return load_readings(path)["CONTRACT"]
 
 
 def load_readings(path: str) -> dict[str, Any]:
-    """All that the Python file at `path` defines, a CONTRACT among it; else raises PipelineError."""
+    """Returns everything defined in the Python file at `path`. Raises PipelineError if it defines no CONTRACT."""
     if not Path(path).is_file():
         raise PipelineError(f"No file {path} with a contract. Name one with --readings; readings.py is an example.")
     try:

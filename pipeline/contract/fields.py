@@ -1,6 +1,4 @@
-"""The kinds of fields that a contract is made of: what their JSON is, and the SQL by which it becomes the value of a
-column.
-"""
+"""The kinds of fields in a contract: their JSON, and the SQL that turns it into the value of a column."""
 
 import re
 from abc import ABC, abstractmethod
@@ -16,15 +14,16 @@ FIRST_SECOND, END_SECOND = -62_167_219_200, 253_402_300_800
 
 
 class ContractError(Exception):
-    """An invalid contract: what is wrong, with the name of the field or the rule."""
+    """An invalid contract. The message names the field or the rule."""
 
 
 @dataclass(frozen=True)
 class Field(ABC):
-    """A field of a record. `name`: as in the record; a dotted path such as "device.id" leads into nested objects.
+    """A field of a record.
 
-    `column`: its column in the table, by default the name with "_" for ".". `required`: a record that lacks the field
-    is rejected. It lacks it without the name, with null, or with a blank string.
+    `name`: its name in the record; a dotted path such as "device.id" leads into nested objects. `column`: its column in the
+    table, by default the name with "_" instead of ".". `required`: whether a record without the field (absent, null, or a
+    blank string) is rejected.
     """
 
     name: str
@@ -35,17 +34,17 @@ class Field(ABC):
     @property
     @abstractmethod
     def type(self) -> str:
-        """The SQL type of its column."""
+        """The SQL type of the column."""
 
     @property
     @abstractmethod
     def json_types(self) -> tuple[str, ...]:
-        """The types that its JSON value can have, as schema_of_variant names them."""
+        """The types that the JSON value can have, as named by schema_of_variant."""
 
     @property
     @abstractmethod
     def plain(self) -> str:
-        """A pattern for its usual JSON, with one group: the text that `value` takes."""
+        """A regular expression for the usual JSON of the field. Its single group is the text passed to `value`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(self.path):
@@ -67,18 +66,16 @@ class Field(ABC):
         return tuple(self.name.split("."))
 
     def value(self, text: str) -> str:
-        """SQL: the column's value, from the SQL of the JSON value as a string; null if it is none."""
+        """SQL: the column's value, from the SQL of the JSON value as a string; null if it is not a valid value."""
         return text
 
     def is_invalid(self, value: str) -> str:
-        """SQL over `value`, `arrival_time` (or null) and `ingest_time`: whether the field, which is there, has no valid
-        value.
-        """
+        """SQL over `value`, `arrival_time` (may be null) and `ingest_time`: whether a field that is present has an invalid value."""
         return f"{value} IS NULL"
 
 
 class Text(Field):
-    """A string. A blank one is as good as none if the field is required."""
+    """A string. If the field is required, a blank string counts as missing."""
 
     type = "STRING"
     json_types = ("STRING",)
@@ -99,7 +96,7 @@ class Boolean(Field):
 
 
 class Number(Field):
-    """A finite number, kept as a double."""
+    """A finite number, stored as a double."""
 
     type = "DOUBLE"
     json_types = ("BIGINT", "DECIMAL", "DOUBLE")
@@ -112,7 +109,7 @@ class Number(Field):
 
 @dataclass(frozen=True)
 class Integer(Field):
-    """A number written without a fraction and an exponent, of 32 or 64 `bits`."""
+    """A number written without a fraction or an exponent, of 32 or 64 `bits`."""
 
     bits: int = 64
 
@@ -137,11 +134,11 @@ class Integer(Field):
 
 @dataclass(frozen=True)
 class Timestamp(Field):
-    """A time of the years 0 to 9999 in UTC, kept to the microsecond.
+    """A time in the years 0 to 9999 in UTC, stored to the microsecond.
 
-    `format`: "rfc3339" (a string: date, "T", time with seconds, any fraction, "Z" or an offset), "epoch_s" (a number of
-    seconds since 1970) or "epoch_ms" (a whole number of milliseconds). `at_most_ahead`: how much later than its arrival
-    it may be, such as "1 day"; by default it may be any time.
+    `format`: "rfc3339" (a string: date, "T", time with seconds and an optional fraction, "Z" or an offset), "epoch_s" (seconds
+    since 1970) or "epoch_ms" (whole milliseconds since 1970). `at_most_ahead`: how far it may be ahead of the record's
+    arrival, such as "1 day"; unlimited by default.
     """
 
     format: str = "rfc3339"

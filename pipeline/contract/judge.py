@@ -1,8 +1,8 @@
-"""How the records of any contract are read: strictly, and fast where they are plain.
+"""Judging records by a contract: a strict way for all of them, and a fast way for plain ones.
 
-A record is the bytes of one message or one line. It is valid if it is one JSON object (RFC 8259, UTF-8, no name twice),
-each field of the contract is in it with a value of its kind, and no rule holds. Nothing is coerced: 7 is not "7", true
-is not 1, 1.0 is no integer. Fields that the contract does not name are allowed, and kept as JSON.
+A record consists of the bytes of a message or a line. It is valid if it is one JSON object (RFC 8259, UTF-8, no duplicate
+names) that has each field of the contract with a value of the right kind, and no rule rejects it. Nothing is coerced: 7 is
+not "7", true is not 1, 1.0 is not an integer. Fields outside the contract are allowed, and kept as JSON.
 """
 
 import itertools
@@ -36,14 +36,13 @@ NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
 
 
 def parse(records: DataFrame, contract: Contract) -> DataFrame:
-    """Reads each record by the contract, and says for which reason it is rejected.
+    """Reads each record according to the contract, and determines why it is rejected, if it is.
 
-    In: `raw` (binary: the record as it came, or null) and `ingest_time` (timestamp), among other columns; where there
-    is a `reject_reason` already, it stays; where there is an `arrival_time` (timestamp), a time can't be too far ahead
-    of that, else of `ingest_time`. Out: the same columns; those of the contract (null if the record has no such value);
-    `reject_reason` (string: the first of `contract.reasons` that applies, null for a valid record); `_rescued_data`
-    (string: the fields that the contract does not name, as a JSON object, null for none); `_unknown_fields` (array of
-    strings: their names, MAX_NAMED_FIELDS of them).
+    In: `raw` (binary: the record as it arrived, or null) and `ingest_time` (timestamp), among other columns. An existing
+    `reject_reason` is kept. If there is an `arrival_time` (timestamp), times must not be too far ahead of it, otherwise of
+    `ingest_time`. Out: the same columns; the contract's columns (null without a valid value); `reject_reason` (string: the
+    first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields outside the
+    contract as a JSON object, or null); `_unknown_fields` (array of strings: up to MAX_NAMED_FIELDS of their names).
     """
     others = [f"`{column}`" for column in records.columns if column != "reject_reason"]
     given = "reject_reason, " if "reject_reason" in records.columns else ""
@@ -84,9 +83,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
 
 
 def _computable(condition: str, contract: Contract) -> str:
-    """SQL: the condition of a rule, or null if its regular expression would be matched against too long a text (see
-    `MAX_PATTERN_TEXT`).
-    """
+    """SQL: the condition of a rule; null if it would match a pattern against too long a text (`MAX_PATTERN_TEXT`)."""
     texts = [
         field.column
         for field in contract.fields
@@ -112,8 +109,8 @@ UNKNOWN = rf'(?:"{CHARACTERS}"|-?(?:0|[1-9]\d{{0,14}}+)(?:\.\d{{1,15}}+)?+|true|
 
 
 def _plain_parts(contract: Contract) -> tuple[Column, Column]:
-    """Of a plain record an empty string, the text of each field's value and, where there are unknown fields, a quote;
-    of another one the record. The first takes the contract's order only.
+    """For a plain record: an empty string, the text of each field's value and, if there are unknown fields, a quote. For any
+    other record: the record itself. The first pattern accepts the contract's order only.
     """
     # nested, or with an escape
     if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields):
@@ -150,7 +147,7 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
 
 
 def _replaced(pattern: str, groups: list[int]) -> Column:
-    """The groups of the pattern as an array after an empty string, or the record where the pattern does not match."""
+    """The groups of the pattern as an array after an empty string, or the record itself if the pattern does not match."""
     template = "".join(f"{SEPARATOR}${group}" for group in groups)
     # The limit is for records that do not match and are nothing but separators.
     return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR, len(groups) + 1)
@@ -162,7 +159,7 @@ def _has_rest(contract: Contract) -> str:
 
 
 def _slow_reading(contract: Contract) -> str:
-    """SQL: what `_strict_reading` gives; of a plain record, whose values are known, only its unknown fields."""
+    """SQL: the result of `_strict_reading`; for a plain record, whose values are known, only its unknown fields."""
     names = ", ".join(_quoted(field.name) for field in contract.fields)
     rest = f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
     types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
@@ -174,7 +171,7 @@ def _slow_reading(contract: Contract) -> str:
 
 
 def _has_repeated_name(fields: str) -> str:
-    """SQL: whether a map has a name twice."""
+    """SQL: whether a map contains a name twice."""
     return f"size(array_distinct(map_keys({fields}))) < size({fields})"
 
 
@@ -187,10 +184,9 @@ def _has_repeated_name(fields: str) -> str:
 
 
 def _strict_reading(contract: Contract) -> str:
-    """SQL: what is in a record, as a struct of `value` (f1, f2, … by the fields' order), `reason`, `rescued`,
-    `unknown`.
+    """SQL: the content of a record as a struct of `value` (f1, f2, … in the fields' order), `reason`, `rescued`, `unknown`.
 
-    Spark analyses each level of `_let` anew for each batch, so there are few.
+    Spark analyses each level of `_let` again for each batch, so there are few levels.
     """
     # SQL of each object that has fields of the contract in it, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
@@ -233,7 +229,7 @@ def _strict_reading(contract: Contract) -> str:
 
 
 def _has_type(field: Field, variant: str, text: str) -> str:
-    """SQL: whether a value, a variant and as `text`, has the JSON type of the field."""
+    """SQL: whether a value, given as a variant and as `text`, has the JSON type of the field."""
     if field.json_types == ("STRING",):
         return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # which nothing else can be read as
     # schema_of_variant takes the square of time for an array of objects, so it is not asked about arrays and objects.
@@ -244,7 +240,7 @@ def _has_type(field: Field, variant: str, text: str) -> str:
 
 
 def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, str]:
-    """SQL for each reason but the rules, in the order of `contract.reasons`."""
+    """SQL for each reason except the rules, in the order of `contract.reasons`."""
     form = {
         "empty_record": f"raw IS NULL OR raw::STRING RLIKE r'{BLANK}'",
         "invalid_encoding": "NOT is_valid_utf8(raw::STRING)",
@@ -269,13 +265,13 @@ def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, 
 
 
 def _unnamed(objects: dict[tuple[str, ...], str], contract: Contract, path: tuple[str, ...]) -> str:
-    """SQL: what is in an object and not in the contract, as a map."""
+    """SQL: the content of an object outside the contract, as a map."""
     named = {field.path[len(path)] for field in contract.fields if field.path[: len(path)] == path}
     return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(_quoted, sorted(named)))}))"
 
 
 def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
-    """SQL: what is in an object, or in the objects in it, and not in the contract, as a map."""
+    """SQL: the content of an object and its nested objects outside the contract, as a map."""
     parts = [f"coalesce({rests[path]}, {NOTHING})"]
     for inner in rests:
         if inner and inner[:-1] == path:
@@ -296,7 +292,7 @@ def _quoted(text: str) -> str:
 
 
 def _struct(**values: list[str]) -> str:
-    """SQL of a struct: the values of each name, with a number from 1 on after it."""
+    """SQL for a struct: the values of each name, numbered from 1."""
     return (
         "struct("
         + ", ".join(
@@ -307,7 +303,7 @@ def _struct(**values: list[str]) -> str:
 
 
 def _first(reasons: dict[str, str]) -> str:
-    """SQL: the name of the first reason that holds, or null."""
+    """SQL: the name of the first reason that applies, or null."""
     return (
         "CASE " + " ".join(f"WHEN {holds} THEN {_quoted(reason)}" for reason, holds in reasons.items()) + " END"
         if reasons
@@ -316,7 +312,7 @@ def _first(reasons: dict[str, str]) -> str:
 
 
 def _let(values: dict[str, str], body: str) -> str:
-    """SQL of `body` with names for `values`, each of which is evaluated once: SQL has no other way to say that."""
+    """SQL for `body` with names for `values`, so that each value is evaluated once. SQL has no other way to express this."""
     for name, value in reversed(values.items()):
         body = f"transform(array({value}), {name} -> {body})[0]"
     return body

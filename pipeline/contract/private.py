@@ -11,8 +11,8 @@ from pyspark.sql import Column, DataFrame, SparkSession
 
 
 def is_of_one_row(rows: DataFrame, condition: str) -> bool:
-    """Whether SQL over the columns of `rows` needs no more than the row itself: no subquery, and nothing that Spark
-    finds by changing the rows, as `window(…)` leaves out those without a time.
+    """Whether SQL over the columns of `rows` depends on the row alone: it has no subquery, and nothing that Spark implements by
+    changing the rows, such as `window(…)`, which drops rows without a time.
     """
     pattern = _java(rows.sparkSession).org.apache.spark.sql.catalyst.trees.TreePattern
     plan = rows.where(condition)._jdf.queryExecution().analyzed()
@@ -22,13 +22,12 @@ def is_of_one_row(rows: DataFrame, condition: str) -> bool:
 
 
 def is_deterministic(rows: DataFrame, condition: str) -> bool:
-    """Whether SQL over the columns of `rows` is the same for the same row each time, without random numbers and the
-    clock.
+    """Whether SQL over the columns of `rows` always gives the same result for the same row: it uses no random numbers and does
+    not read the clock.
 
-    Spark replaces 'now', 'today' and the like by the time at which it parses a query (`DATE 'today'`) or optimizes it,
-    wherever it casts constant text to a time (`t > trim('now')`). Only the optimizer's rule FinishAnalysis finds all of
-    these. Seen from two time zones such a time differs both as an instant and on the clock of the zone; a constant
-    differs in one of the two at most.
+    Spark replaces 'now', 'today' and the like by the current time when it parses a query (`DATE 'today'`) or optimizes it,
+    wherever constant text is cast to a time (`t > trim('now')`). Only the optimizer's rule FinishAnalysis finds all of these.
+    In two time zones, such a time differs both as an instant and as a local time; a constant differs in only one of the two.
     """
     spark = rows.sparkSession
     pattern = _java(spark).org.apache.spark.sql.catalyst.trees.TreePattern
@@ -61,9 +60,7 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
 
 
 def attempt(spark: SparkSession, condition: str) -> Column:
-    """SQL as a column that is null for a row for which it can't be computed. SQL itself can only try what its `try_…`
-    do.
-    """
+    """A column that is null for rows for which the SQL can't be computed. SQL's own `try_…` functions cover only some cases."""
     java = _java(spark).org.apache.spark.sql
     parsed = spark._jsparkSession.sessionState().sqlParser().parseExpression(condition)
     return Column(java.classic.ExpressionUtils.column(java.catalyst.expressions.TryEval(parsed)))

@@ -1,5 +1,5 @@
-"""What dashboard.py's page asks of the Delta tables, by deltalake and DuckDB, without Spark. Times are UTC; a span is
-one of arrival.
+"""The queries of dashboard.py's page on the Delta tables, with deltalake and DuckDB, without Spark. Times are in UTC; a period
+refers to the arrival of records.
 """
 
 import os
@@ -28,9 +28,7 @@ NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_ti
 
 @dataclass(frozen=True)
 class Choice:
-    """What somebody looks at: `field` by `series` and, in a chart for each of them, `charts`, of the last `span`
-    seconds.
-    """
+    """The user's choice: `field` by `series`, with one chart per value of `charts`, for the last `span` seconds."""
 
     table: str
     span: int | None
@@ -41,7 +39,7 @@ class Choice:
 
 
 def find_tables(lake: str) -> dict[str, str]:
-    """The paths of the Delta tables under the folder `lake` by their names there, in order."""
+    """The paths of the Delta tables in the folder `lake`, by their names relative to it, sorted."""
     found = {}
     for folder, subfolders, _ in os.walk(lake, followlinks=True):  # a table may lie on another disk
         if "_delta_log" in subfolders:
@@ -52,7 +50,7 @@ def find_tables(lake: str) -> dict[str, str]:
 
 
 class Lake:
-    """SQL over the rows of a table and its quarantine, `accepted` and `rejected`, that arrived in the span."""
+    """SQL over the rows of a table and its quarantine (`accepted` and `rejected`) that arrived in the period."""
 
     def __init__(self, choice: Choice):
         self.choice = choice
@@ -94,9 +92,7 @@ class Lake:
         return self.duckdb.execute(sql, values).df()
 
     def course(self, field: str, series: str) -> tuple[pd.DataFrame, int]:
-        """The averages of the field (time, series, chart, value) in a 200th of the time each, and how many series are
-        left out.
-        """
+        """The field's averages (time, series, chart, value) per 200th of the period, and the number of series left out."""
         field, series, moment = quoted(field), quoted(series), self.moment
         chart = quoted(self.choice.charts) if self.choice.charts else "NULL"
         there = f"FROM accepted WHERE {field} IS NOT NULL AND {series} IS NOT NULL"
@@ -127,7 +123,7 @@ class Lake:
         return points, max(0, len(names) - MAX_SERIES)
 
     def newest_of_each(self) -> pd.DataFrame:
-        """The newest record of each series, or of each that a chart has, the newest first."""
+        """The newest record of each series, or of each series that has a chart, newest first."""
         record = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in self.columns)
         keys = ", ".join(quoted(name) for name in filter(None, (self.choice.series, self.choice.charts)))
         return plain(
@@ -139,7 +135,7 @@ class Lake:
         )
 
     def arrivals(self) -> pd.DataFrame:
-        """How many records were accepted and rejected (time, verdict, records), in a 200th of the time each."""
+        """The numbers of accepted and rejected records (time, verdict, records) per 200th of the period."""
         batches = self.ask(
             "SELECT ingest_time AT TIME ZONE 'UTC' AS time, verdict, count(*) AS records FROM ("
             "SELECT ingest_time, 'accepted' AS verdict FROM accepted UNION ALL "
@@ -149,7 +145,7 @@ class Lake:
         return batches.groupby([batches["time"].dt.floor(width.ceil("s")), "verdict"])["records"].sum().reset_index()
 
     def batches(self) -> pd.DataFrame:
-        """How long each of the last batches took (time, seconds), from its start to the commit that made it visible."""
+        """The durations of the latest batches (time, seconds), from their start to the commit that made them visible."""
         commits = [
             commit
             for commit in self.log.history(MOST_BATCHES)
@@ -166,7 +162,7 @@ class Lake:
         )
 
     def newest_rejected(self) -> pd.DataFrame:
-        """The newest rejected records: when and why, and how they begin."""
+        """The newest rejected records: time, reason and first bytes."""
         last = self.ask(
             f"SELECT min(ingest_time) AS since FROM (SELECT ingest_time FROM rejected ORDER BY 1 DESC LIMIT {MOST_REJECTED})"
         )
@@ -180,7 +176,7 @@ class Lake:
 
 
 def overview(tables: dict[str, str]) -> pd.DataFrame:
-    """A line for each table: rows, live files, size, newest commit."""
+    """A row for each table: number of rows, live files, size, newest commit."""
     lines = []
     for name, path in tables.items():
         try:
@@ -207,7 +203,7 @@ def overview(tables: dict[str, str]) -> pd.DataFrame:
 
 
 def plain(rows: pd.DataFrame) -> pd.DataFrame:
-    """Times without their zone, which is UTC: Streamlit would show it in each cell."""
+    """Times without their zone (UTC), which Streamlit would otherwise show in every cell."""
     return rows.assign(
         **{
             name: column.dt.tz_localize(None)
@@ -218,5 +214,5 @@ def plain(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def quoted(name: str) -> str:
-    """A name as an identifier of SQL: tables of others may have any names."""
+    """A name as an SQL identifier. Tables of other projects may have any names."""
     return '"' + name.replace('"', '""') + '"'

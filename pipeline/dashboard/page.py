@@ -1,4 +1,4 @@
-"""What dashboard.py shows, drawn by Streamlit."""
+"""The page of dashboard.py, drawn by Streamlit."""
 
 import argparse
 import time
@@ -27,7 +27,7 @@ MAX_CHARTS = 12
 
 
 def show_page(options: argparse.Namespace) -> None:
-    """One visit. `options`: `lake`, and the broker's `bootstrap_servers` and `kafka_config`."""
+    """Draws the page for one visitor. `options`: `lake`, and the broker's `bootstrap_servers` and `kafka_config`."""
     st.set_page_config("Sensor pipeline", layout="wide")
     st.title("Sensor pipeline")
     tables = find_tables(options.lake)
@@ -64,15 +64,15 @@ def show_page(options: argparse.Namespace) -> None:
 
 
 def refresh_every(span: int | None, took: float) -> int:
-    """The seconds from one refresh to the next, of a span of so many seconds, after one that took so long: it rests
-    four times as long as it works.
+    """The seconds between two refreshes for a period of so many seconds, if drawing took so long: the page rests four times as
+    long as it works.
     """
     usual = MAX_REFRESH_SECONDS if span is None else min(max(MIN_REFRESH_SECONDS, span // POINTS), MAX_REFRESH_SECONDS)
     return max(usual, round(5 * took))
 
 
 def choose(readings: dict[str, str]) -> Choice:
-    """Asks, beside the page, what to show."""
+    """Lets the user choose, in the sidebar, what to show."""
     with st.sidebar:
         table = readings[st.selectbox("Table", readings, index=len(readings) - 1, key="table")]
         span = SPANS[st.selectbox("Time span, by arrival", SPANS, index=1)]
@@ -144,7 +144,7 @@ def show_fields(lake: Lake) -> None:
 
 @st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
 def waiting(table: str, _options: argparse.Namespace) -> str:
-    """How many records of the topic the stream into `table` has not read, by the offsets that it has noted in Kafka."""
+    """How many records of the topic the stream into `table` has yet to read, according to its offsets in Kafka."""
     try:
         topic = Topic.of(_options)
         unread = topic.unread(topic.group_of(table))
@@ -154,9 +154,7 @@ def waiting(table: str, _options: argparse.Namespace) -> str:
 
 
 def chart(points: pd.DataFrame, y: str, color: str | None = None) -> alt.Chart:
-    """A chart of `y` over `time`, with a colour for each value of the column `color`; how it marks them is still to be
-    said.
-    """
+    """A chart of `y` over `time`, with a colour for each value of the column `color`; the caller chooses the mark."""
     of_days = len(points) and points["time"].max() - points["time"].min() > timedelta(days=1)
     time_axis = alt.Axis(format="%d %b %H:%M" if of_days else "%H:%M:%S", tickCount=5, labelAngle=0)
     drawn = alt.Chart(points, height=250).encode(
@@ -172,7 +170,7 @@ def chart(points: pd.DataFrame, y: str, color: str | None = None) -> alt.Chart:
 
 
 def age(moment: Any) -> str:
-    """How long ago that was, such as "12 s"."""
+    """The time elapsed since then, such as "12 s"."""
     if moment is None or pd.isna(moment):
         return "–"
     seconds = max(0, (datetime.now(timezone.utc) - moment).total_seconds())

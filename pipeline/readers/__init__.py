@@ -1,1 +1,1 @@
-"""Printing the rows of a table: for people, for programs, and as they come."""
+"""Printing the rows of a table: for people, for programs, and live."""

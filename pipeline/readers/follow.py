@@ -1,4 +1,4 @@
-"""--follow of a reader: the newest rows of a table as they come, by the table's versions, so that no clock matters."""
+"""--follow: the newest rows of a table as they arrive, based on the table's versions, so that no clock matters."""
 
 import argparse
 import sys
@@ -26,16 +26,14 @@ RATE_SECONDS = 10  # seconds over which the rows a second are counted
 
 
 class Follower:
-    """The commits to the table at `path` from now on. `version`: the newest one that was passed on."""
+    """The commits to the table at `path` from now on. `version`: the newest one returned so far."""
 
     def __init__(self, spark: SparkSession, path: str):
         self.spark, self.path = spark, path
         self.id, self.version = newest_state(spark, path)
 
     def new(self) -> Iterator[DataFrame | str]:
-        """The rows that each commit since the last call has added, in order, or a sentence about rows that can't be
-        shown so.
-        """
+        """Yields the rows added by each commit since the last call, in order, or a sentence about rows that can't be shown."""
         table_id, newest = newest_state(self.spark, self.path)
         if table_id != self.id:
             yield f"{self.path} is a new table. All of its rows follow."
@@ -69,13 +67,13 @@ class Follower:
             self.version = version
 
     def _sizes(self, commit: Commit) -> Iterator[int | None]:
-        """The bytes of the files that a commit has added; None for one that is not there."""
+        """The sizes in bytes of the files added by a commit; None for a file that no longer exists."""
         commits = Commits(self.spark, self.path, commit.version)
         return (commits.files.size(commits.path(file)) for file in commit.files)
 
 
 def follow(spark: SparkSession, options: argparse.Namespace) -> None:
-    """Shows the newest rows until Ctrl+C: on a terminal in place, else each new row as a line."""
+    """Shows the newest rows until Ctrl+C: updated in place on a terminal, elsewhere one line per new row."""
     wait_for_tables(spark, options.table)
     if options.format == "table" and is_screen(sys.stdout):
         _in_place(spark, options)
@@ -84,7 +82,7 @@ def follow(spark: SparkSession, options: argparse.Namespace) -> None:
 
 
 def wait_for_tables(spark: SparkSession, table: str) -> None:
-    """Returns when there is a Delta table at `table`, and its quarantine."""
+    """Returns when the Delta table `table` and its quarantine exist."""
     has_said = False
     while not all(DeltaTable.isDeltaTable(spark, path) for path in (table, quarantine_of(table))):
         if not has_said:

@@ -1,4 +1,4 @@
-"""What read_bronze.py and read_silver.py do."""
+"""The shared implementation of read_bronze.py and read_silver.py."""
 
 from pipeline.paths import quarantine_of
 from pipeline.readers.printing import add_reader_options, newest_rows, read_table, show
@@ -8,9 +8,8 @@ from pipeline.terminal.messages import say
 
 
 def show_latest(manual: str, default_table: str, written_by: str) -> None:
-    """The whole of a reader script: options, session, the newest rows, the number of rows.
-
-    `written_by`: the command that makes the table, for whoever has none yet.
+    """Runs a reader script: options, session, the newest rows, the number of rows. `written_by`: the command that creates the
+    table, for users who don't have one yet.
     """
     parser = argument_parser(manual)
     parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")

@@ -42,12 +42,12 @@ ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
 
 def table_of(options: argparse.Namespace) -> str:
-    """The path of the table that a reader's options ask for."""
+    """The path of the table selected by a reader's options."""
     return quarantine_of(options.table) if options.rejected else options.table
 
 
 def in_order(rows: DataFrame, options: argparse.Namespace, newest_first: bool = False) -> DataFrame:
-    """The rows of that table, ordered by time, with the columns that the options ask for."""
+    """The rows of that table, ordered by time, with the columns selected by the options."""
     if options.format == "table" and not options.raw:
         rows = rows.drop("raw_json")
     times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
@@ -55,9 +55,7 @@ def in_order(rows: DataFrame, options: argparse.Namespace, newest_first: bool = 
 
 
 def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel: Any) -> DataFrame:
-    """The newest rows that the options of a reader ask for, the newest first; of the newest version, or of another
-    (`versionAsOf`).
-    """
+    """The newest rows, newest first, as selected by a reader's options; of the newest version or of another (`versionAsOf`)."""
     path = table_of(options)
     rows = spark.read.format("delta").options(**time_travel).load(path)
     if since := newest_since(spark, path, options.limit):
@@ -66,7 +64,7 @@ def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel:
 
 
 def add_reader_options(parser: argparse.ArgumentParser) -> None:
-    """The options that all readers have: --limit, --format."""
+    """Adds the options of all readers: --limit, --format."""
     parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
     parser.add_argument(
         "--format",
@@ -77,9 +75,9 @@ def add_reader_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_table(spark: SparkSession, path: str, written_by: str, **time_travel: Any) -> DataFrame:
-    """The Delta table at `path`, at a version or time if told (`versionAsOf`, `timestampAsOf`).
+    """The Delta table at `path`, optionally at a version or time (`versionAsOf`, `timestampAsOf`).
 
-    Raises PipelineError if there is none; `written_by` is the command that makes it.
+    Raises PipelineError if there is none. `written_by`: the command that creates it.
     """
     if not DeltaTable.isDeltaTable(spark, path):
         raise PipelineError(f"No Delta table at {path} yet. It appears with the first records; start {written_by}.")
@@ -87,10 +85,11 @@ def read_table(spark: SparkSession, path: str, written_by: str, **time_travel: A
 
 
 def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
-    """A time (microseconds since 1970) such that at least `limit` rows of the table have an ingest_time from it on.
+    """A time (microseconds since 1970) since which at least `limit` rows of the table have arrived, according to their
+    ingest_time; None if no file may be skipped.
 
-    It comes from the statistics of the files in the table's log. So the newest rows are found without a look at all of
-    them: Delta skips each file whose rows are all older. None if no file may be skipped.
+    It comes from the file statistics in the table's log. Delta skips all files whose rows are older, so the newest rows are
+    found without reading the whole table.
     """
     statistics = F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>")
     files = (
@@ -107,9 +106,7 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
 
 
 def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) -> None:
-    """Prints the first `limit` rows in the `form` of --format. `whole`: a table with no value cut and no column left
-    out.
-    """
+    """Prints the first `limit` rows in the `form` of --format. `whole`: no value is shortened and no column omitted."""
     rows = rows.limit(limit)
     if form == "table":
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
@@ -127,7 +124,7 @@ def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) 
 
 
 def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
-    """The rows as lines, in the `form` of --format. What would steer a terminal is escaped there, as in JSON."""
+    """The rows as lines, in the `form` of --format. Control characters are escaped as in JSON if they would reach a terminal."""
     for line in _lines(rows, form, whole):
         yield re.sub(r"[^\n -~]", _escaped, line) if sys.stdout.isatty() else line
 
@@ -162,13 +159,13 @@ def csv_line(values: Iterable[str | None]) -> str:
 
 
 def _text(name: str, kind: str) -> Column:
-    """The column as text; of bytes that are not UTF-8 "�"."""
+    """The column as text. In bytes that are not UTF-8, "�" stands for each error."""
     value = F.col(f"`{name}`").cast("string")
     return (F.make_valid_utf8(value) if kind == "binary" else value).alias(name)
 
 
 def _cell(name: str, kind: str, whole: bool) -> Column:
-    """The column as people read it. What a record holds must not steer the terminal: control characters are "�"."""
+    """The column in a form for people. Control characters in a record are shown as "�", so that they can't control the terminal."""
     value = F.regexp_replace(_text(name, kind), r"\p{C}", "\ufffd")
     if kind == "timestamp":
         value = F.date_format(f"`{name}`", "yyyy-MM-dd HH:mm:ss")
@@ -178,9 +175,7 @@ def _cell(name: str, kind: str, whole: bool) -> Column:
 
 
 def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, list[str]]:
-    """The rows as a table of at most `width` columns of the terminal, and the names of the columns that have no room
-    there.
-    """
+    """The rows as a table of at most `width` terminal columns, and the names of the columns that do not fit."""
     kinds = dict(rows.dtypes)
     cells = rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).collect()
     widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in cells)))) for name in kinds}

@@ -1,1 +1,1 @@
-"""The SparkSession and all that it is built from: Java, jars, the class archive, file systems."""
+"""The SparkSession and everything needed to build it: Java, jars, the class archive, file systems."""

@@ -1,6 +1,6 @@
-"""Java's class-data archive, from which Spark starts in about half the time: made once, by pipeline/training_run.py.
+"""Java's class-data archive, which halves the start-up time of Spark. It is built once, by pipeline/training_run.py.
 
-What the archive is: https://docs.oracle.com/en/java/javase/17/vm/class-data-sharing.html
+See https://docs.oracle.com/en/java/javase/17/vm/class-data-sharing.html
 """
 
 import hashlib
@@ -23,9 +23,8 @@ OPTIONS = {False: ("-XX:ArchiveClassesAtExit", "-XX:SharedArchiveFile"), True: (
 
 
 def use_archive(java: Java, jars: list[str]) -> str:
-    """The option by which `java` starts from the archive for itself, PySpark's jars and `jars`, beside the latter.
-
-    The first call makes the archive, in half a minute, and says so.
+    """Returns the `java` option to use the archive for Java itself, PySpark's jars and `jars`; the archive is stored beside the
+    latter. The first call builds the archive, which takes half a minute, and says so.
     """
     make, use = OPTIONS[java.release >= 25]
     path = os.path.realpath(java.path)
@@ -50,7 +49,7 @@ def _short_hash(*texts: str) -> str:
 
 
 def _make(archive: Path, option: str) -> None:
-    """Makes the archive by a training run; `option` tells Java to."""
+    """Builds the archive by a training run, with the `option` that makes Java write it."""
     draft = archive.with_suffix(".draft")
     run = subprocess.Popen(
         [sys.executable, "-m", "pipeline.training_run", option, draft],

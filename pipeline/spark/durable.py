@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def sync(paths: Iterable[str | Path]) -> None:
-    """Returns once the disk has these files, and their names in their folders. Passes over those that don't exist.
+    """Syncs these files, and their names in their folders, to the disk. Skips files that don't exist.
 
-    An executor on another machine writes a checksum file `.NAME.crc` beside each; they are synced too.
+    An executor on another machine writes a checksum file `.NAME.crc` beside each file; those are synced, too.
     """
     existing = [
         path
@@ -25,7 +25,7 @@ def sync(paths: Iterable[str | Path]) -> None:
 
 
 def replace(path: str, text: str) -> None:
-    """Writes a file that is there whole or as it was before, whenever the power is cut."""
+    """Writes a file atomically: after a power cut at any moment, it has either the old or the new content."""
     draft = f"{path}.draft"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     Path(draft).write_text(text, encoding="utf-8")

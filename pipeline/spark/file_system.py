@@ -1,4 +1,4 @@
-"""Files wherever Spark finds them: on this machine, in a bucket, on HDFS."""
+"""Files on any file system that Spark supports: local, in a bucket, or on HDFS."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from pyspark.sql import SparkSession
 
 
 class BrokenFileError(Exception):
-    """A file has been read, but its content can't be unpacked."""
+    """A file was read, but its content can't be decompressed."""
 
 
 class FileSystem:
-    """The file system of a path, as Spark sees it: Python alone does not reach every one of them (`s3a://…`)."""
+    """The file system of a path, accessed through Spark, because Python alone can't reach all of them (`s3a://…`)."""
 
     def __init__(self, spark: SparkSession, path: str, **settings: str):
         self._java = _java(spark)
@@ -29,14 +29,14 @@ class FileSystem:
         return self._java.org.apache.hadoop.fs.Path(path)
 
     def qualified(self, path: str) -> str:
-        """The path with the file system's scheme, as the paths of what is in it come."""
+        """The path with the scheme of its file system, as in the paths of the files inside it."""
         return self._files.makeQualified(self._path(path)).toString()
 
     def is_folder(self, path: str) -> bool:
         return self._files.exists(self._path(path)) and self._files.getFileStatus(self._path(path)).isDirectory()
 
     def names_in(self, folder: str) -> list[str]:
-        """The names in a folder; none if there is no such folder."""
+        """The names in a folder; empty if there is no such folder."""
         return [status.getPath().getName() for status in self._statuses(folder)]
 
     def folders_in(self, folder: str) -> list[str]:
@@ -47,16 +47,16 @@ class FileSystem:
         return list(self._files.listStatus(self._path(folder))) if self.is_folder(folder) else []
 
     def read(self, path: str) -> str | None:
-        """The text of a file; None if there is none."""
+        """The text of a file; None if it does not exist."""
         if not self._files.exists(self._path(path)):
             return None
         with self._open(path) as content:
             return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
 
     def unpacked_size(self, path: str, limit: int) -> int:
-        """The bytes in a .gz file, read as Spark reads it; `limit` + 1 if there are more than `limit`.
+        """The uncompressed size of a .gz file in bytes, as Spark reads it, or `limit` + 1 if it is larger.
 
-        Raises BrokenFileError if it can't be unpacked, and Py4JJavaError if it can't be read.
+        Raises BrokenFileError if it can't be decompressed, and Py4JJavaError if it can't be read.
         """
         hadoop, io = self._java.org.apache.hadoop, self._java.org.apache.commons.io
         codec = hadoop.io.compress.CompressionCodecFactory(self._files.getConf()).getCodec(self._path(path))
@@ -84,7 +84,7 @@ class FileSystem:
             content.close()
 
     def write(self, path: str, text: str) -> None:
-        """Creates or replaces a file. This is atomic on object stores; on HDFS a crash may leave half of the file."""
+        """Creates or replaces a file. This is atomic on object stores; on HDFS a crash may leave a partial file."""
         content = self._files.create(self._path(path), True)
         try:
             content.write(text.encode())
@@ -92,13 +92,13 @@ class FileSystem:
             content.close()
 
     def size(self, path: str) -> int | None:
-        """The bytes in a file; None if there is none."""
+        """The size of a file in bytes; None if it does not exist."""
         return self._files.getFileStatus(self._path(path)).getLen() if self._files.exists(self._path(path)) else None
 
     def delete(self, path: str) -> None:
-        """Deletes a file, or a folder with all that is in it; does nothing if there is none."""
+        """Deletes a file, or a folder with its contents. Does nothing if it does not exist."""
         self._files.delete(self._path(path), True)
 
     def rename(self, old: str, new: str) -> bool:
-        """False if it can't be done; true, too, if there is nothing to rename."""
+        """Returns False if renaming fails, and True if there is nothing to rename."""
         return not self._files.exists(self._path(old)) or self._files.rename(self._path(old), self._path(new))

@@ -1,4 +1,4 @@
-"""File names that Hadoop would take for patterns."""
+"""File names that Hadoop would interpret as glob patterns."""
 
 import re
 
@@ -7,7 +7,7 @@ MAX_PATTERNS = 100
 
 
 def is_pattern(path: str) -> bool:
-    """Whether Hadoop would take a path for a pattern, because it contains one of its wildcards."""
+    """Whether Hadoop would interpret a path as a pattern, because it contains one of the wildcards."""
     return escape_glob(path) != path
 
 

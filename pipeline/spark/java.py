@@ -1,4 +1,4 @@
-"""The Java side of the pipeline: which Java runs it, and where its jars come from."""
+"""The Java installation that runs the pipeline, and the jars it needs."""
 
 import hashlib
 import os
@@ -38,9 +38,9 @@ class Java(NamedTuple):
 
 
 def find_java() -> Java:
-    """The Java that Spark will use: `$JAVA_HOME/bin/java`, or else `java` on the PATH.
+    """The Java that Spark is going to use: `$JAVA_HOME/bin/java`, or else `java` on the PATH.
 
-    Raises PipelineError if there is none, or one that Spark cannot run on.
+    Raises PipelineError if there is none, or if Spark can't run on it.
     """
     home = os.environ.get("JAVA_HOME")
     java = os.path.join(home, "bin", "java") if home else shutil.which("java")
@@ -70,7 +70,7 @@ def find_java() -> Java:
 
 
 def require_own(folder: Path | str, option: str) -> None:
-    """Raises PipelineError if others could change what is in a folder, or where a link leads. `option` names another
+    """Raises PipelineError if other users could change the content of a folder or the target of a link. `option`: names another
     folder.
     """
     link, status = os.lstat(folder), os.stat(folder)
@@ -87,9 +87,9 @@ def require_own(folder: Path | str, option: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where jars and Java's class archive are kept: `$PIPELINE_CACHE`, by default Ivy's own place, `~/.ivy2`.
+    """The folder for jars and Java's class archive: `$PIPELINE_CACHE`, or by default Ivy's own folder, `~/.ivy2`.
 
-    Raises PipelineError if it can be no such place.
+    Raises PipelineError if the folder can't be used.
     """
     elsewhere = "Name another folder for the jars: export PIPELINE_CACHE=/path/to/folder."
     try:
@@ -110,17 +110,17 @@ def cache_folder() -> Path:
 
 
 def spark_jars(*coordinates: str) -> list[str]:
-    """Paths of the jars that Spark needs besides its own for Maven `coordinates` ("group:artifact:version")."""
+    """The paths of the jars for Maven `coordinates` ("group:artifact:version") that Spark does not bring itself."""
     shipped = {re.sub(r"-\d[^-]*(-\w+)?\.jar$", "", jar.name) for jar in SPARK_JARS.glob("*.jar")}
     return resolve_jars(coordinates, without=shipped)
 
 
 def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> list[str]:
-    """Paths of the jars of Maven `coordinates` and of all they depend on, less the artifacts named `without`.
+    """The paths of the jars of Maven `coordinates` and of their dependencies, except the artifacts named in `without`.
 
-    The first call downloads them with the Ivy that comes with pyspark into `cache_folder()`, says so, and compares them
-    with `SUMS`; from then on a list beside them answers. Raises PipelineError if a jar can't be downloaded, or is not
-    the one that it should be.
+    The first call says so and downloads them into `cache_folder()` with the Ivy that comes with pyspark, and checks them
+    against `SUMS`. Later calls use a list stored beside them. Raises PipelineError if a jar can't be downloaded, or is not the
+    expected one.
     """
     coordinates = sorted(coordinates)
     cache = cache_folder()
@@ -141,7 +141,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
 
 
 def require_known(jars: Iterable[Path]) -> None:
-    """Raises PipelineError if one of the jars does not have the SHA-256 sum that `SUMS` says."""
+    """Raises PipelineError if the SHA-256 sum of a jar is not the one in `SUMS`."""
     sums = {name: sum_ for sum_, name in map(str.split, SUMS.read_text(encoding="utf-8").splitlines())}
     for jar in jars:
         if hashlib.sha256(jar.read_bytes()).hexdigest() != sums.get(jar.name):
@@ -153,13 +153,13 @@ def require_known(jars: Iterable[Path]) -> None:
 
 
 def _listed_in(known: Path) -> list[str]:
-    """The jars on a list that `_download` has written; none if one of them is missing."""
+    """The jars in a list written by `_download`; empty if one of them is missing."""
     jars = known.read_text(encoding="utf-8").strip().split(os.pathsep) if known.exists() else []
     return jars if all(map(os.path.exists, jars)) else []
 
 
 def _download(coordinates: list[str], without: Iterable[str], known: Path) -> None:
-    """Downloads the jars into the folder of the file `known`, which is the list of them afterwards."""
+    """Downloads the jars into the folder of the file `known`, and writes their list to that file."""
     dependencies = "".join(
         '<dependency org={} name={} rev={} conf="default"/>'.format(*map(quoteattr, coordinate.split(":")))
         for coordinate in coordinates

@@ -1,7 +1,4 @@
-"""The uses of private APIs of Spark, Delta and Hadoop while a script runs, with the reason for each.
-
-pipeline/spark/session.py has those by which a session starts.
-"""
+"""Private parts of PySpark and py4j, with the reason for each. pipeline/spark/session.py has those needed to start a session."""
 
 import importlib
 import subprocess
@@ -15,7 +12,7 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 
 
 def without_pandas(module: str) -> None:
-    """Imports a module as if pandas and what it needs were not installed."""
+    """Imports a module as if pandas and its dependencies were not installed."""
     hidden = ("numpy", "pandas", "pyarrow")
     there = {name: sys.modules.get(name) for name in hidden}
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
@@ -33,7 +30,7 @@ without_pandas("pyspark.testing.utils")
 
 
 def _java(spark: SparkSession) -> Any:
-    """The classes of the session's JVM by their names: PySpark has no other way to what follows here."""
+    """The classes of the session's JVM, by name. PySpark has no public access to them."""
     return spark._jvm
 
 
@@ -41,10 +38,10 @@ OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
 
 
 def protect_callbacks(spark: SparkSession) -> None:
-    """Makes the port on which Spark's JVM calls `foreachBatch` ask for the session's secret; PySpark lets any user of
-    the machine call it.
+    """Makes the port on which Spark's JVM calls `foreachBatch` require the session's secret. By default PySpark accepts calls
+    from any user of the machine.
 
-    Py4J has the check on Python's side, but its Java side forgets the secret as it is told the port (0.10.9.9).
+    Py4J can check the secret on the Python side, but its Java side drops the secret when it is told the port (0.10.9.9).
     """
     gateway = cast(Any, spark.sparkContext)._gateway
     secret = gateway.gateway_parameters.auth_token
@@ -63,20 +60,20 @@ def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:
 
 
 def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes]":
-    """The process of the session's JVM: PySpark has no way to wait for its end."""
+    """The process of the session's JVM. PySpark has no way to wait for its end."""
     return cast(Any, spark.sparkContext._gateway).proc
 
 
 def number_of_tasks(rows: DataFrame) -> int:
-    """How many tasks Spark would read the rows with. `rows.rdd` would make them Python's, and take longer."""
+    """The number of tasks with which Spark would read the rows. `rows.rdd` would convert them to Python, which is slower."""
     return rows._jdf.queryExecution().toRdd().getNumPartitions()
 
 
 def observed(spark: SparkSession, observation: Observation, seconds: int) -> dict[str, Any] | None:
-    """The figures that an observation has seen, by their names, as Java has them; its own `get` waits forever, and
-    converts all to Python.
+    """The figures of an observation by name, with Java's types. Its own `get` waits indefinitely, and converts everything to
+    Python.
 
-    None if it has seen no query end within so many seconds; {} if Spark has left it out of the plan.
+    Returns None if the query does not end within so many seconds, and {} if Spark has optimized the observation away.
     """
     java, observer = _java(spark).scala.concurrent, cast(Any, observation._jo)
     try:
@@ -92,10 +89,10 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> dic
 
 
 def in_memory(rows: DataFrame) -> DataFrame:
-    """The rows as they are now, in the JVM's memory: they need not go through Python for it."""
+    """A snapshot of the rows in the JVM's memory, without a detour through Python."""
     return dataframe_of(rows.sparkSession, rows._jdf.collectAsList(), rows)
 
 
 def dataframe_of(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
-    """A DataFrame of Java's `rows`, with the columns of `like`: they need not go through Python for it."""
+    """A DataFrame of Java's `rows` with the columns of `like`, without a detour through Python."""
     return DataFrame(spark._jsparkSession.createDataFrame(rows, like._jdf.schema()), spark)

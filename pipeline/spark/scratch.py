@@ -1,4 +1,4 @@
-"""The folder for Spark's temporary files. A script that is killed leaves it behind, and a later start removes it."""
+"""The folder for Spark's temporary files. If a script is killed, a later start removes its folder."""
 
 import atexit
 import fcntl
@@ -12,9 +12,7 @@ PREFIX = "pipeline-spark-"
 
 
 def scratch_folder() -> str:
-    """A new folder for this user alone, which is removed when the process ends. Removes those of processes that were
-    killed.
-    """
+    """Creates a folder for this user alone, which is removed when the process ends. Also removes those of killed processes."""
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _lock(left):
             shutil.rmtree(left, ignore_errors=True)
@@ -27,7 +25,7 @@ def scratch_folder() -> str:
 
 
 def _lock(folder: Path) -> bool:
-    """Locks a folder of this user until the process ends. False if another process has the lock, or there is no such
+    """Locks a folder of this user until the process ends. Returns False if another process has the lock, or there is no such
     folder.
     """
     try:

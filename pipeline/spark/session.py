@@ -1,4 +1,4 @@
-"""The SparkSession with the Delta extensions that each script builds for itself."""
+"""The SparkSession with the Delta extensions that every script builds for itself."""
 
 import atexit
 import os
@@ -111,11 +111,10 @@ MAX_DEFAULT_TASKS = 8  # more take a larger heap, which the user has to ask for
 def build_spark(
     app_name: str, jvm: dict[str, str] = STREAM_JVM, verbose: bool = False, make_archive: str | None = None
 ) -> SparkSession:
-    """A SparkSession with Delta and the Kafka source, in UTC, on this machine's cores or on the master that
-    spark-submit was given.
+    """Builds a SparkSession with Delta and the Kafka source, in UTC, on the local cores or on the master given to spark-submit.
 
-    `jvm`: settings of the driver's JVM, `STREAM_JVM` or `READER_JVM`. `verbose`: lets Spark's own log through.
-    What spark-submit was told by `--conf` wins over `SETTINGS`. Raises PipelineError if Spark can't start.
+    `jvm`: settings of the driver's JVM (`STREAM_JVM` or `READER_JVM`). `verbose`: shows Spark's own log. `--conf` options of
+    spark-submit override `SETTINGS`. Raises PipelineError if Spark can't start.
     """
     is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, whose JVM runs already
     launch = SparkConf(loadDefaults=False) if is_submitted else _local_launch(jvm, make_archive)
@@ -150,7 +149,7 @@ def build_spark(
 
 
 def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
-    """What Spark's JVM is started with on this machine, which is also said to it by the environment."""
+    """The settings with which Spark's JVM is started locally, which are also passed in the environment."""
     java = find_java()
     jars = spark_jars(DELTA, KAFKA_SOURCE)
     java_options = [
@@ -185,14 +184,14 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
 
 
 def heap_size(cores: int, memory: int) -> int:
-    """The bytes of a JVM's heap on a machine with so many cores and bytes of memory: never less than 1 GB, else half
-    the memory at most.
+    """The heap size in bytes for a machine with so many cores and bytes of memory: at least 1 GB, otherwise at most half of the
+    memory.
     """
     return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(cores, MAX_DEFAULT_TASKS), memory // 2))
 
 
 def _memory() -> int:
-    """The bytes of memory that this machine or container has."""
+    """The memory of this machine or container in bytes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no limit is "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -200,15 +199,13 @@ def _memory() -> int:
 
 
 def umask() -> int:
-    """The permissions that new files of this process don't get; Hadoop sets those of its files itself, whatever they
-    are.
-    """
+    """The permission bits withheld from new files of this process. Hadoop ignores the umask and sets permissions itself."""
     os.umask(mask := os.umask(0o077))
     return mask
 
 
 def has_name() -> bool:
-    """Whether this user has a name, which in a container it often has not."""
+    """Whether this user has a name, which is often not the case in a container."""
     try:
         return bool(pwd.getpwuid(os.getuid()))
     except KeyError:
@@ -216,12 +213,12 @@ def has_name() -> bool:
 
 
 def quoted(option: str) -> str:
-    """An option of Java as spark.driver.extraJavaOptions takes it, which is split at blanks."""
+    """A Java option in the syntax of spark.driver.extraJavaOptions, which is split at blanks."""
     return re.sub(r"""(["'\\\s])""", r"\\\1", option)
 
 
 def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
-    """Starts Spark's JVM, which ends with the script, or connects to that of spark-submit."""
+    """Starts Spark's JVM, which ends together with the script, or connects to that of spark-submit."""
     with tempfile.TemporaryFile() as stderr:  # it warns at its start before any log setting can act
         try:
             # Its stdout has nothing but Delta's remarks on a VACUUM.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        """Names the default of an option that has one; a switch and an option that may be left out have none."""
+        """Adds the default to the help text, except for switches and optional values."""
         return (
             (action.help or "")
             if action.default is None or action.default is False
@@ -17,7 +17,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def argument_parser(manual: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` is the script's module docstring, followed by the options and their defaults; with
+    """A parser whose `--help` shows the script's module docstring, followed by the options and their defaults. Includes
     --verbose.
     """
     parser = argparse.ArgumentParser(description=manual, formatter_class=_HelpFormatter, allow_abbrev=False)
@@ -28,7 +28,7 @@ def argument_parser(manual: str) -> argparse.ArgumentParser:
 
 
 def location(value: str) -> str:
-    """The type of an option that takes a path: a URI as it is (`s3a://…`), a path of this machine made absolute."""
+    """The type of an option that takes a path. URIs (`s3a://…`) are kept; local paths are made absolute."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -41,7 +41,7 @@ def location(value: str) -> str:
 
 
 def local_folder(value: str) -> str:
-    """The type of an option that takes a folder of this machine."""
+    """The type of an option that takes a local folder."""
     if "://" in value:
         raise argparse.ArgumentTypeError(f"{value!r} is not a folder on this machine")
     return location(value)
@@ -57,9 +57,7 @@ def table_location(value: str) -> str:
 def at_least(
     minimum: float, number: Callable[[str], float] = int, at_most: float = 2**31 - 1
 ) -> Callable[[str], float]:
-    """The type of an option that takes a number from `minimum` to `at_most`; by default the most that Spark takes for
-    rows or files.
-    """
+    """The type of an option that takes a number from `minimum` to `at_most`, whose default is Spark's limit for rows and files."""
 
     def parse(value: str) -> float:
         try:

@@ -1,15 +1,15 @@
-"""Errors for people, and the facts in an error of Java."""
+"""Errors for people, and access to the details of Java errors."""
 
 from collections.abc import Iterator
 from typing import Any
 
 
 class PipelineError(Exception):
-    """Something that a user can fix: one sentence that says what happened, where, and what to do next."""
+    """An error that the user can fix. The message says what happened, where, and what to do next."""
 
 
 def java_causes(error: BaseException) -> Iterator[Any]:
-    """An error of Java, as py4j gives it, and its causes, the innermost last; none of an error of Python."""
+    """A Java error as py4j provides it, followed by its causes, the innermost last. Empty for Python errors."""
     java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
     while java is not None:
         yield java
@@ -17,14 +17,14 @@ def java_causes(error: BaseException) -> Iterator[Any]:
 
 
 def root_cause(error: BaseException) -> str:
-    """The message of an error; of an error of Java that of its innermost cause."""
+    """The message of an error; for a Java error, that of its innermost cause."""
     if causes := list(java_causes(error)):
         return (causes[-1].getMessage() or causes[-1].toString()).strip()
     return str(error).strip() or type(error).__name__
 
 
 def java_class(error: BaseException) -> str:
-    """The class of the innermost cause of an error of Java; "" for one of Python."""
+    """The class of the innermost cause of a Java error; "" for Python errors."""
     causes = list(java_causes(error))
     return causes[-1].getClass().getName() if causes else ""
 

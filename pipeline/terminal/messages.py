@@ -1,4 +1,4 @@
-"""Lines for the terminal."""
+"""Printing lines to the terminal."""
 
 import os
 import re
@@ -11,17 +11,15 @@ def say(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Prints a line to stderr. It may quote a file's name or an error, so no control character of it reaches the
-    screen.
-    """
+    """Prints a line to stderr, without control characters, because it may quote a file name or an error."""
     print(without_controls(line), file=sys.stderr, flush=True)
 
 
 def without_controls(text: str) -> str:
-    """The text with "�" for what would steer a terminal."""
+    """The text with "�" in place of control characters."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def is_screen(stream: TextIO) -> bool:
-    """Whether text can be replaced in place there: a terminal that is able to, and has no other live view on it."""
+    """Whether text can be updated in place there: the stream is a capable terminal without another live view."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not hasattr(stream, "rich_proxied_file")

@@ -1,4 +1,4 @@
-"""Ports of this machine."""
+"""Local ports."""
 
 import socket
 

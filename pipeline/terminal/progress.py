@@ -1,4 +1,4 @@
-"""The live status of a script that is waiting for something."""
+"""The live status of a script that waits for something."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ from pipeline.terminal.messages import is_screen
 
 @contextmanager
 def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None]]:
-    """Gives a function that says on stderr what is being waited for, "" for nothing.
+    """Provides a function that shows on stderr what the script is waiting for; "" hides the status.
 
-    On a terminal in place, with the time that has passed; elsewhere a line, once for each text, or none if
-    `only_on_terminal`.
+    On a terminal, the status is updated in place and shows the elapsed time. Elsewhere each text is printed once as a line, or
+    not at all if `only_on_terminal`.
     """
     if not is_screen(sys.stderr):
         said = {""}

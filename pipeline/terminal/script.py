@@ -1,4 +1,4 @@
-"""Running a script's `main`: its errors as sentences, and its exit code."""
+"""Running a script's `main`: error messages and exit codes."""
 
 import logging
 import os
@@ -15,18 +15,17 @@ from py4j.protocol import Py4JNetworkError
 
 
 def _is_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl+C has led to an error: py4j sometimes closes the connection by which PySpark then tidies up."""
+    """Whether an error was caused by Ctrl+C: py4j sometimes closes the connection that PySpark's cleanup needs."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script: 0 at its end and on Ctrl+C or SIGTERM, 1 after an error, which it prints to stderr as a sentence,
-    141 if nobody reads its output any more.
+    """Runs a script. Its exit code is 0 at its end and after Ctrl+C or SIGTERM, 1 after an error, whose message is printed to
+    stderr, and 141 if nobody reads its output any more.
 
-    `--verbose` on the command line adds the traceback. Users who are neither the script's own nor of its group can't
-    read its files.
+    `--verbose` on the command line adds the traceback. New files are accessible only to the script's user and group.
     """
     on_stop_signal(Interrupt())
     os.umask(os.umask(0o007) | 0o007)

@@ -1,9 +1,9 @@
-"""A script as a process: Ctrl+C, SIGTERM and SIGHUP at any moment, and no dependence on the locale.
+"""A script as a process: Ctrl+C, SIGTERM and SIGHUP at any moment, and independence of the locale.
 
-Each script imports this before all else, because the other imports take a second. What a signal does then changes with
-what there is to clean up: it ends the process at once while modules are imported, raises KeyboardInterrupt under
-`pipeline.terminal.arguments.run`, waits in `delay_stop_signals`, and sets a StopFlag where a loop looks at one
-(`on_stop_signal(stopping.set)`).
+This is imported before everything else (by pipeline/__init__.py), because other imports take a second. The effect of a
+signal depends on what has to be cleaned up: it ends the process immediately while modules are imported, raises
+KeyboardInterrupt under `pipeline.terminal.script.run`, is postponed in `delay_stop_signals`, and sets a StopFlag where a
+loop checks one (`on_stop_signal(stopping.set)`).
 """
 
 import io
@@ -38,9 +38,7 @@ def on_stop_signal(action: Callable[[], object]) -> None:
 
 
 class StopFlag:
-    """A threading.Event for the handler of a signal: Event's own `set` waits for a lock, which the interrupted thread
-    may hold.
-    """
+    """Like threading.Event, but safe to set in a signal handler: Event.set acquires a lock that the interrupted thread may hold."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -55,26 +53,25 @@ class StopFlag:
         return self._is_set
 
     def wait(self, seconds: float) -> bool:
-        """Returns when the flag is set, or after so many seconds: whether it is set."""
+        """Waits until the flag is set, but at most so many seconds. Returns whether it is set."""
         select.select([self._reader], [], [], max(0, seconds))
         return self._is_set
 
 
 class Stopped(Exception):
-    """Ends what was to be broken off when a StopFlag was set."""
+    """Ends an activity because a StopFlag was set."""
 
 
 def ignore_stop_signals() -> None:
-    """For the end of a script: it takes a moment, and a second key press must not break it off."""
+    """Called at the end of a script, which takes a moment and must not be interrupted by a second key press."""
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
 
 
 class Interrupt:
-    """The action that raises KeyboardInterrupt, once for several signals in a row: the next would interrupt the
-    clean-up after the first.
+    """Raises KeyboardInterrupt, once for several signals in a row, because another one would interrupt the cleanup.
 
-    Where Python can't let it out, as in a callback of the garbage collector, the signal comes again a moment later.
+    If Python can't propagate it, for example in a callback of the garbage collector, the signal is repeated a moment later.
     """
 
     AGAIN = (0.001, 0.001)  # seconds until then, and until each further try
@@ -105,7 +102,7 @@ class Interrupt:
 
 @contextmanager
 def delay_stop_signals() -> Iterator[None]:
-    """Holds the signals back while it lasts, then raises KeyboardInterrupt if there was one."""
+    """Delays stop signals until the end of the context, then raises KeyboardInterrupt if there was one."""
     seen = []
     before = {stop_signal: signal.getsignal(stop_signal) for stop_signal in STOP_SIGNALS}
     on_stop_signal(lambda: seen.append(True))
@@ -122,7 +119,7 @@ def delay_stop_signals() -> Iterator[None]:
 
 
 def _use_utf8() -> None:
-    """File names, arguments and output are UTF-8 for Python and for the JVMs it starts, whatever the locale says."""
+    """Makes Python and the JVMs that it starts use UTF-8 for file names, arguments and output, whatever the locale."""
     if sys.getfilesystemencoding() != "utf-8":  # Python itself takes UTF-8 for the locales C and POSIX only
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
     for number in range(3):  # one that is closed would be the next file that is opened

@@ -1,11 +1,11 @@
-"""A live page of the tables for the browser: the newest readings, the readings over time, what was rejected and why,
-how far behind the streams are and how long their batches take, and how large each table is.
+"""A live page of the tables for the browser: the newest readings, readings over time, rejected records with their reasons,
+the lag of the streams, the duration of their batches, and the size of each table.
 
     lake/*/* ──> http://127.0.0.1:8501
 
-It reads the Delta tables under --lake without Spark, whatever their contract, and refreshes by itself. It asks the
-broker how many records wait in Kafka. Only this machine sees the page, which loads nothing from elsewhere. Ctrl+C stops
-it. It needs more than the other scripts:
+It reads the Delta tables in --lake without Spark, whatever their contract, refreshes automatically, and asks the broker
+how many records are waiting in Kafka. The page is visible on this machine only, and loads nothing from elsewhere. Ctrl+C
+stops it. It needs additional libraries:
 
     pip install -r requirements-dashboard.txt
     python3 dashboard.py

@@ -1,15 +1,15 @@
 """Simulated sensors -> Kafka: sends readings to the topic sensor_data, one JSON message a second.
 
-A device keeps its place, type and unit, and its value drifts. The key of a message is the device id, so the readings of
-a device stay in order. Delivery is idempotent and acknowledged by all replicas: a message that is counted as
-acknowledged is in the topic, once. Ctrl+C delivers what was sent and prints the count; a message that can't be
+Each device keeps its place, type and unit, and its value drifts. Messages are keyed by device id, so the readings of a
+device stay in order. Delivery is idempotent and acknowledged by all replicas: every message counted as acknowledged is
+in the topic exactly once. Ctrl+C delivers all messages sent so far and prints their number. A message that can't be
 delivered is an error.
 
     python3 kafka_producer.py --create-topic
     python3 kafka_producer.py --rate 200 --invalid-fraction 0.05
     python3 kafka_producer.py --rate 0 --count 1000000 --seed 1
 
-With --to-folder the readings come as files instead, as from a gateway: one of JSON lines every five seconds.
+With --to-folder, it writes files instead, like a gateway: a file of JSON lines every five seconds.
 
     python3 kafka_producer.py --to-folder input/sensor_data
 """

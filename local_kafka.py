@@ -1,9 +1,9 @@
 """The ZooKeeper and Kafka of docker-compose.yml without Docker, on this machine alone.
 
-Every KAFKA_… and ZOOKEEPER_… setting comes from docker-compose.yml, and so does the version: Confluent 7.9 is Kafka
-3.9. The first start downloads Kafka with the Ivy that comes with pyspark; Java is all it needs. It says when it is
-ready, and restarts a server that has died. Ctrl+C stops Kafka, then ZooKeeper. Topics and messages stay in
---data-dir for the next start.
+All KAFKA_… and ZOOKEEPER_… settings come from docker-compose.yml, and so does the version (Confluent 7.9 is Kafka 3.9).
+The first start downloads Kafka with the Ivy that comes with pyspark; only Java is required. The script says when Kafka is
+ready, and restarts a server that has died. Ctrl+C stops Kafka, then ZooKeeper. Topics and messages are kept in --data-dir
+for the next start.
 
     python3 local_kafka.py
     python3 local_kafka.py --port 9093 --data-dir ~/kafka-9093

@@ -1,6 +1,6 @@
-"""Looks into any Delta table: its rows now or as they were, and its history. Without TABLE: what tables there are.
+"""Inspects any Delta table: its current rows, earlier versions, and history. Without TABLE, lists the tables of the lake.
 
-It changes nothing, but for --optimize and --vacuum.
+Only --optimize and --vacuum change a table.
 
     python3 read_delta.py
     python3 read_delta.py lake/silver/sensor_data --sort-by value --limit 5

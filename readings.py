@@ -1,13 +1,13 @@
-"""What a reading is: its fields and its rules. Change this file, or give the streams another with --readings FILE.
+"""The contract: the fields of a reading and its rules. Edit this file, or pass another to the streams with --readings FILE.
 
     {"timestamp": "2026-11-20T08:00:00Z", "device_id": "sensor-001", "building": "B", "floor": 1, "type": "humidity", "value": 43.5, "unit": "%"}
 
-A field is a line: Text, Number, Integer (64 bits unless bits=32), Boolean, or Timestamp (format="rfc3339", "epoch_s" or
-"epoch_ms"). `required=False` lets records lack it, `column=` names its column, a dotted name such as "device.id" leads into
-nested objects. Fields that stand here in the order in which most records have them are read fastest.
+Each field is one line: Text, Number, Integer (64 bits unless bits=32), Boolean, or Timestamp (format="rfc3339", "epoch_s" or
+"epoch_ms"). `required=False` makes it optional, `column=` names its column, and a dotted name such as "device.id" leads into
+nested objects. Records are read fastest if they have their fields in the order listed here.
 
-A rule is a reason to reject a record, with the SQL that is true for it, over the columns and `ingest_time` (when the record
-arrived). The first that holds is the reason.
+A rule consists of a reason and of SQL that is true for records to be rejected for it, over the columns and `ingest_time` (when
+the record arrived). The first rule that is true is the reason.
 """
 
 from typing import NamedTuple

@@ -3,11 +3,11 @@
     kafka_producer.py ──> input/sensor_data/*.json ──> streaming_files_to_delta_bronze.py ──> lake/bronze/sensor_data
     kafka_producer.py ──> Kafka ──> spark_kafka_consumer.py ────────────────────────────────> lake/silver/sensor_data
 
-It uses the Kafka that answers on localhost:9092 (--port); if none does, it starts local_kafka.py. It makes the topic if
-it is missing, starts both streams and two simulators, one for the folder and one for Kafka, and dashboard.py if what
-that needs is installed. On a terminal it shows what each does, in place; in a pipe, or with --plain, each line they
-print, marked with the script's name. Ctrl+C, or the end of --duration, stops what it started, in order, and shows the
-newest rows of both tables. If a part dies (not the page), it says which, stops the others and ends with exit code 1.
+It uses the Kafka that answers on localhost:9092 (--port), and starts local_kafka.py if there is none. It creates the
+topic if necessary, and starts both streams, two simulators (one for the folder and one for Kafka), and dashboard.py if
+its libraries are installed. A terminal shows a live status of all parts; in a pipe, or with --plain, each line that they
+print appears with the name of its script. Ctrl+C, or the end of --duration, stops all parts in order and shows the newest
+rows of both tables. If a part other than the page dies, the script names it, stops the others and exits with 1.
 
     python3 run_pipeline.py
     python3 run_pipeline.py --duration 120 --rate 50 --invalid-fraction 0.1

@@ -3,12 +3,12 @@
     Kafka topic sensor_data ──> lake/silver/sensor_data
                           └───> lake/silver/sensor_data_quarantine
 
-Each record of the topic is checked against the contract in readings.py (--readings). A valid reading is appended to the
-table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in one of the two,
-exactly once, also when the script or the machine is killed: the checkpoint holds the offsets that were read, and a
-batch that is repeated is not written twice. The first start reads the topic from its earliest offset, each later one
-from where the last ended. Ctrl+C lets the running batch finish. If Kafka stops answering, it waits five minutes for it;
-if Kafka no longer has records that were not read, it stops and says which.
+Each record of the topic is checked against the contract in readings.py (--readings). Valid readings are appended to the
+table; all other records go to its quarantine, unchanged and with a reason. Every record ends up in one of the two,
+exactly once, even if the script or the machine is killed: the checkpoint holds the offsets read so far, and a repeated
+batch is not written twice. The first start reads the topic from its earliest offset, and each later start continues
+where the previous run ended. Ctrl+C finishes the running batch first. If Kafka stops answering, the script waits for up
+to five minutes. If Kafka has lost records that were not read yet, it names them and stops.
 
     python3 spark_kafka_consumer.py
     python3 spark_kafka_consumer.py --once

@@ -3,15 +3,15 @@
     input/sensor_data/*.json, *.json.gz ──> lake/bronze/sensor_data
                                       └───> lake/bronze/sensor_data_quarantine
 
-A file holds one JSON object per line; with --multiline it holds one JSON value, an object or an array of objects,
-pretty-printed or not. Each record is checked against the contract in readings.py (--readings): a valid reading is
-appended to the table, any other record to the quarantine beside it, unchanged and with the reason. Every record is in
-one of the two, exactly once, whatever is killed. A broken .gz, or a file that has a line (with --multiline: or is
-itself) of more than 8 MB, is named and in the quarantine as a whole (unreadable_file), and the others go on. An error
-of the disk or the store stops the stream, and the next start reads the file.
+A file holds one JSON object per line or, with --multiline, one JSON value: an object or an array of objects,
+pretty-printed or not. Each record is checked against the contract in readings.py (--readings). Valid readings are
+appended to the table; all other records go to its quarantine, unchanged and with a reason. Every record ends up in one
+of the two, exactly once, no matter what is killed. A broken .gz, or a file with a line of more than 8 MB (with
+--multiline, a file of more than 8 MB), is named and goes to the quarantine as a whole (unreadable_file); the stream
+continues with the other files. An error of the disk or the store stops the stream, and the next start reads the file.
 
-Files are taken once, by name: what a file gains after it was read is not read, and such a file is named. So write a
-file elsewhere, or under a name that begins with "." or "_" or in such a folder, and rename it when it is complete.
+A file is read once, and is identified by its name. Content added later is not read, but the file is named. So write a
+file elsewhere, or under a name or in a folder that begins with "." or "_", and rename it once it is complete.
 
     python3 streaming_files_to_delta_bronze.py
     python3 streaming_files_to_delta_bronze.py --once

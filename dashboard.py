@@ -29,8 +29,8 @@ from pipeline.terminal.signals import on_stop_signal
 
 STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/config.toml
     "server.address": "127.0.0.1",
-    "server.allowedHosts": ["localhost", "127.0.0.1", "::1"],  # a page elsewhere can give its own name this address
-    "server.headless": "true",  # else it opens a browser, and asks for an e-mail address
+    "server.allowedHosts": ["localhost", "127.0.0.1", "::1"],  # other sites can point their host name to this address
+    "server.headless": "true",  # otherwise it opens a browser and asks for an e-mail address
     "server.fileWatcherType": "none",
     "browser.gatherUsageStats": "false",
     "client.toolbarMode": "minimal",
@@ -45,15 +45,16 @@ def main() -> None:
         raise PipelineError(
             "The page needs libraries that are not installed: pip install -r requirements-dashboard.txt"
         )
-    Topic.of(options)  # refuses a wrong --kafka-config here, where the user sees it
+    Topic.of(options)  # rejects a wrong --kafka-config here, where the user sees it
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
     say(f"http://127.0.0.1:{options.port} shows {options.lake}. Ctrl+C stops.")
-    on_stop_signal(lambda: os._exit(0))  # until Streamlit has handlers of its own, there is nothing to end in order
+    on_stop_signal(lambda: os._exit(0))  # until Streamlit has its own handlers, nothing needs an orderly shutdown
     from streamlit import net_util
     from streamlit.web.cli import main as streamlit
 
-    # It would let in pages from this machine's addresses, and ask a server elsewhere, unencrypted, for the public one (1.67).
+    # Streamlit would accept pages from this machine's addresses, and ask an external server, unencrypted, for the
+    # public address (1.67).
     net_util._external_ip = net_util._internal_ip = "127.0.0.1"
 
     settings = [

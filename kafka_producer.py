@@ -34,8 +34,8 @@ from pipeline.terminal.signals import StopFlag, on_stop_signal
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
-SHOW_SECONDS = 5  # from one line about what was sent to the next
-FILE_SECONDS, FILE_RECORDS = 5, 10_000  # of --to-folder: whichever comes first
+SHOW_SECONDS = 5  # seconds between two lines about the messages sent
+FILE_SECONDS, FILE_RECORDS = 5, 10_000  # per file of --to-folder, whichever comes first
 
 
 def main() -> None:
@@ -173,7 +173,7 @@ def send(
     say(f"Sending to {topic}. Ctrl+C stops.")
     delivery, shown = Delivery(stopping), time.monotonic()
     try:
-        # The tick comes first, so that the time in a message is the one at which it is sent.
+        # The tick comes first, so that the time in a message is the time at which it is sent.
         for _, (key, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
             producer.send(topic.name, key=key.encode(), value=record).add_callback(delivery.count).add_errback(
                 delivery.fail
@@ -182,12 +182,12 @@ def send(
             if time.monotonic() - shown >= SHOW_SECONDS or delivery.sent == 1:
                 shown = time.monotonic()
                 say(f"{delivery}; last: {(record or b'null').decode(errors='replace')}")
-        if not delivery.failure:  # after which kafka-python may never be done with the rest (3.0.12)
+        if not delivery.failure:  # after a failure, kafka-python may never finish the rest (3.0.12)
             producer.flush(timeout=producer.config["delivery_timeout_ms"] / 1000 + 10)
     except KafkaError as error:
-        delivery.failure = delivery.failure or error  # what became of a message says more than that a flush failed
+        delivery.failure = delivery.failure or error  # the fate of a message says more than the failure of a flush
     finally:
-        with suppress(KafkaError):  # it flushes again, and fails again; what failed is known by then
+        with suppress(KafkaError):  # it flushes and fails again; the failure is already known by then
             producer.close(timeout=10)
     say(f"{delivery}.")
     if delivery.failure:

@@ -31,18 +31,19 @@ import javaproperties
 import yaml
 
 COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
-# Which Kafka is inside Confluent's images: https://docs.confluent.io/platform/current/installation/versions-interoperability.html
+# The Kafka version in Confluent's images:
+# https://docs.confluent.io/platform/current/installation/versions-interoperability.html
 KAFKA_IN_CONFLUENT = {"7.9": "3.9.2"}
-# What the image makes of its ZOOKEEPER_… variables.
+# How the image translates its ZOOKEEPER_… variables.
 ZOOKEEPER_PROPERTIES = {
     "CLIENT_PORT": "clientPort",
     "TICK_TIME": "tickTime",
     "ADMIN_ENABLE_SERVER": "admin.enableServer",
 }
-# A broker that was killed is turned away until ZooKeeper takes it for dead, which takes some starts.
+# A broker that was killed is turned away until ZooKeeper considers it dead, which takes several starts.
 MAX_RESTARTS_PER_MINUTE = 8
-STOP_SECONDS = 50  # for each of the two; run_pipeline.py gives both two minutes
-LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka brings slf4j 1.7 without a place to log to
+STOP_SECONDS = 50  # for each of the two servers; run_pipeline.py allows two minutes for both
+LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka comes with slf4j 1.7, but without a logging backend
 
 
 def main() -> None:
@@ -152,14 +153,15 @@ class Server:
         settings = self.log.with_suffix(".properties")
         settings.write_text(javaproperties.dumps({key: str(value) for key, value in properties.items()}))
         self.command = [command[0], *shlex.split(environment["KAFKA_HEAP_OPTS"]), *command[1:], str(settings)]
-        self.ends: list[float] = []  # when it ended, in the last minute
-        self.log_begins = 0  # bytes of the log that an earlier start has written
+        self.ends: list[float] = []  # when the server ended, within the last minute
+        self.log_begins = 0  # bytes of the log written by earlier starts
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen:
         with self.log.open("ab") as output:
             self.log_begins = output.tell()
-            # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
+            # A session of its own, so that Ctrl+C in the terminal reaches only this script, which stops the servers in
+            # order.
             return subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
     def keep_running(self) -> None:

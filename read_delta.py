@@ -95,10 +95,10 @@ def parse_options() -> argparse.Namespace:
 
 def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
     """The rows of --sql, which knows each table of the lake by its path, as `folder.table`."""
-    with tempfile.TemporaryDirectory() as folder:  # a database has a place, though nothing is written there
+    with tempfile.TemporaryDirectory() as folder:  # a database needs a location, although nothing is written there
         place = re.sub(r"(['\\])", r"\\\1", folder)
         for name, path in lake_tables(spark, options.lake).items():
-            # Spark's names have letters, digits and "_" alone.
+            # Names in Spark may contain only letters, digits and "_".
             database, table = (re.sub(r"\W", "_", part, flags=re.ASCII) for part in os.path.split(name))
             database = database or "default"
             spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}` LOCATION '{place}'")
@@ -110,7 +110,7 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
         problem = re.sub(r"^\[\w+\.?\w*\] |\.? SQLSTATE.*", "", first_line(str(error).strip()))
         raise PipelineError(f"--sql takes one query, and Spark can't run this one: {problem}.") from error
     names: list[str] = []
-    for name in rows.columns:  # a join may have two of one name
+    for name in rows.columns:  # a join may have two columns with the same name
         times = [each.lower() for each in rows.columns[: len(names)]].count(name.lower())
         names.append(f"{name}_{times + 1}" if times else name)
     return rows.toDF(*names)
@@ -165,7 +165,7 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
         with write_lock(options.table):
             table = DeltaTable.forPath(spark, options.table)
             [done] = with_retries(lambda: table.optimize().executeCompaction().collect())
-            # before the merged files are removed
+            # Must happen before the merged files are removed.
             sync_commits(spark, options.table, [newest_state(spark, options.table)[1]])
         say(f"Merged {done.metrics['numFilesRemoved']:,} files into {done.metrics['numFilesAdded']:,}.")
     if options.vacuum:
@@ -178,7 +178,7 @@ def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
     """The Delta tables under the folder `lake`, on any file system that Spark reaches: their paths by those below
     `lake`.
     """
-    # The slash is for a whole bucket: s3a://bucket alone would be the user's home in it.
+    # The slash is needed for a whole bucket: s3a://bucket alone would be the user's home folder in it.
     files = FileSystem(spark, f"{lake}/")
 
     def tables_under(folder: str) -> list[str]:
@@ -194,7 +194,7 @@ def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
     read_table(spark, options.table, STREAMS)
     history = DeltaTable.forPath(spark, options.table).history(options.limit)
-    # To the millisecond, as --timestamp takes it.
+    # To the millisecond, as --timestamp accepts it.
     show(
         history.select(
             "version",

@@ -38,7 +38,7 @@ def for_its_type(condition: str) -> str:
 
 CONTRACT = Contract(
     fields=(
-        # A day ahead is allowed to devices whose clock has the wrong zone.
+        # Up to a day ahead is allowed for devices whose clock has the wrong time zone.
         Timestamp("timestamp", column="event_time", at_most_ahead="1 day"),
         Text("device_id"),
         Text("building"),

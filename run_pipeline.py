@@ -45,8 +45,8 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-QUIET_SECONDS = 30  # after which the last rate is stale
-STOP_SECONDS = 120  # what a stream may need to finish its batch
+QUIET_SECONDS = 30  # seconds after which the last rate counts as stale
+STOP_SECONDS = 120  # seconds that a stream may need to finish its batch
 
 
 def main() -> None:
@@ -69,10 +69,10 @@ def main() -> None:
             for part in reversed(parts):  # the page and the producers first, Kafka last
                 part.stop()
             for part in parts if in_place else ():
-                part.tell(part.warnings)  # the next batch has taken them from the screen
+                part.tell(part.warnings)  # later batches have replaced them on the screen
     on_stop_signal(Interrupt())
     for script, table in (("read_bronze.py", BRONZE), ("read_silver.py", SILVER)):
-        if os.path.exists(table):  # not where it was stopped before the first batch
+        if os.path.exists(table):  # it does not if the pipeline was stopped before the first batch
             say(f"\n{script}")
             reader = subprocess.Popen([sys.executable, REPOSITORY / script])
             try:
@@ -129,14 +129,14 @@ class Part:
     """
 
     def __init__(self, script: str, *arguments: str, is_quiet: bool):
-        # Two producers run; the other one sends to Kafka.
+        # There are two producers; the other one sends to Kafka.
         self.name = f"{script} --to-folder" if "--to-folder" in arguments else script
         self.is_quiet = is_quiet
         self.lines: deque[str] = deque(maxlen=20)
         self.warnings: deque[str] = deque(maxlen=20)
-        self.warning = self.behind = ""  # the warning is the last line, if that is one
+        self.warning = self.behind = ""  # the warning is the last line, if that line is a warning
         self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()
-        # A session of its own, so that Ctrl+C in the terminal reaches this script alone, which stops them in order.
+        # A session of its own, so that Ctrl+C in the terminal reaches only this script, which stops the parts in order.
         command = [
             sys.executable,
             "-u",
@@ -158,7 +158,7 @@ class Part:
         for line in map(without_controls, map(str.rstrip, stream)):
             if not self.is_quiet:
                 self.tell([line])
-            is_warning = stream is self.process.stderr and not line.endswith("…")  # as what tells of progress does
+            is_warning = stream is self.process.stderr and not line.endswith("…")  # progress messages end with "…"
             (self.warnings if is_warning else self.lines).append(line)
             self.warning = line if is_warning else ""
             if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
@@ -191,7 +191,7 @@ class Part:
 
     def stop(self) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)  # which in its first moments, unlike SIGINT, says nothing
+            self.process.send_signal(signal.SIGTERM)  # unlike SIGINT, it prints nothing in a starting process
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -228,7 +228,7 @@ def tell(line: str) -> None:
 
 def require_alive(parts: list[Part]) -> None:
     for part in parts:
-        if part.process.poll() is not None and part.name != "dashboard.py":  # which only looks on
+        if part.process.poll() is not None and part.name != "dashboard.py":  # the page is only a viewer
             part.wait_for_output()
             if part.is_quiet:
                 part.tell(part.lines)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: scripts as processes, topics with records, and what is left of them to be measured."""
+"""Shared by the benchmarks: running scripts as processes, filling topics, and measuring the results."""
 
 import itertools
 import json
@@ -26,19 +26,19 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from local_kafka import free_ports
 
-# Rejected by the rules, but read by any reader of JSON: the others can't stand the rest.
+# Rejected by the rules, but readable by any JSON reader. The jobs compared with can't handle other broken records.
 READABLE_BREAKS = ("out_of_range", "unknown_type", "wrong_unit")
 INVALID_FRACTION = 0.01
 DEVICES = 1000
-ROUNDS = 2  # of what takes a minute or more
-WARM_UP = 45  # seconds of a stream that are not counted
+ROUNDS = 2  # of each measurement that takes a minute or more
+WARM_UP = 45  # seconds at the start of a stream that are not counted
 SIMULATOR = Simulator.of(str(REPOSITORY / "readings.py"))
 SIMULATOR.breaks = {name: SIMULATOR.breaks[name] for name in READABLE_BREAKS}
 
 
 @contextmanager
 def running(script: str, *arguments) -> Iterator[subprocess.Popen]:
-    """A script as a process, which is stopped at the end."""
+    """Runs a script as a process and stops it on exit."""
     process = subprocess.Popen(
         [sys.executable, "-u", REPOSITORY / script, *map(str, arguments)],
         text=True,
@@ -59,7 +59,7 @@ def running(script: str, *arguments) -> Iterator[subprocess.Popen]:
 
 
 def run(script: str, *arguments) -> tuple[float, list[tuple[float, str]]]:
-    """Seconds that a script takes from start to end, and its lines, each with the second at which it came."""
+    """Runs a script to its end. Returns the seconds it took and its output lines, each with its time in seconds."""
     begin = time.monotonic()
     with running(script, *arguments) as process:
         lines = [(time.monotonic() - begin, line) for line in process.stdout]
@@ -69,12 +69,12 @@ def run(script: str, *arguments) -> tuple[float, list[tuple[float, str]]]:
 
 
 def seconds(command: Sequence) -> float:
-    """Seconds that a command takes from start to end."""
+    """How many seconds a command takes from start to end."""
     return run(*command)[0]
 
 
 class Live(NamedTuple):
-    """A stream that was watched: seconds from produced to visible, seconds of its batches, CPU in % of a core."""
+    """Figures of a running stream: seconds from produced to visible and of the median batch, CPU in % of a core."""
 
     p50: float
     p99: float
@@ -83,7 +83,7 @@ class Live(NamedTuple):
 
 
 class Bench:
-    """Where the benchmarks run: a folder, a broker, a share of the full size."""
+    """The environment of the benchmarks: a folder, a broker, and the scale relative to the full size."""
 
     def __init__(self, folder: Path, broker: str, scale: float):
         self.folder, self.broker, self.scale = folder, broker, scale
@@ -92,7 +92,7 @@ class Bench:
     @classmethod
     @contextmanager
     def on_own_broker(cls, scale: float) -> Iterator["Bench"]:
-        """With the broker of docker-compose.yml, by local_kafka.py."""
+        """Starts the broker of docker-compose.yml with local_kafka.py."""
         [port] = free_ports(1)
         with (
             tempfile.TemporaryDirectory(prefix="benchmark") as folder,
@@ -107,11 +107,11 @@ class Bench:
         return max(1, int(full * self.scale))
 
     def new(self, name: str) -> Path:
-        """A path that is not there yet."""
+        """A path that does not exist yet."""
         return self.folder / f"{name}{next(self.numbers)}"
 
     def topic(self, records: int, partitions: int = 3, invalid_fraction: float = INVALID_FRACTION) -> str:
-        """A topic with so many records."""
+        """Creates a topic with this many records and returns its name."""
         name = self.new("topic").name
         admin = AdminClient({"bootstrap.servers": self.broker})
         admin.create_topics([NewTopic(name, partitions, 1)])[name].result()
@@ -119,12 +119,12 @@ class Bench:
         return name
 
     def fill(self, topic: str, records: int, invalid_fraction: float = INVALID_FRACTION) -> None:
-        """Sends so many records to a topic."""
+        """Sends this many records to a topic."""
         messages = list(itertools.islice(SIMULATOR.messages(DEVICES, invalid_fraction, seed=1), min(records, 200_000)))
         send(self.broker, topic, itertools.islice(itertools.cycle(messages), records))
 
     def folder_of_files(self, files: int, size: int) -> Path:
-        """A folder of JSON lines; `size`: of a file, in bytes at most."""
+        """Creates a folder of JSON lines files. `size`: the maximum size of a file in bytes."""
         folder = self.new("input")
         folder.mkdir()
         records = [
@@ -136,7 +136,7 @@ class Bench:
         return folder
 
     def stream(self, topic: str, *arguments) -> list:
-        """The Kafka stream's command for a topic, with a new table and checkpoint."""
+        """The command that runs the Kafka stream on a topic, with a new table and checkpoint."""
         return [
             "spark_kafka_consumer.py",
             "--bootstrap-servers",
@@ -151,7 +151,7 @@ class Bench:
         ]
 
     def shortest(self, topic: str, *arguments) -> list:
-        """The command of Spark's shortest job for the same."""
+        """The command that runs Spark's shortest job on a topic."""
         return [
             "benchmarks/shortest_job.py",
             "kafka",
@@ -163,7 +163,7 @@ class Bench:
         ]
 
     def bronze(self, folder: Path, *arguments) -> list:
-        """The command of the stream of files for a folder, with a new table and checkpoint."""
+        """The command that runs the file stream on a folder, with a new table and checkpoint."""
         return [
             "streaming_files_to_delta_bronze.py",
             "--input",
@@ -176,11 +176,11 @@ class Bench:
         ]
 
     def shortest_bronze(self, folder: Path, *arguments) -> list:
-        """The command of Spark's shortest job for the same."""
+        """The command that runs Spark's shortest job on a folder."""
         return ["benchmarks/shortest_job.py", "files", folder, self.new("table"), self.new("checkpoint"), *arguments]
 
     def produce(self, topic: str, rate: float, *arguments) -> list:
-        """The producer's command for a topic."""
+        """The command that runs the producer on a topic."""
         return [
             "kafka_producer.py",
             "--bootstrap-servers",
@@ -195,7 +195,7 @@ class Bench:
         ]
 
     def watch(self, command: list, topic: str, rate: float, duration: int) -> Live:
-        """Runs a stream's command for so many seconds, the first of which warm it up, while messages come at a rate."""
+        """Runs a stream while messages arrive at `rate`, and measures it for `duration` seconds after a warm-up."""
         table, checkpoint = places(command)
         with running(*command) as process, running(*self.produce(topic, rate)):
             wait_for_rows(table)
@@ -209,7 +209,7 @@ class Bench:
 
 
 def send(broker: str, topic: str, messages: Iterator[tuple[str, bytes]]) -> None:
-    """Sends messages (key, value) by confluent-kafka, as safely as kafka_producer.py does."""
+    """Sends messages (key, value) with confluent-kafka, as safely as kafka_producer.py does."""
     producer = Producer({"bootstrap.servers": broker, "enable.idempotence": True, "linger.ms": 20})
     for key, record in messages:
         while True:
@@ -222,12 +222,12 @@ def send(broker: str, topic: str, messages: Iterator[tuple[str, bytes]]) -> None
 
 
 def places(command: list) -> list[Path]:
-    """The table and the checkpoint in the command of a stream, which come last of its paths."""
+    """The table and the checkpoint in the command of a stream: its last two paths."""
     return [argument for argument in command if isinstance(argument, Path)][-2:]
 
 
 def data_files(table: Path) -> Iterator[tuple[float, Path]]:
-    """The files of new rows that a table's log names, each with the time at which it became visible."""
+    """The files of new rows listed in a table's log, each with the time at which it became visible."""
     for file in sorted(table.glob("_delta_log/*.json")):
         for line in file.read_text().splitlines():
             added = json.loads(line).get("add")
@@ -236,13 +236,13 @@ def data_files(table: Path) -> Iterator[tuple[float, Path]]:
 
 
 def wait_for_rows(table: Path, rows: int = 1) -> None:
-    """Returns when so many rows are visible in a table."""
+    """Waits until this many rows are visible in a table."""
     while sum(parquet.read_metadata(file).num_rows for _, file in data_files(table)) < rows:
         time.sleep(0.05)
 
 
 def visible_after(table: Path, begin: float) -> Iterator[float]:
-    """The seconds from a message's time in Kafka to the commit that has it, for those produced since `begin`."""
+    """Seconds from a message's Kafka timestamp to the commit that contains it, for messages produced since `begin`."""
     for moment, file in data_files(table):
         for produced in parquet.read_table(file, columns=["kafka_timestamp"])["kafka_timestamp"].to_pylist():
             if produced.timestamp() > begin:
@@ -250,7 +250,7 @@ def visible_after(table: Path, begin: float) -> Iterator[float]:
 
 
 def batch_seconds(checkpoint: Path) -> list[float]:
-    """How long each of the last hundred batches took, by the times of what Spark wrote before and after it."""
+    """Seconds of each of the last hundred batches, from the times of the files that Spark wrote before and after it."""
     ends = {file.name: file.stat().st_mtime for file in checkpoint.glob("commits/[0-9]*")}
     begins = {file.name: file.stat().st_mtime for file in checkpoint.glob("offsets/[0-9]*")}
     return [ends[batch] - begins[batch] for batch in sorted(ends.keys() & begins.keys(), key=int)[-100:]]
@@ -262,7 +262,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def cpu_percent(pid: int, duration: float) -> float:
-    """What a process and its children take of a core meanwhile."""
+    """CPU usage of a process and its children during the next `duration` seconds, in % of a core."""
 
     def used() -> float:
         times = [process.cpu_times() for process in family(pid)]
@@ -274,7 +274,7 @@ def cpu_percent(pid: int, duration: float) -> float:
 
 
 def memory_of(pid: int) -> float:
-    """MB of memory that a process and its children have to themselves."""
+    """MB of memory used exclusively by a process and its children."""
     size = 0
     for process in family(pid):
         with suppress(psutil.NoSuchProcess):  # Java runs small commands now and then
@@ -283,28 +283,28 @@ def memory_of(pid: int) -> float:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files under a folder."""
+    """Total size of the files under a folder, in bytes."""
     size = 0
     for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # the stream removes files meanwhile
+        with suppress(FileNotFoundError):  # the stream removes files at the same time
             size += file.stat().st_size if file.is_file() else 0
     return size
 
 
 def batch_lines(process: subprocess.Popen) -> Iterator[float]:
-    """The seconds of each batch that a stream prints."""
+    """The seconds of each batch, as printed by a stream."""
     for line in process.stdout or ():
         if found := re.match(r"batch \d+: .* rejected.*?, ([\d.]+) s", line):
             yield float(found[1])
 
 
 def alternate(*measures: Callable[[], float], rounds: int = ROUNDS) -> list[list]:
-    """Each measure's figures of some rounds, taken in turn, so that a machine that slows down slows all of them."""
+    """The figures of each measure in all rounds. The measures take turns, so that a machine slowdown affects all."""
     return [list(figures) for figures in zip(*[[measure() for measure in measures] for _ in range(rounds)])]
 
 
 def compared(what: str, ours: Sequence[float], other: Sequence[float], goal: str) -> tuple:
-    """A line of the table: medians, and the median of the ratios of the rounds. `what`: "unit of what | of the other"."""
+    """A table row: medians, and the median of the ratios of the rounds. `what`: "unit of what | of the other"."""
     what, _, against = what.partition(" | ")
     ratio = statistics.median(a / b for a, b in zip(ours, other))
     figures = [shown(statistics.median(each)) for each in (ours, other)]
@@ -312,7 +312,7 @@ def compared(what: str, ours: Sequence[float], other: Sequence[float], goal: str
 
 
 def alone(what: str, figure: float, goal: str) -> tuple:
-    """A line of the table that is compared with nothing."""
+    """A table row without a comparison."""
     return what, shown(figure), "", "", goal
 
 

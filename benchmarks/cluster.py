@@ -1,10 +1,10 @@
 """The pipeline on a Spark cluster: two workers, the lake in a bucket, and a worker killed while each stream works.
 
-Starts an S3 server, a Kafka, a standalone master and two workers, each with one core and pinned to it, on free ports
-of this machine. Runs the lines and the settings of docs/cluster.md: both streams, whose second worker
-is killed with -9 and started again, and all readers. Each record has to be in a table or in its quarantine, once, as a
-reader without Spark sees them. Then it measures the Kafka stream on two workers and on one. Ends with exit code 1 and a
-sentence where a record is missing or there twice, or something does not work.
+Starts an S3 server, a Kafka broker, a standalone master and two workers on free ports of this machine. Each worker has
+one core and is pinned to it. Runs the commands of docs/cluster.md with its settings: both streams, whose second worker
+is killed with kill -9 and restarted, and all readers. Checks with a reader that does not use Spark that every record is
+in a table or its quarantine, exactly once. Then measures the Kafka stream on two workers and on one. If a record is
+missing or duplicated, or something does not work, ends with exit code 1 and a message.
 
     python3 -m benchmarks.cluster
 """
@@ -37,9 +37,9 @@ from local_kafka import free_ports, is_free
 
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
 BRONZE, CONSUMER = "streaming_files_to_delta_bronze.py", "spark_kafka_consumer.py"
-FILES, LINES, MESSAGES = 12, 5_000, 120_000  # what is read while a worker is killed
-BATCHES = 2  # of the backlog, as large as a stream's usually are; the first warms Spark up and does not count
-PATIENCE = 900  # seconds; a limit for what hangs, far above what any step takes
+FILES, LINES, MESSAGES = 12, 5_000, 120_000  # to be read while a worker is killed
+BATCHES = 2  # of the backlog, each of a stream's usual size; the first is a warm-up and does not count
+PATIENCE = 900  # seconds until a step counts as hung, far more than any step takes
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 class Cluster:
-    """The servers and the scripts as processes, each in a process group of its own and with its log in `folder`."""
+    """The servers and the scripts as processes. Each has its own process group, and its log in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -158,7 +158,7 @@ class Cluster:
         return self.folder / f"{name}.log"
 
     def stop(self, name: str, stop_signal: signal.Signals = signal.SIGTERM) -> None:
-        """Ends a process and its children, such as a worker's executor: those at once that don't end by themselves."""
+        """Stops a process and its children, such as a worker's executor; kills whatever does not stop."""
         process = self.processes.pop(name)
         for group_signal in (stop_signal, signal.SIGKILL):
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -166,7 +166,7 @@ class Cluster:
                 process.wait(60)
 
     def run(self, name: str, *command, see: Callable[[str], None] = say) -> str:
-        """Runs a command to its end, `see` taking each line that it prints; all of them. PipelineError if it fails."""
+        """Returns the output of a command, calling `see` with each line. Raises PipelineError if it fails."""
         process = self.start(name, "timeout", PATIENCE, *command, stdout=subprocess.PIPE, text=True)
         output = ""
         for line in process.stdout:
@@ -178,7 +178,7 @@ class Cluster:
         return output
 
     def produce(self, topic: str, partitions: int, count: int) -> None:
-        """Sends `count` messages, a twentieth of them invalid, to a new topic."""
+        """Sends `count` messages to a new topic, a twentieth of them invalid."""
         with KafkaAdminClient(bootstrap_servers=self.broker) as admin:
             admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1}})
         self.run(
@@ -199,16 +199,16 @@ class Cluster:
         )
 
     def documented_line(self, script: str) -> list[str]:
-        """The command by which docs/cluster.md runs a script on a cluster, with the settings of this one."""
+        """The command that docs/cluster.md gives for a script, with the settings of this cluster."""
         [line] = re.findall(rf"^spark-submit --properties-file cluster.conf {script}.*", PAGE, re.MULTILINE)
         return [str(self.settings) if word == "cluster.conf" else word for word in shlex.split(line)]
 
 
 def read_files(cluster: Cluster) -> tuple[int, ...]:
-    """Puts files into the bucket and reads them into Bronze; the account of their lines."""
-    files = [f"2026-11-20T08:{number:02}:00Z.json" for number in range(FILES)]  # as gateways name them
+    """Puts files into the bucket, reads them into Bronze, and returns the balance of their lines."""
+    files = [f"2026-11-20T08:{number:02}:00Z.json" for number in range(FILES)]  # named as gateways name them
     for file in files:
-        # 101 % is out of range
+        # 101 % is out of range.
         lines = [
             {
                 "timestamp": "2026-11-20T08:00:00Z",
@@ -232,7 +232,7 @@ def read_files(cluster: Cluster) -> tuple[int, ...]:
 
 
 def read_messages(cluster: Cluster) -> tuple[int, ...]:
-    """Sends messages to Kafka and reads them into Silver; the account of their offsets."""
+    """Sends messages to Kafka, reads them into Silver, and returns the balance of their offsets."""
     cluster.produce("sensor_data", 3, MESSAGES)
     table = run_with_a_kill(
         cluster, CONSUMER, "--bootstrap-servers", cluster.broker, "--max-offsets-per-trigger", MESSAGES // 6
@@ -244,7 +244,7 @@ def read_messages(cluster: Cluster) -> tuple[int, ...]:
 
 
 def run_with_a_kill(cluster: Cluster, script: str, *options) -> str:
-    """Runs a stream until it has read all there is; kills the second worker in its third batch. Returns its table."""
+    """Runs a stream until it has read everything, and kills the second worker in its third batch. Returns its table."""
 
     def kill_once(line: str) -> None:
         say(line)
@@ -261,7 +261,7 @@ def run_with_a_kill(cluster: Cluster, script: str, *options) -> str:
 
 
 def balance(cluster: Cluster, table: str, sent: set, origin: Callable[[dict], tuple]) -> tuple[int, ...]:
-    """How many records were sent, are in the table, in the quarantine, are missing, are there twice or unknown."""
+    """Counts the records: sent, in the table, in the quarantine, missing, and duplicated or unknown."""
     store = {"AWS_ENDPOINT_URL": cluster.s3, "AWS_ALLOW_HTTP": "true"}
     accepted, rejected = (
         [
@@ -281,9 +281,7 @@ def balance(cluster: Cluster, table: str, sent: set, origin: Callable[[dict], tu
 
 
 def run_readers(cluster: Cluster, account: dict[str, tuple[int, ...]]) -> None:
-    """Runs the lines of the readers in docs/cluster.md. The numbers of rows that they print have to be those of the
-    account.
-    """
+    """Runs the reader commands of docs/cluster.md. The row counts that they print have to match the account."""
     bronze, silver = (counts[1:3] for counts in account.values())
     for line, expected in {
         "read_bronze.py": bronze,
@@ -300,9 +298,9 @@ def run_readers(cluster: Cluster, account: dict[str, tuple[int, ...]]) -> None:
 
 
 def measure(cluster: Cluster, backlog: int) -> dict[int, float]:
-    """Rows per second of the Kafka stream, by the number of workers, from the times in its own lines."""
+    """Rows per second of the Kafka stream by number of workers, computed from the times in its own output."""
     cluster.produce("backlog", 4, backlog)  # four partitions, so that two workers get the same share
-    batch = backlog // BATCHES + 100  # Spark rounds it down for each partition, and a few would be left for another
+    batch = backlog // BATCHES + 100  # spare: Spark rounds down per partition, which would leave a few for another
     rates = {}
     for workers in (2, 1):
         say(f"A backlog of {backlog:,} messages, {workers} of the workers:")

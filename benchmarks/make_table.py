@@ -1,4 +1,4 @@
-"""Makes a Silver table of so many rows and its quarantine, in batches of a million as the stream writes them.
+"""Creates a Silver table with the given number of rows, and its quarantine, in batches of a million as a stream would.
 
 PYTHONPATH=. python3 benchmarks/make_table.py TABLE ROWS
 """
@@ -23,12 +23,12 @@ spark = build_spark("make-table")
 
 
 class Made(Source):
-    """Records as if from a topic."""
+    """Generated records that look as if they came from a topic."""
 
     mode = "made"
 
 
-begun = int(time.time() - 10 * rows / BATCH) * 1_000_000  # ten seconds for each batch, until now
+begun = int(time.time() - 10 * rows / BATCH) * 1_000_000  # ten seconds per batch, the last one ending now
 writer = TableWriter(
     silver_tables(table, CONTRACT.columns), CONTRACT, Made(), Start(Checkpoint(spark, f"{table}_checkpoint"), {}, {})
 )

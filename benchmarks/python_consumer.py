@@ -1,10 +1,11 @@
-"""The same work by a Python consumer, Kafka -> Delta: what one would write without Spark.
+"""The same work done by a plain Python consumer, Kafka -> Delta, as one would write it without Spark.
 
     python3 -m benchmarks.python_consumer localhost:9092 sensor_data TABLE COUNT
 
-It checks each record by the rules of readings.py, appends the valid ones to TABLE and the others with their reason to
-TABLE_quarantine, and notes the number of the batch in both commits. It prints "N rows" after each batch, of 200,000 at
-most, and ends after COUNT. It does less than the stream where msgspec does: a name that a record has twice goes unseen.
+Checks each record against the rules of readings.py, appends the valid ones to TABLE and the others, with the reason, to
+TABLE_quarantine, and stores the batch number in both commits. Prints "N rows" after each batch of at most 200,000
+records, and ends after COUNT records. It checks less than the stream does: msgspec does not notice duplicate names in
+a record.
 """
 
 import json
@@ -74,7 +75,7 @@ def main(broker: str, topic: str, table: str, count: int) -> None:
 
 
 def check(messages: list[Message], now: datetime) -> tuple[pa.Table, pa.Table]:
-    """The rows of the table and those of its quarantine."""
+    """Returns the rows for the table and those for its quarantine."""
     raws = [message.value() for message in messages]
     readings, rests, reasons = [], [], []
     for raw in raws:
@@ -118,7 +119,7 @@ def check(messages: list[Message], now: datetime) -> tuple[pa.Table, pa.Table]:
 
 
 def check_closely(raw: bytes | None) -> tuple[Reading | None, str | None, str | None]:
-    """A record that is not plain: the reading and its unknown fields, or the reason to reject it."""
+    """Checks a record that is not plain. Returns the reading and its unknown fields, or the reason to reject it."""
     if raw is None or not raw.strip():
         return None, None, "empty_record"
     try:
@@ -144,7 +145,7 @@ def blank(texts: pa.Array) -> pa.Array:
 
 
 def origin(messages: list[Message]) -> dict[str, pa.Array]:
-    """Where the messages are from, as the columns of Silver."""
+    """The origin of the messages, in the columns of Silver."""
     return {
         "topic": pa.repeat(messages[0].topic(), len(messages)),
         "partition": pa.array([message.partition() for message in messages], pa.int32()),

@@ -1,12 +1,12 @@
-"""How fast the pipeline is, against the shortest ways to do the same, in one run on this machine.
+"""Measures the speed of the pipeline against the shortest alternatives that do the same, in one run on this machine.
 
     python3 -m benchmarks.run
     python3 -m benchmarks.run sustained cold
     python3 -m benchmarks.run --full
 
-Without a name it measures all but the soak, which takes 40 minutes; --full has the soak too, an hour more. Each prints
-its lines when it is done. Ratios can be compared between machines, times can't. What is measured, and against what,
-says each function here.
+Without a name, it measures everything except the soak and takes 40 minutes; --full adds the soak, another hour. Each
+measurement prints its rows when it is done. Ratios can be compared between machines, times cannot. The docstring of
+each function says what it measures and against what.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from benchmarks.bench import (
     wait_for_rows,
 )
 
-SETTLED = 30  # seconds after which a stream with nothing to do is at rest
+SETTLED = 30  # seconds until an idle stream has settled
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def live(bench: Bench) -> Iterator[tuple]:
-    """A stream as its user starts it: at one message a second, at a thousand, and without a pause between batches."""
+    """A stream with default settings at one message a second and at a thousand, and with no pause between batches."""
     for rate, duration in ((1, 150), (1000, 50)):
         ours, shortest = (
             bench.watch(command(topic), topic, rate, duration)
@@ -97,7 +97,7 @@ def live(bench: Bench) -> Iterator[tuple]:
 
 
 def partitions(bench: Bench) -> Iterator[tuple]:
-    """Small batches of many partitions."""
+    """Small batches from many partitions."""
     few, *many = alternate(*(lambda count=count: median_batch(bench, count) for count in (3, 50, 200)), rounds=1)
     for count, figures, goal in zip((50, 200), many, ("at most 2", "at most 4")):
         yield compared(
@@ -106,14 +106,14 @@ def partitions(bench: Bench) -> Iterator[tuple]:
 
 
 def median_batch(bench: Bench, partitions: int) -> float:
-    """The seconds of the median of 20 batches of the stream with its default trigger, after 10 to warm up."""
+    """Seconds of the median of 20 batches of the stream with its default trigger, after 10 warm-up batches."""
     topic, batches = bench.topic(1, partitions), bench.size(20)
     with running(*bench.produce(topic, 500)), running(*bench.stream(topic)) as process:
         return statistics.median(itertools.islice(batch_lines(process), 10, 10 + batches))
 
 
 def start(bench: Bench) -> Iterator[tuple]:
-    """From the start of a script to its first rows, 20 records waiting, and from a burst of 100,000 to the last of it."""
+    """From script start to first rows, with 20 records waiting; from a burst of 100,000 to its last row."""
     topic = bench.topic(20, invalid_fraction=0)
 
     def first_rows(command: list) -> float:
@@ -167,7 +167,7 @@ def sustained(bench: Bench) -> Iterator[tuple]:
             if found := re.match(r"(?:batch \d+: )?([\d,]+) rows", line):
                 rows = rows + int(found[1].replace(",", ""))
                 reached[rows] = second
-        begin = min(count for count in reached if count >= first * 0.99)  # Spark rounds a batch down for each partition
+        begin = min(count for count in reached if count >= first * 0.99)  # Spark rounds a batch down per partition
         return (records - begin) / (reached[records] - reached[begin]), seconds
 
     ours, python = alternate(
@@ -187,8 +187,8 @@ def sustained(bench: Bench) -> Iterator[tuple]:
 
 
 def cold(bench: Bench) -> Iterator[tuple]:
-    """A million from the start of the process, against Spark's shortest job; two million that are all invalid, against
-    as many that are valid.
+    """A million records from the start of the process, against Spark's shortest job; two million that are all invalid,
+    against as many that are valid.
     """
     topic = bench.topic(bench.size(1_000_000))
     ours, shortest = alternate(
@@ -203,12 +203,12 @@ def cold(bench: Bench) -> Iterator[tuple]:
 
 
 def idle(bench: Bench) -> Iterator[tuple]:
-    """The CPU of a stream before a topic of one record."""
+    """The CPU usage of an idle stream on a topic of one record."""
     yield alone("% of a core, idle before a topic", idle_percent(bench, bench.stream(bench.topic(1))), "at most 3")
 
 
 def idle_percent(bench: Bench, command: list) -> float:
-    """What a stream with nothing to do takes of a core."""
+    """The CPU usage of an idle stream, in % of a core."""
     with running(*command) as process:
         wait_for_rows(places(command)[0])
         time.sleep(SETTLED)
@@ -216,8 +216,8 @@ def idle_percent(bench: Bench, command: list) -> float:
 
 
 def files(bench: Bench) -> Iterator[tuple]:
-    """Large files and small ones, from the start of the process, against Spark's shortest job from files; then the CPU
-    of a stream before the folder of small ones, which it has taken.
+    """Large files and small files, from the start of the process, against Spark's shortest job on files; then the CPU
+    usage of an idle stream on the folder of small files, all of which it has read.
     """
     for what, count, size, rounds, goal in (
         ("1 GB of JSON lines in 1,000 files", 1000, 1_000_000, 2, 1.0),
@@ -227,7 +227,7 @@ def files(bench: Bench) -> Iterator[tuple]:
         commands = [bench.bronze(folder) for _ in range(rounds)]
         unused = iter(commands)
         ours, shortest = alternate(
-            lambda: seconds([*next(unused), "--once"]),  # noqa: B023 # measured here and now
+            lambda: seconds([*next(unused), "--once"]),  # noqa: B023 # called within this iteration
             lambda: seconds(bench.shortest_bronze(folder, "--once")),  # noqa: B023
             rounds=rounds,
         )
@@ -240,7 +240,7 @@ def files(bench: Bench) -> Iterator[tuple]:
 
 
 def readers(bench: Bench) -> Iterator[tuple]:
-    """read_silver.py --limit 20 on 20 million rows, on 20 thousand, and a session that prints one row."""
+    """read_silver.py --limit 20 on 20 million rows and on 20 thousand, and a session that prints one row."""
     tables = [bench.new("large"), bench.new("small")]
     for table, rows in zip(tables, (bench.size(20_000_000), 20_000)):
         run("benchmarks/make_table.py", table, rows)
@@ -275,10 +275,10 @@ def producer(bench: Bench) -> Iterator[tuple]:
 
 
 def soak(bench: Bench) -> Iterator[tuple]:
-    """3,000 small batches in a row: how long they take, and what they leave on the disk and in the memory.
+    """3,000 small batches in a row: how long they take, and how disk and memory usage grow.
 
-    The tables keep five minutes of their past, not two hours: the run, of an hour, then shows what the clean-ups leave,
-    one after each thousand batches.
+    The tables keep five minutes of their past instead of two hours, so that the run, which takes an hour, shows what
+    the clean-ups leave behind. There is one clean-up every thousand batches.
     """
     batches, records = bench.size(3000), 200
     topic = bench.topic(records)
@@ -307,10 +307,10 @@ def soak(bench: Bench) -> Iterator[tuple]:
                         memory_of(process.pid),
                     ]
                 )
-    # The first 10 warm up.
+    # The first 10 are a warm-up.
     first, last = [statistics.mean(part) for part in (taken[10:110], taken[-100:])]
     yield compared(f"seconds of the last 100 of {batches:,} batches | of the first 100", [last], [first], "at most 1.2")
-    # sixty of each: twenty to a third, the sixth after a tenth of the batches
+    # There are sixty samples of each, twenty per third. The sixth is taken after a tenth of the batches.
     *sizes, live_files, memory = zip(*samples)
     for name, size in zip(("_delta_log", "the checkpoint", "the table's folder"), sizes):
         yield compared(

@@ -1,10 +1,11 @@
-"""Spark's shortest job for the same work, without rules, quarantine or settings: what the streams are measured against.
+"""Spark's shortest job for the same work, the baseline for the streams. It has no rules, quarantine or settings.
 
     python3 benchmarks/shortest_job.py kafka localhost:9092 sensor_data TABLE CHECKPOINT
     python3 benchmarks/shortest_job.py files FOLDER TABLE CHECKPOINT
     python3 benchmarks/shortest_job.py row TABLE
 
-With --once at the end it takes what is there. `row` prints one row of a table: the least that a reader can take.
+With --once at the end, it reads everything available and ends. `row` prints one row of a table: the shortest possible
+reader.
 """
 
 import sys

@@ -15,7 +15,7 @@ from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Time
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
-# What breaks a rule of readings.py; how to break another one is not known here.
+# Values that break the rules of readings.py. How to break other rules is not known here.
 WRONG_VALUES: dict[str, dict[str, Any]] = {
     "unknown_type": {"type": "pressure"},
     "wrong_unit": {"unit": "K"},
@@ -63,8 +63,8 @@ class Simulator:
         for device in itertools.cycle(fleet):
             if sensor := self.sensor_types.get(device.get("type", "")):
                 step = (sensor.typical[1] - sensor.typical[0]) / 50
-                # A random walk that is drawn back to where the device started, so that it never leaves the sanity
-                # range.
+                # A random walk that is pulled back to the value at which the device started, so that it never leaves
+                # the sanity range.
                 device["exact"] += rng.gauss(0, step) + (device["usual"] - device["exact"]) / 20
                 device["value"] = round(device["exact"], 2)
             reading: dict[str, Any] = {}

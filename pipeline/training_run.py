@@ -26,7 +26,7 @@ from pipeline.terminal.signals import StopFlag
 
 from pyspark.sql import functions as F
 
-# Of all kinds, and not the user's, which may change.
+# Has fields of all kinds, and is not the user's contract, which may change.
 CONTRACT = Contract(
     (Timestamp("time"), Text("device_id"), Integer("floor", required=False), Number("value")), {"below_0": "value < 0"}
 )
@@ -59,11 +59,11 @@ def main(make: str, archive: str) -> None:
             newest_since(spark, table, 5)
             show(read_table(spark, table, "").orderBy(F.desc("ingest_time")), 5)
         kafka = spark.read.format("kafka").option("kafka.bootstrap.servers", "127.0.0.1:1").option("subscribe", "none")
-        with suppress(Exception):  # there is no such broker, but what would talk to it has been loaded
+        with suppress(Exception):  # there is no such broker, but this loads the classes that would talk to it
             kafka.option("kafka.default.api.timeout.ms", 1).option("kafka.request.timeout.ms", 1).load().count()
     jvm = jvm_of(spark)
     spark.stop()
-    jvm.communicate()  # closes its stdin, at which it ends
+    jvm.communicate()  # closes its stdin, which ends it
     sys.exit(jvm.returncode)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: one SparkSession, one real broker made from docker-compose.yml, and scripts run as processes."""
+"""Shared fixtures: one SparkSession, one real broker set up as in docker-compose.yml, and scripts run as processes."""
 
 import argparse
 import gc
@@ -41,12 +41,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if not config.option.long:
-        # A test runs for seconds, in which Java's best compiler (C2) takes the cores from what it compiles.
+        # A test runs for seconds. Java's best compiler (C2) would take the cores from the code that it compiles.
         os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 
 def pytest_sessionstart(session):
-    """What a first start has to download and to prepare is there before several processes want it."""
+    """Does the downloads and preparation of a first start before several processes need them."""
     if not hasattr(session.config, "workerinput"):
         use_archive(find_java(), spark_jars(DELTA, KAFKA_SOURCE))
 
@@ -69,16 +69,15 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The largest records come first, while the memory of Spark's JVM is still free."""
+    """Runs the tests with the largest records first, while the memory of Spark's JVM is still free."""
     items.sort(key=lambda item: (item.path.name != "test_hostile_records.py", "large_record" not in item.name))
 
 
 @pytest.fixture
 def account(record_property):
-    """Notes what became of the records that were sent, prints it at the end of the run, and lets none be lost or
-    doubled.
+    """Asserts that no record was lost or duplicated, and reports the counts at the end of the run.
 
-    A record goes by its origin: (topic, partition, offset) or (file, line).
+    A record is identified by its origin: (topic, partition, offset) or (file, line).
     """
 
     def note(fault: str, sent: Iterable, table: Iterable, quarantine: Iterable) -> None:
@@ -94,7 +93,7 @@ def account(record_property):
 
 @pytest.fixture
 def start():
-    """Starts scripts that are killed at the end of the test, should they still run."""
+    """A function that starts scripts. Those still running at the end of the test are killed."""
     scripts = []
 
     def start_script(*arguments, **options) -> Script:
@@ -110,7 +109,7 @@ def start():
 
 @pytest.fixture
 def produce(start):
-    """Starts a producer of 200 messages a second, 5 % of them invalid, into the topic that its options name."""
+    """A function that starts a producer of 200 messages a second, 5 % of them invalid, with the given topic options."""
     return lambda topic: start("kafka_producer.py", *topic, "--create-topic", "--rate", 200, "--invalid-fraction", 0.05)
 
 
@@ -123,8 +122,8 @@ def spark():
 
 @pytest.fixture
 def run_here(request, capsys):
-    """As `run_script`, in this process and in the session of the tests: for what a script does, where its start is not
-    the point.
+    """Like `run_script`, but in this process and with the tests' session: for tests of what a script does, not of how
+    it starts.
     """
 
     def run(name: str, *arguments) -> subprocess.CompletedProcess:
@@ -140,7 +139,7 @@ def run_here(request, capsys):
                 patch.setattr("pipeline.spark.session.build_spark", session)
                 patch.setattr("pipeline.readers.latest.build_spark", session)
                 patch.setattr(SparkSession, "stop", lambda _: None)
-                patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a script sets: put back at its end
+                patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # set by scripts; restored afterwards
                 patch.setattr(sys, "argv", [str(REPOSITORY / name), *map(str, arguments)])
                 runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0
@@ -149,7 +148,7 @@ def run_here(request, capsys):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for each in gc.get_objects():  # which a script leaves to the end of its process
+            for each in gc.get_objects():  # scripts leave them open until their process ends
                 if issubclass(type(each), Topic):
                     each.close()
         return subprocess.CompletedProcess([name, *arguments], code, *capsys.readouterr())
@@ -159,7 +158,7 @@ def run_here(request, capsys):
 
 @pytest.fixture
 def ingest(spark, tmp_path):
-    """A folder, and a function that runs the stream over all that is new in it: the rows that came to each table."""
+    """A folder, and a function that runs the stream on its new files and returns how many rows each table gained."""
     folder = tmp_path / "input"
     folder.mkdir()
     options = argparse.Namespace(
@@ -196,7 +195,7 @@ def ingest(spark, tmp_path):
         accepted, rejected = (now - then for now, then in zip(rows(), before))
         return accepted, rejected
 
-    run.stream, run.rows = stream, rows  # for tables that can't be counted before
+    run.stream, run.rows = stream, rows  # for tables that can't be counted beforehand
     return folder, run
 
 
@@ -219,14 +218,14 @@ topic_numbers = itertools.count()
 
 @pytest.fixture
 def silver(broker, tmp_path):
-    """The options of a producer and a consumer on a topic and a table of their own."""
+    """The options of a producer and of a consumer, with a topic and a table of their own."""
     topic = ["--bootstrap-servers", broker, "--topic", f"readings_{next(topic_numbers)}"]
     return topic, [*topic, "--table", tmp_path / "silver", "--checkpoint", tmp_path / "checkpoint"]
 
 
 @pytest.fixture
 def world(spark, broker, tmp_path):
-    """A function that makes a World whose Kafka client has these properties."""
+    """A function that creates a World whose Kafka client has the given properties."""
     topics = []
 
     def make_world(**properties: str) -> World:

@@ -1,4 +1,4 @@
-"""Several writers of one table: on a local disk none of their commits is lost, and elsewhere a conflict is settled."""
+"""Several writers of one table: on a local disk no commit is lost, and elsewhere conflicts are retried."""
 
 import os
 import re
@@ -24,8 +24,7 @@ from helpers.processes import REPOSITORY, run_script, until
 from helpers.records import reading
 from helpers.streams import bronze_writer
 
-# Two commits meet only once in some hundreds, because Delta renames right after it has looked: this makes each rename
-# late.
+# Commits collide only once in several hundred, because Delta renames right after checking. This delays each rename.
 LATE_RENAMES = (
     [
         "strace",
@@ -66,7 +65,7 @@ while True:
 
 @contextmanager
 def session(code: str, table: Path, name: str):
-    """A process with a session of its own, whose renames are late; it waits for a line before it begins."""
+    """A process with its own session and delayed renames. It waits for a line of input before it begins."""
     with subprocess.Popen(
         [*LATE_RENAMES, sys.executable, "-c", code, table, name],
         cwd=REPOSITORY,
@@ -133,7 +132,7 @@ def test_a_stream_that_waits_for_another_writer_stops_when_asked_to(tmp_path, st
     ]
     stream = start(*options, "--trigger", "0 seconds")
     stream.wait_for("batch 0: 1 rows in, 1 accepted")
-    for number in (2, 3):  # in a batch, then at its start
+    for number in (2, 3):  # first during a batch, then at the start of the stream
         with write_lock(str(tmp_path / "bronze")):
             (tmp_path / "input" / f"{number}.json").write_bytes(reading())
             stream.wait_for(f"Waiting for another process that writes to {tmp_path}/bronze …")

@@ -1,6 +1,4 @@
-"""Contracts of any kind: how their records are read, what can't be one, and what becomes of the tables when one
-changes.
-"""
+"""Contracts of any kind: how their records are read, which ones are refused, and what a change does to the tables."""
 
 import itertools
 import json
@@ -116,7 +114,7 @@ def contracts(draw) -> Contract:
 
 @st.composite
 def records(draw, contract: Contract) -> bytes:
-    """Mostly what the contract asks for, in its order or another, with fields too many, too few, and of other kinds."""
+    """Mostly valid records with the fields in any order, some with extra, missing or mistyped fields."""
     record: dict = {}
     for field in draw(st.permutations(contract.fields)) if draw(st.integers(0, 3)) == 0 else contract.fields:
         if draw(st.integers(0, 15)) == 0:
@@ -166,7 +164,7 @@ def test_records_of_any_contract_are_read_as_plain_python_reads_them(spark, data
             assert json.loads(row["_rescued_data"] or "{}") == rest, (contract, raw)
 
 
-KIND_CASES = [  # a field, what stands there in the record, the reason or the value
+KIND_CASES = [  # the field, its JSON text in the record, the expected reason or value
     (Integer("x"), "7", 7),
     (Integer("x"), "-0", 0),
     (Integer("x"), "9223372036854775807", 2**63 - 1),
@@ -209,16 +207,16 @@ KIND_CASES = [  # a field, what stands there in the record, the reason or the va
     (Timestamp("x", format="epoch_ms"), "9223372036854775807", "invalid_x"),
     (Timestamp("x", format="epoch_ms", at_most_ahead="10 minutes"), "1795176600000", 1_795_176_600_000_000),
     (Timestamp("x", format="epoch_ms", at_most_ahead="10 minutes"), "1795176600001", "invalid_x"),
-    # -0 is 0
+    # -0 is 0.
     *[(Number("x"), zero, 0.0) for zero in ("-0", "-0.0", "-0.000", "-0e0", "-0E+5", "-1e-999", "0")],
     (Integer("x", bits=32), "-0", 0),
     *[(Timestamp("x", format=form), "-0", 0) for form in ("epoch_s", "epoch_ms")],
-    # Jackson's limits
+    # Jackson's limits.
     (Number("x"), "1" * 1000, "invalid_x"),
     (Number("x"), "1" * 1001, "malformed_json"),
     (Number("x"), "0." + "1" * 1000, 1 / 9),
     (Number("x"), "1." + "1" * 1001, "malformed_json"),
-    # the years 0 to 9999 in UTC
+    # The years 0 to 9999 in UTC.
     *[
         (Timestamp("x"), f'"{text}"', "invalid_x")
         for text in (
@@ -248,7 +246,7 @@ def test_a_value_is_of_its_fields_kind_or_the_record_is_rejected(spark, escape):
         cases = [(text, right) for field, text, right in KIND_CASES if field == kind]
         rows = read(spark, Contract((kind,)), [f'{{"{name}": {text}}}'.encode() for text, _ in cases])
         for (text, right), row in zip(cases, rows, strict=True):
-            assert str(row.reject_reason or row.x) == str(right), (kind, text)  # str, in which -0.0 is not 0.0
+            assert str(row.reject_reason or row.x) == str(right), (kind, text)  # by str, which tells -0.0 from 0.0
 
 
 def test_a_time_is_ahead_of_its_arrival_where_that_is_known_and_else_of_its_batch(spark):
@@ -354,7 +352,7 @@ def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_na
                 assert oracle.read(contract, record, time.time_ns() // 1000)[0] is None, record
 
 
-# --- What can't be a contract
+# --- Contracts that are refused
 
 
 @pytest.mark.parametrize(
@@ -591,7 +589,7 @@ def test_a_rule_that_cannot_be_computed_does_not_hold_and_stops_nothing(spark, r
 
 
 def test_a_pattern_and_a_long_text_end_no_jvm(spark):
-    """Java matches a repeated group by calling itself: of 50,000 characters it would overflow its stack."""
+    """Java matches repeated groups recursively: 50,000 characters would overflow its stack."""
     contract = Contract((Text("a"), Text("b")), {"odd": "NOT a RLIKE '^([a-z0-9]|-)+$'", "long": "length(b) > 60000"})
     texts = ["x" * 8000, "x" * 7999 + "!", "x" * 8001, "x" * 50_000, "x" * 1_000_000 + "!"]
     rows = read(spark, contract, [json.dumps({"a": text, "b": "x" * 50_000}).encode() for text in texts])
@@ -608,11 +606,11 @@ def test_a_rule_may_speak_of_now_and_not_ask_for_it(spark):
     assert row.reject_reason == "b"
 
 
-# --- What becomes of the tables
+# --- Tables when the contract changes
 
 
 def one_line_more(tmp_path: Path, line: str) -> Path:
-    """readings.py with a line more after that of its floor."""
+    """A copy of readings.py with `line` added after the line of the floor."""
     file = tmp_path / "my readings.py"
     text, floor = (
         (REPOSITORY / "readings.py").read_text(encoding="utf-8"),
@@ -631,7 +629,7 @@ def test_an_optional_field_is_one_line_by_both_roads(spark, broker, silver, tmp_
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
 
     def send(name: str, *records: bytes) -> list:
-        """Sends the records by both roads and reads them; what both streams said."""
+        """Sends the records through Kafka and as a file, and reads them. Returns the runs of both streams."""
         put(folder, name, *records)
         with KafkaProducer(bootstrap_servers=broker) as producer:
             for record in records:
@@ -662,7 +660,7 @@ OLD, NEW = Contract((Number("a"),)), Contract((Number("a"), Number("b", required
 
 
 def begin(spark, folder: Path, contract: Contract, done: int):
-    """What the start of a stream finds whose checkpoint says that `done` batches are done, and the next one has begun."""
+    """A writer, as set up by the start of a stream whose checkpoint has `done` batches done and the next one begun."""
     checkpoint = folder / "checkpoint"
     for name in ("commits", "offsets"):
         (checkpoint / name).mkdir(parents=True, exist_ok=True)
@@ -736,7 +734,7 @@ def test_a_column_whose_name_differs_in_capitals_alone_is_the_same_one(spark, tm
     ]
 
 
-# --- Contracts of the world
+# --- Real-world contracts
 
 
 def test_the_contract_of_the_docs_can_be(spark, tmp_path):
@@ -757,8 +755,8 @@ def test_the_contract_of_the_docs_can_be(spark, tmp_path):
     assert [row.reject_reason for row in rows] == ["too_hot", "invalid_rssi", "too_old"]
 
 
-# An uplink as https://www.thethingsindustries.com/docs/integrations/data-formats/ describes it, less what a sensor does
-# not need.
+# An uplink as described in https://www.thethingsindustries.com/docs/integrations/data-formats/, without the parts that
+# a sensor does not need.
 UPLINK = Contract(
     (
         Text("end_device_ids.device_id"),

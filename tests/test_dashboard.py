@@ -1,4 +1,4 @@
-"""dashboard.py's page in a browser, headless Chromium, on tables that are written, broken, empty or not there."""
+"""The page of dashboard.py in a browser (headless Chromium), on tables that are growing, broken, empty or missing."""
 
 import http.client
 import json
@@ -29,7 +29,7 @@ HOSTILE = '<script>document.title="gone"</script> **bold** $x$ [a](http://exampl
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        # As root, in a container, Chromium has no sandbox; what it asks of Google's hosts by itself is of no interest
+        # Chromium has no sandbox when it runs as root in a container. Its own requests to Google's hosts are irrelevant
         # here.
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
@@ -40,7 +40,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, start):
-    """Opens the page of a lake: the page, and the hosts that it has asked for something."""
+    """A function that opens the page of a lake. Returns the page and the set of hosts that it sends requests to."""
 
     def open_page(lake):
         [port] = free_ports(1)
@@ -64,7 +64,7 @@ def visit_page(browser, port: int):
 
 
 def handshake(port: int, host: str, origin: str | None = None) -> int:
-    """The status that a web page gets which reaches the port under the name `host`, and asks for the data."""
+    """The HTTP status for a web page that reaches the port as `host` and asks for the data."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request(
         "GET",
@@ -96,12 +96,12 @@ def write(spark, writer, batch: int, *records: bytes) -> None:
 
 
 def shown(page, name: str):
-    """The figure of this name at the top of the page."""
+    """The figure with this name at the top of the page."""
     return page.get_by_test_id("stMetric").filter(has_text=name).get_by_test_id("stMetricValue")
 
 
 def expect_in_table(page, place: int, *texts: str) -> None:
-    """The table of the page in this place comes to have these texts."""
+    """Waits until the table at this place on the page contains these texts."""
     for text in texts:
         expect(page.get_by_test_id("stDataFrame").nth(place).locator("table")).to_contain_text(text)
 
@@ -117,7 +117,7 @@ def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_
     expect(shown(page, "Accepted")).to_have_text("1,000")
     expect(shown(page, "Rejected")).to_have_text("3")
     expect(shown(page, "A batch takes")).to_contain_text(" s")
-    expect(page.get_by_text("unit: ")).to_be_visible()  # of the chart of the field, which has a line for each device
+    expect(page.get_by_text("unit: ")).to_be_visible()  # of the field's chart, which has a line per device
     expect(page.locator("canvas, svg.marks").first).to_be_attached()
     newest, reasons, rejected, overview = range(4)
     expect_in_table(page, newest, HOSTILE[:30])
@@ -128,7 +128,7 @@ def test_the_page_shows_what_is_written_as_it_is_written_and_takes_nothing_from_
     port = int(page.url.rstrip("/").rpartition(":")[2])
     hosts = ("localhost", "127.0.0.1", "rebound.example", "localhost.example")
     assert [handshake(port, host) for host in hosts] == [101, 101, 403, 403]
-    neighbour = net_util.get_internal_ip() or "192.0.2.1"  # another server of this machine, reached from the network
+    neighbour = net_util.get_internal_ip() or "192.0.2.1"  # another server on this machine, reached over the network
     assert handshake(port, "127.0.0.1", f"http://{neighbour}:8000") == 403
 
 
@@ -160,7 +160,7 @@ def test_records_without_a_time_count_by_their_arrival_and_long_texts_are_cut(sp
 def test_no_lake_and_an_empty_one_are_waited_for_until_a_table_comes(spark, tmp_path, visit):
     page, _ = visit(tmp_path / "lake")
     expect(page.get_by_text("No table yet.")).to_be_visible()
-    write(spark, bronze_writer(spark, tmp_path / "lake" / "readings"), 0, b"{")  # so that the table has no row
+    write(spark, bronze_writer(spark, tmp_path / "lake" / "readings"), 0, b"{")  # so that the table has no rows
     expect(shown(page, "Accepted")).to_have_text("0")
     expect(shown(page, "Rejected")).to_have_text("1")
 

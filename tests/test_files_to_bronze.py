@@ -1,4 +1,4 @@
-"""JSON files -> Bronze, the script as a process on real files."""
+"""JSON files -> Bronze, with the script as a process on real files."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ SCRIPT = "streaming_files_to_delta_bronze.py"
 
 @pytest.fixture
 def bronze(tmp_path):
-    """An input folder, and the options that make the script use it."""
+    """An input folder, and the script options to read it."""
     folder = tmp_path / "input"
     folder.mkdir()
     return folder, ["--input", folder, "--table", tmp_path / "bronze", "--checkpoint", tmp_path / "checkpoint"]
@@ -158,7 +158,7 @@ def test_a_running_stream_takes_new_files_only_and_a_restart_goes_on(spark, bron
     stream.wait_for("1 accepted", times=2)
     assert stream.stop(signal.SIGTERM) == 0
     assert "Traceback" not in stream.output and "Stopped." in stream.output
-    put(folder, "1.json", reading(value=99))  # a name that was read
+    put(folder, "1.json", reading(value=99))  # this name has already been read
     for number in (3, 4, 5):
         put(folder, f"{number} ü.json", reading(value=number))
     again = run_here(SCRIPT, *options, "--once", "--max-files-per-trigger", 1)
@@ -183,7 +183,7 @@ def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path
     )
     assert (run.returncode, run.stderr) == (0, "")
     messages = itertools.islice(Simulator(CONTRACT, SENSOR_TYPES).messages(12, 0.1, seed=1), 25_000)
-    records = sum(bool(record) for _, record in messages)  # a blank line is none
+    records = sum(bool(record) for _, record in messages)  # a blank line is not a record
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert [file.read_bytes().count(b"\n") for file in files] == [10_000, 10_000, records - 20_000]
     assert run.stdout.endswith(f"{records:,} records in 3 files written.\n") and all(
@@ -192,7 +192,7 @@ def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path
 
     simulator = start("kafka_producer.py", "--to-folder", tmp_path, "--rate", 50)
     simulator.wait_for("records in 1 file; last: ")
-    time.sleep(1)  # so that there are records for another file
+    time.sleep(1)  # leaves time for records of another file
     assert simulator.stop(signal.SIGINT) == 0
     [(records, files)] = re.findall(r"^(\d+) records in (\d) files written\.$", simulator.output, re.MULTILINE)
     assert len(list(tmp_path.glob("2*.json"))) == int(files)
@@ -220,7 +220,7 @@ def test_ctrl_c_under_spark_submit_lets_the_batch_finish(bronze, start):
         env=os.environ | {"PYSPARK_PYTHON": sys.executable},
     )
     stream.wait_for("1 accepted")
-    os.killpg(stream.process.pid, signal.SIGINT)  # as a terminal does: the JVM of spark-submit gets it, too
+    os.killpg(stream.process.pid, signal.SIGINT)  # like a terminal: the JVM of spark-submit gets it, too
     assert stream.wait() == 0
     assert "Traceback" not in stream.output and "Stopped." in stream.output
 
@@ -248,7 +248,7 @@ def test_a_missing_input_folder_is_an_error_with_a_way_out(tmp_path, run_here):
 
 
 def test_a_clock_that_is_set_back_does_not_hold_the_stream_up(spark, bronze, run_here, monkeypatch):
-    """Spark would wait until the clock is where it was."""
+    """Spark by itself would wait until the clock has caught up."""
     folder, options = bronze
     commits, second = Path(options[-1], "commits"), folder / "2.json"
     put(folder, "1.json", reading())

@@ -1,4 +1,4 @@
-"""Folders and files of every shape, in one session of Spark through the stream's own functions."""
+"""Folders and files of every kind, read by the stream's own functions in one Spark session."""
 
 import argparse
 import gzip
@@ -140,7 +140,7 @@ def test_packed_files_are_condemned_for_what_is_in_them_and_each_is_named_with_i
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["small", "large"])
 def test_packed_files_whose_place_does_not_answer_are_not_condemned(spark, size):
-    """They would never be read again, by their names."""
+    """If they were, files of these names would never be read again."""
     [port] = free_ports(1)
     file = Row(path=f"webhdfs://127.0.0.1:{port}/1.json.gz", length=size)
     with pytest.raises(PipelineError, match="1.json.gz can't be read at the moment: .*[Cc]onnection.* Nothing is lost"):
@@ -343,7 +343,7 @@ def test_no_array_takes_long(spark, parts):
     files.count()
     began = time.monotonic()
     with_elements(files).write.format("noop").mode("overwrite").save()
-    assert time.monotonic() - began < 60  # seconds; alone on a core it is less than 10
+    assert time.monotonic() - began < 60  # seconds; less than 10 with a core to itself
 
 
 def test_what_a_file_that_wants_multiline_holds_is_read_with_it(ingest):
@@ -377,7 +377,7 @@ DRAFTS = [
 
 def test_drafts_are_not_read_whatever_their_names_hold(ingest, tmp_path, capsys):
     folder, run = ingest
-    folder = tmp_path / "_up" / ".above=1" / "input"  # which says nothing of the files in it
+    folder = tmp_path / "_up" / ".above=1" / "input"  # folders above the input do not make its files drafts
     for name in (*DRAFTS, "a_b=1.json", "c_=/x_.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(VALID)
@@ -407,7 +407,7 @@ def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, 
     for name in (*ODD_NAMES, "grows.json", "shrinks.json", "older.json", "stays.json", "goes.json"):
         (folder / name).write_bytes(VALID + b"\n" + VALID + b"\n")
     assert run() == (2 * len(ODD_NAMES) + 10, 0) and capsys.readouterr().err == ""
-    time.sleep(0.02)  # the clock of a disk ticks every few milliseconds
+    time.sleep(0.02)  # file times only advance every few milliseconds
     for name in (*ODD_NAMES, "grows.json"):
         with (folder / name).open("ab") as file:
             file.write(VALID + b"\n")
@@ -422,7 +422,7 @@ def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, 
         )
     for number in range(11):
         put(folder, f"{number}.json", VALID)
-    assert run(max_files_per_trigger=1) == (11, 0)  # past the log's own compaction
+    assert run(max_files_per_trigger=1) == (11, 0)  # enough batches for Spark to compact its log
     capsys.readouterr()
     for number in range(11):
         os.utime(folder / f"{number}.json", (1, 1))
@@ -450,7 +450,7 @@ def test_files_that_change_before_they_are_read_and_after_they_are_archived(inge
     time.sleep(0.02)
     archive = tmp_path / "archive"
     assert run(archive=str(archive)) == (3, 0)
-    for number in range(3):  # Spark moves the files of a batch while it takes the next ones
+    for number in range(3):  # Spark archives the files of a batch during later batches
         put(folder, f"{number}.json", VALID)
         assert run() == (1, 0)
     assert capsys.readouterr().err == ""
@@ -466,7 +466,7 @@ def test_files_that_change_before_they_are_read_and_after_they_are_archived(inge
 
 @pytest.mark.parametrize("other", ["link", "elsewhere", "inp"])
 def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
-    """All its files would be read again."""
+    """Otherwise all its files would be read again."""
     folder, run = ingest
     put(folder, "a.json", VALID)
     (folder / "sub").mkdir()
@@ -488,7 +488,7 @@ def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
         assert run(input=str(folder)) == (1, 0)
         for same in (f"file:{folder}", f"file://{folder}/", str(folder / "sub"), str(tmp_path)):
             assert run(input=same) == (0, 0)
-        assert run(input=str(tmp_path / other)) == (0, 0)  # the new one begins empty
+        assert run(input=str(tmp_path / other)) == (0, 0)  # the new folder is still empty
         shutil.copy2(folder / "a.json", tmp_path / other / "a.json")
         with pytest.raises(PipelineError, match="belongs to another input folder"):
             run(input=str(tmp_path / other))
@@ -542,7 +542,7 @@ def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys, monkeypa
         PipelineError, match=f"{folder}/linked is a link to a folder, whose files --archive would move away unread"
     ):
         run()
-    monkeypatch.setattr("pipeline.files.folder.links_in", lambda _: iter(()))  # made while the stream runs
+    monkeypatch.setattr("pipeline.files.folder.links_in", lambda _: iter(()))  # made during the run
     for _ in range(2):
         with pytest.raises(PipelineError, match=f"{folder}/linked is a link to a folder, or below one, and --archive"):
             run()
@@ -588,7 +588,7 @@ def test_a_file_that_is_packed_where_it_was_read_is_named(ingest, capsys, pack):
         subprocess.run(["gzip", folder / "a.json"], check=True)
     assert run() == (2, 0) and capsys.readouterr().err == ""
     subprocess.run(["gzip", folder / "a.json"] if pack else ["gunzip", folder / "a.json.gz"], check=True)
-    (folder / "other.json.gz").write_bytes(gzip.compress(VALID))  # later, so another one
+    (folder / "other.json.gz").write_bytes(gzip.compress(VALID))  # has a later time, so it counts as another file
     assert run() == (2, 0)
     assert capsys.readouterr().err.startswith(
         f"{folder}/a.json{'.gz' * pack} looks like a file that was read before and"
@@ -597,13 +597,13 @@ def test_a_file_that_is_packed_where_it_was_read_is_named(ingest, capsys, pack):
 
 
 def test_hundreds_of_files_whose_names_look_like_patterns_are_read_a_few_at_a_time(ingest, monkeypatch, capsys):
-    """Of n files Spark makes a list of n * n."""
+    """For n such files, Spark lists n² entries."""
     folder, run = ingest
     for number in range(150):
         put(folder, f"[{number}] {{x}}.json", VALID)
     for number in range(10):
         put(folder, f"{number}.json", VALID)
-    with monkeypatch.context() as patch:  # they have come while the stream ran, and ended it
+    with monkeypatch.context() as patch:  # as if they had come while the stream ran, and had ended it
         patch.setattr("pipeline.files.folder.is_pattern", lambda _: False)
         crash_in(patch, "read_batch")
         with pytest.raises((RuntimeError, StreamingQueryException)):
@@ -625,7 +625,7 @@ def crash_in(patch: pytest.MonkeyPatch, method: str) -> None:
 
 
 def test_a_file_that_grows_or_goes_between_a_crash_and_the_restart_is_named(ingest, capsys, monkeypatch):
-    """The table already has the batch. It is repeated, and new lines in its files are not read."""
+    """The table already has the batch. It is repeated, but new lines in its files are not read."""
     folder, run = ingest
     for name in ("grows.json", "goes.json", "stays.json"):
         put(folder, name, VALID)
@@ -703,7 +703,7 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
 
 
 def test_taken_files_are_watched_in_small_steps(spark, tmp_path, capsys):
-    """At most 1,000 in half a second: a folder with many of them costs a stream no noticeable share of a core."""
+    """At most 1,000 every half second, so that even a folder with many of them costs no noticeable share of a core."""
     taken = TakenFiles(spark, str(tmp_path / "none"), str(tmp_path), None)
     taken.files = {str(tmp_path / f"{number}.json"): TakenFile(0, 0) for number in range(30_000)}
     for number in range(0, 30_000, 10_000):
@@ -760,7 +760,7 @@ def test_what_is_at_the_table_and_not_of_this_pipeline_is_left_alone(spark, inge
 
 @pytest.mark.parametrize("multiline", [False, True])
 def test_a_packed_file_that_is_too_large_even_packed_is_condemned_as_a_whole(ingest, capsys, multiline):
-    """Its unpacked size is not counted to the end, so nothing else would notice a line that Hadoop leaves out."""
+    """Its unpacked size is not counted to the end, so nothing else would notice a line that Hadoop skips."""
     folder, run = ingest
     lines = [VALID, b'"' + b"a" * 9_000_000 + b'"', *(os.urandom(500).hex().encode() for _ in range(4000))]
     (folder / "large.json.gz").write_bytes(gzip.compress(b"\n".join(lines)))
@@ -792,7 +792,7 @@ def test_a_file_that_is_renamed_after_it_was_read_is_named(ingest, capsys):
     assert run() == (3, 0)
     (folder / "done").mkdir()
     (folder / "a.json").rename(folder / "done" / "a.json")
-    shutil.copy2(folder / "b.json", folder / "copied.json")  # the other one is still there
+    shutil.copy2(folder / "b.json", folder / "copied.json")  # a copy: the original is still there
     (folder / "c.json").unlink()
     put(folder, "new.json", VALID)
     assert run() == (3, 0)

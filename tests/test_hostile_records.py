@@ -1,7 +1,7 @@
-"""Mutated records by both roads, against the oracle: none lost, none accepted with another value. And records that are
-large.
+"""Mutated records through Kafka and files, checked against the oracle: none is lost or accepted with another value.
+Also large records.
 
-There are 20,000 mutated ones, with `--long` 110,000.
+There are 20,000 mutated records, or 110,000 with `--long`.
 """
 
 import json
@@ -40,7 +40,7 @@ def corpus(size: int, seed: int) -> list[bytes]:
 
 
 def right(raw: bytes | None, arrival_micros: int) -> tuple[str | None, tuple | None, dict | None]:
-    """What the oracle says of a record: the reason, or the values of COLUMNS and what is not in the contract."""
+    """The oracle's verdict: the reason, or the values of COLUMNS and the fields outside the contract."""
     reason, values, rest = oracle.read(CONTRACT, raw, arrival_micros)
     if reason := reason or oracle.break_rule(values):
         return reason, None, None
@@ -52,7 +52,7 @@ def rescued(row) -> dict:
 
 
 def check_rows(spark, records: list[bytes | None]) -> Counter:
-    """Judges the records with the contract and the oracle; how many are valid and how many are not."""
+    """Checks that contract and oracle agree on the records. Returns how many are valid and how many are not."""
     verdicts = Counter()
     for record, row in zip(records, judge(spark, records), strict=True):
         reason, values, rest = right(record, ARRIVAL_MICROS)
@@ -94,7 +94,7 @@ def test_the_rules_and_the_oracle_agree_on_what_hypothesis_makes(spark, pytestco
         records.append(record)
 
     collect()
-    verdicts = check_rows(spark, records)  # all at once: a job of Spark's for each would take hours
+    verdicts = check_rows(spark, records)  # all at once, as one Spark job per record would take hours
     assert min(verdicts.values()) > len(records) / 16, verdicts
 
 
@@ -140,7 +140,7 @@ def test_hostile_records_go_through_kafka(spark, broker, silver, hostile, accoun
 def test_hostile_records_go_through_files(spark, tmp_path, hostile, account, run_here):
     folder, table = tmp_path / "input", str(tmp_path / "bronze")
     folder.mkdir()
-    # One record is one line, and a blank line is none; a file that begins with a byte order mark is read without it.
+    # Records must be one line each and not blank, and a byte order mark at the start of a file would be skipped.
     lines = [record for record in hostile if b"\n" not in record and record.strip(b" \t\r")]
     for number in range(0, len(lines), 20_000):
         content = b"\n".join([b"{}", *lines[number : number + 20_000]])
@@ -189,7 +189,7 @@ def test_records_that_are_hard_to_read_are_read_as_the_oracle_reads_them(spark, 
 
 
 def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
-    """Seconds of a core that it takes to read the records, which the files of this folder are then."""
+    """CPU seconds that it takes to read the records, each from a file in this folder."""
     for number, raw in enumerate(raws):
         (folder / str(number)).write_bytes(raw)
     records = (
@@ -199,7 +199,7 @@ def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
     )
 
     def used() -> float:
-        """What the JVM has used by now; the clock would count what the machine does for others."""
+        """CPU seconds used by the JVM so far. The clock would also count the machine's other work."""
         fields = subprocess.run(
             ["ps", "-o", "time=", "-p", str(jvm_of(spark).pid)], capture_output=True, text=True, check=True
         ).stdout
@@ -209,22 +209,22 @@ def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
         )
 
     before = used()
-    with _code_generation(spark):  # as TableWriter reads them
+    with _code_generation(spark):  # as TableWriter does
         parse(records, contract).write.format("noop").mode("overwrite").save()
     return used() - before
 
 
 def test_names_of_one_hash_take_no_longer_than_others(spark, tmp_path):
     names = shapes.same_hash(30_000)
-    for value in ("1", "[]"):  # in the plain way and in the strict one
+    for value in ("1", "[]"):  # once for the plain parser, once for the strict one
         fields = ",".join(f'"{name}":{value}' for name in names)
         assert seconds_for(spark, CONTRACT, tmp_path, [shapes.FLAT.replace("}", f",{fields}}}").encode()]) < 8
 
 
 @pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
 def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
-    """Those that once did not end, had no memory or took the square of time by themselves, two at a time; all others in
-    one go, with --long by themselves, too.
+    """Records that once never finished, ran out of memory or took quadratic time are read separately, two at a time.
+    All others are read in one go, and with --long also separately.
     """
     size = 7_900_000
     worst = [b"\x01" * size, b"{" + shapes.times('"":1')(size).encode() + b"}", b"[" * size]
@@ -239,7 +239,7 @@ def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, 
 
 @pytest.mark.parametrize("record", ["valid", "array"])
 def test_many_large_records_of_a_batch_fit_into_the_memory(spark, tmp_path, pytestconfig, account, start, record):
-    """By a process of its own, with its default heap. 25 of them did not fit, valid or not."""
+    """Runs in its own process, with the default heap. Once, 25 such records did not fit, valid or not."""
     (tmp_path / "input").mkdir()
     count, large = (100 if pytestconfig.option.long else 25), random.Random(1).randbytes(3_900_000).hex()
     text = (

@@ -1,4 +1,4 @@
-"""Kafka -> Silver with the real scripts, broker and tables: a story of starts, stops and kills, and the account of it."""
+"""Kafka -> Silver with the real scripts, broker and tables: starts, stops and kills, and an account of all records."""
 
 import re
 import signal
@@ -30,7 +30,7 @@ CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 
 def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(spark, broker, silver, start, account):
     topic, options = silver
-    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before there is a topic
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before the topic exists
     consumer.wait_for("No topic")
     producer = start(PRODUCER, *topic, "--create-topic", "--rate", 100, "--invalid-fraction", 0.2, "--seed", 5)
     consumer.wait_for("batch", times=3)
@@ -157,7 +157,7 @@ def test_the_producer_sends_the_same_values_for_the_same_seed(broker, silver, ru
     by_device = [[value for key, value in records if key == f"sensor-{number:03}".encode()] for number in (1, 2, 3, 4)]
     assert [len(values) for values in by_device] == [26, 26, 24, 24]
     assert all(values[: len(values) // 2] == values[len(values) // 2 :] for values in by_device)
-    assert len({re.sub(rb'"value": [^,]+', b"", value) for _, value in records}) == 4  # a device stays what it is
+    assert len({re.sub(rb'"value": [^,]+', b"", value) for _, value in records}) == 4  # only a device's value changes
 
 
 def test_a_message_that_cannot_be_delivered_is_an_error_and_never_silence(broker, silver, run_here):

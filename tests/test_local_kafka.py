@@ -1,4 +1,4 @@
-"""local_kafka.py: the broker of docker-compose.yml."""
+"""local_kafka.py: the broker of docker-compose.yml without Docker."""
 
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports

@@ -1,4 +1,4 @@
-"""The scripts in odd places and locales, without what they usually have, and stopped at any moment."""
+"""The scripts in odd places and locales, in poor environments, and stopped at any moment."""
 
 import argparse
 import fcntl
@@ -33,7 +33,7 @@ ODD = "größe é 'q\" $x [a]{b}"
 
 
 def test_every_place_may_have_blanks_quotes_and_other_letters_in_every_locale(tmp_path, spark):
-    """HOME, the folder of the jars, TMPDIR, JAVA_HOME, the repository, the input, the table and the checkpoint at once."""
+    """For HOME, the jar folder, TMPDIR, JAVA_HOME, the repository, the input, the table and the checkpoint at once."""
     places = {name: tmp_path / f"{name} {ODD}" for name in ("home", "cache", "tmp", "repository", "input")}
     for place in places.values():
         place.mkdir()
@@ -137,7 +137,7 @@ def test_a_folder_that_a_clean_up_of_a_table_would_delete_is_refused(tmp_path, o
 
 def test_a_hidden_folder_of_the_table_may_have_the_checkpoint():
     require_separate_places(argparse.Namespace(table="/lake/t", checkpoint="/lake/t/_checkpoint"))
-    # nobody looks there
+    # Object stores are not checked.
     require_separate_places(argparse.Namespace(table="s3a://lake/t", checkpoint="s3a://lake/t/checkpoint"))
 
 
@@ -236,14 +236,14 @@ def test_tables_and_checkpoints_are_closed_to_strangers(tmp_path, mask, closed):
 
 def test_a_training_run_that_fails_leaves_no_archive_and_the_next_start_tries_again(tmp_path, capsys):
     archive = tmp_path / "classes.jsa"
-    class_archive._make(archive, "-Xmx")  # which a path is no size for
+    class_archive._make(archive, "-Xmx")  # fails: the path is no valid size
     assert list(tmp_path.iterdir()) == [] and "could not be made (exit code 1)" in capsys.readouterr().err
 
 
 def test_each_virtual_environment_has_an_archive_of_its_own_which_follows_its_jars(tmp_path, monkeypatch):
-    """Java would refuse that of another, and each start would take twice as long."""
+    """Java would refuse another environment's archive, and every start would take twice as long."""
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(class_archive, "_make", lambda archive, option: archive.touch())  # the names are the point
+    monkeypatch.setattr(class_archive, "_make", lambda archive, option: archive.touch())  # only names matter
 
     def archives(environment: str, made_at: int) -> list[str]:
         jars = tmp_path / environment
@@ -291,7 +291,7 @@ def test_a_terminal_that_is_closed_stops_the_scripts_and_nohup_keeps_them(tmp_pa
 
 
 def test_a_signal_that_comes_while_a_loop_looks_at_its_flag_stops_it():
-    """With threading.Event, whose `set` waits for a lock that the loop may hold, this hangs."""
+    """With threading.Event this hangs, because its `set` waits for a lock that the loop may hold."""
     code = """if True:
         import random, signal
         from pipeline.terminal.signals import StopFlag
@@ -329,7 +329,7 @@ def test_a_script_whose_output_nobody_reads_any_more_does_not_end_as_if_all_were
     ids=["Spark", "__del__", "__del__, and too early"],
 )
 def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, call, tmp_path):
-    """Without care one of some twenty becomes an error of py4j, or one is lost in __del__."""
+    """Without precautions, about one signal in twenty becomes a py4j error, or one is lost in __del__."""
     script = tmp_path / "script.py"
     script.write_text(f"""if True:
         import os, random, signal, sys, threading, time
@@ -360,7 +360,7 @@ def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, cal
 
 @pytest.mark.parametrize("moment", [0.3, 1, 2, 3.5, 6, 12])
 def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silver, tmp_path, moment):
-    """All of them at once, each with another signal and number of key presses at each moment."""
+    """Stops all scripts at once, each with a different signal and number of key presses at each moment."""
     mark, (topic, options) = uuid.uuid4().hex, silver
     env = os.environ | {"MARK": mark}
     port, page_port = free_ports(2)
@@ -380,7 +380,7 @@ def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silv
         stop_signal = (signal.SIGINT, signal.SIGTERM)[(number + int(moment)) % 2]
         for _ in range(1 + (number + int(moment * 2)) % 2):
             if script.process.poll() is None:
-                # As a terminal or a service manager does, to all processes of the script.
+                # Like a terminal or a service manager, mostly to all processes of the script.
                 (os.killpg if number % 3 else os.kill)(script.process.pid, stop_signal)
             time.sleep(0.05)
     for script in scripts:

@@ -1,4 +1,4 @@
-"""The README, the pages of docs, the layout and the files around the code say what is true."""
+"""The README, the pages in docs, the layout and the files around the code are correct."""
 
 import ast
 import re
@@ -82,7 +82,7 @@ STRANGERS = [
 
 
 def test_imports_between_rooms_go_one_way_and_no_script_imports_another():
-    """From each room to those before it; STRANGERS are on the same floor, or too far apart."""
+    """A room may import only from the rooms before it in ROOMS. STRANGERS may not import from each other at all."""
     for file in (*REPOSITORY.glob("*.py"), *(REPOSITORY / "pipeline").rglob("*.py")):
         place = file.relative_to(REPOSITORY)
         room = place.parts[1].removesuffix(".py") if place.parts[0] == "pipeline" else ""
@@ -140,7 +140,7 @@ def test_the_readme_names_the_packages_that_the_scripts_use():
 
 
 def test_hadoop_has_the_local_file_system_in_which_it_keeps_what_it_sends_to_s3(spark):
-    # hadoop-aws, which is not among these tests, takes no other class of it.
+    # hadoop-aws, which these tests do not include, requires exactly this class.
     assert spark._jvm.org.apache.hadoop.fs.FileSystem.getLocal(spark._jsc.hadoopConfiguration())
 
 

@@ -1,4 +1,4 @@
-"""The reader scripts on real tables."""
+"""The reader scripts, run on real tables."""
 
 import argparse
 import csv
@@ -28,7 +28,10 @@ from readings import CONTRACT
 
 @pytest.fixture(scope="module")
 def lake(spark, tmp_path_factory):
-    """A lake with both tables: 30 readings whose order by time is none of writing, of files or of event_time alone."""
+    """A lake with both tables.
+
+    The order of its 30 readings by time differs from the write order, the file order and the order of event_time alone.
+    """
     folder = tmp_path_factory.mktemp("lake")
     for layer, tables in (("bronze", bronze_tables), ("silver", silver_tables)):
         pair = tables(table := str(folder / layer / "sensor_data"), CONTRACT.columns)
@@ -39,7 +42,7 @@ def lake(spark, tmp_path_factory):
                 f"concat('d', {batch} * 10 + id) AS device_id",
                 "'A\x1b[31m' AS building",
                 "double(id) AS value",
-                # Within a batch the times fall as ids rise, and come closer than a millisecond.
+                # Within a batch, times fall as ids rise, less than a millisecond apart.
                 "timestamp_micros(1763600000000000 - id) AS event_time",
                 f"timestamp_micros(1763700000000000 + {batch}) AS ingest_time",
                 '\'{"whole": "record"}\' AS raw_json',
@@ -54,7 +57,7 @@ def lake(spark, tmp_path_factory):
 
 
 def column(run: subprocess.CompletedProcess, name: str) -> list:
-    """The values of a column, of a run with --format json."""
+    """The values of a column in the output of a run with --format json."""
     assert (run.returncode, run.stderr) == (0, "")
     return [json.loads(line)[name] for line in run.stdout.splitlines()]
 
@@ -68,7 +71,7 @@ def test_the_newest_readings_come_first_with_the_counts_under_them(lake, script,
     assert run.stdout.endswith(f"30 rows in {table}\n3 rows in {table}_quarantine\n")
     assert "raw_json" not in run.stdout and "\x1b" not in run.stdout and "A\ufffd[31m" in run.stdout
     header, first = (line for line in run.stdout.splitlines() if "device_id" in line or "d20" in line)
-    # numbers to the right, times short
+    # Numbers are right-aligned, and times are shortened.
     assert first.rindex("0.0") + 3 == header.rindex("value") + 5 and "2025-11-20 00:53:20  " in first
 
 
@@ -90,7 +93,7 @@ def test_no_text_steers_a_terminal_in_any_format(spark, monkeypatch):
     hostile = "a\x1b[31m\x9b\u202e\x7f b\u00e9\U000e0041"
     rows = spark.createDataFrame([(hostile,)], "name STRING")
     [as_it_is] = lines(rows, "csv")
-    assert as_it_is == hostile  # in a pipe
+    assert as_it_is == hostile  # as in a pipe
     monkeypatch.setattr(sys, "stdout", argparse.Namespace(isatty=lambda: True))
     for form in ("json", "csv", "table"):
         [line] = lines(rows, form)
@@ -122,7 +125,7 @@ def test_programs_get_all_columns_as_json_or_csv(lake, run_here):
 
 
 def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
-    """A terminal of 80 columns, and one of 400."""
+    """On a terminal of 80 columns, and on one of 400."""
     for width, names in (
         (80, ["event_time", "device_id", "building", "value", "No room for"]),
         (400, ["event_time", "kafka_timestamp", "_rescued_data", "ingest_time"]),
@@ -135,7 +138,7 @@ def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
 
 
 def append(spark, table, arrived: str = "now()", prefix: str = "new", **others: str) -> None:
-    """Ten more rows, which have arrived now, or when a clock said so; `others`: expressions for further columns."""
+    """Appends ten rows that arrived now or at `arrived`. `others`: expressions for further columns."""
     readings = spark.range(10).selectExpr(
         f"concat('{prefix}-', id) AS device_id",
         "double(id) AS value",
@@ -210,7 +213,7 @@ def test_follow_gives_each_row_once_though_the_clock_was_set_back_and_files_were
 
 
 def test_follow_says_what_happens_to_the_table_and_goes_on(spark, lake, tmp_path, start):
-    """Rows are changed, a column is added, the log loses versions, files are gone, an older copy, a new table."""
+    """Changed rows, a new column, lost log versions, missing files, an older copy, and a new table."""
     shutil.copytree(lake, tmp_path / "lake")
     table = tmp_path / "lake" / "silver" / "sensor_data"
     followers = {
@@ -359,7 +362,7 @@ def test_read_delta_says_what_is_wrong(lake, run_here, options, complaint):
 
 
 def written(spark, table, batches: int) -> TableWriter:
-    """A Bronze table and its quarantine of so many batches of two records, one of them broken, made two days ago."""
+    """Writes a Bronze table and its quarantine, as if two days ago, in batches of one valid and one broken record."""
     writer = bronze_writer(spark, table)
     writer.write(records(spark), 0, "test")
     for path in (writer.tables.table, writer.tables.quarantine):

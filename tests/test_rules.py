@@ -1,4 +1,4 @@
-"""The contract of readings.py as a table of records and the reason that each is rejected for (None: it is valid)."""
+"""The contract of readings.py, tested with a table of records and the reason to reject each (None: it is valid)."""
 
 from datetime import datetime, timezone
 

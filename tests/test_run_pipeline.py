@@ -20,7 +20,7 @@ from helpers.processes import REPOSITORY, Script, on_terminal
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of what is in git, or would be: no data of earlier runs."""
+    """A copy of all files that are in git or would be added: no data from earlier runs."""
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=REPOSITORY,
@@ -36,7 +36,7 @@ def clone(tmp_path):
 
 
 def processes_of(text: str) -> list[int]:
-    """The processes that have `text` in their command line."""
+    """The ids of the processes with `text` in their command line."""
     return [
         process.pid for process in psutil.process_iter(["cmdline"]) if text in " ".join(process.info["cmdline"] or [])
     ]
@@ -68,7 +68,7 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
         "local_kafka.py",
     ]
     [accepted] = re.findall(rf"^([\d,]+) rows in {clone}/lake/bronze/sensor_data$", pipeline.output, re.MULTILINE)
-    assert int(accepted.replace(",", "")) > 18  # those of the samples
+    assert int(accepted.replace(",", "")) > 18  # more than those of the samples
     assert f" rows in {clone}/lake/silver/sensor_data_quarantine\n" in pipeline.output
     assert processes_of(str(clone)) == [] and not answers(port)
 

@@ -1,4 +1,4 @@
-"""Each script as its user meets it: manual, options, errors, exit codes."""
+"""Each script as the user sees it: manual, options, errors and exit codes."""
 
 import os
 import signal
@@ -106,7 +106,7 @@ def test_a_port_in_use_is_said_with_the_way_out(broker, tmp_path):
 
 
 def java_that_says(folder, modules: str) -> dict[str, str]:
-    """An environment whose Java lists these modules."""
+    """An environment with a fake Java that lists these modules."""
     java = folder / "bin" / "java"
     java.parent.mkdir()
     java.write_text(f"#!/bin/sh\necho '{modules}'\n")

@@ -1,4 +1,4 @@
-"""How a batch gets into a table and its quarantine: the ways that a whole stream takes only now and then."""
+"""Writing a batch to a table and its quarantine, in cases that a whole stream meets only now and then."""
 
 import re
 
@@ -30,7 +30,7 @@ def batch_of(spark, *records: bytes):
 
 
 def rows_of(spark, writer) -> tuple[int, list[bytes]]:
-    """The number of rows in the table, and the records in the quarantine."""
+    """The row count of the table, and the records in the quarantine."""
     rejected = spark.read.format("delta").load(writer.tables.quarantine).collect()
     return spark.read.format("delta").load(writer.tables.table).count(), sorted(bytes(row.raw) for row in rejected)
 

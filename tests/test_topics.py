@@ -1,4 +1,4 @@
-"""Topics of every shape, in one session of Spark through the stream's own functions, and starts in every order."""
+"""Topics of every kind, read by the stream's own functions in one Spark session, and starts in every order."""
 
 import argparse
 import itertools
@@ -66,7 +66,7 @@ def test_partitions_that_are_added_are_read(world, account):
 
 
 def test_a_batch_that_failed_for_want_of_a_record_goes_on(world, account):
-    """As earlier versions left the checkpoint: the first batch is noted, and not done."""
+    """The checkpoint is as earlier versions left it: the first batch is planned, but not done."""
     world = world()
     world.make(1)
 
@@ -84,10 +84,10 @@ def test_a_batch_that_failed_for_want_of_a_record_goes_on(world, account):
 def test_compressed_messages_are_read(world, account):
     for codec in ("gzip", "snappy", "lz4", "zstd"):
         each = world()
-        each.make(1, compression_type=codec)  # the broker does it
+        each.make(1, compression_type=codec)  # done by the broker
         each.send(*[VALID] * 20, BROKEN, linger_ms=50)
         assert each.consume() == (20, 1)
-        # kafka-python reads gzip alone without another package.
+        # Without extra packages, kafka-python only reads gzip.
         account(f"messages compressed by {codec}", [(0, offset) for offset in range(21)], *each.rows())
 
 
@@ -101,7 +101,7 @@ def test_tombstones_are_records_and_stop_nothing(world, account):
 
 def test_a_compacted_topic_is_read_over_its_gaps(world, account):
     world = world()
-    # The newest segment is never compacted; a record that comes after 50 ms closes it.
+    # The newest segment is never compacted. A record that arrives after 50 ms closes it.
     world.make(
         1,
         cleanup_policy="compact",
@@ -113,11 +113,11 @@ def test_a_compacted_topic_is_read_over_its_gaps(world, account):
     for key in (b"a", b"b", b"a", b"b", b"a", b"c"):
         world.send(VALID, VALID, VALID, key=key)
         time.sleep(0.1)
-    world.options.max_offsets_per_trigger = 4  # some batches then have a gap at their end, and others are nothing else
+    world.options.max_offsets_per_trigger = 4  # so that some batches end in a gap, and others are all gap
     until(lambda: len(world.kept()) < 10)
     before = world.kept()
     world.consume()
-    # Compaction goes on meanwhile: what it took since then may have come or not, what it left has come.
+    # Compaction continues meanwhile. Records that it has removed since then may be in the table; all others must be.
     rows = world.rows()
     account("a compacted topic", {*world.kept(), *set(before).intersection(rows[0])}, *rows)
 
@@ -134,10 +134,10 @@ def test_only_what_a_transaction_has_committed_is_read(world, account):
         assert world.consume() == (6, 0)
         producer.send(world.topic.name, VALID, partition=0).get()
         producer.abort_transaction()
-        assert [world.consume(), world.consume()] == [(0, 0), (0, 0)]  # a batch of aborted records alone, and none
+        assert [world.consume(), world.consume()] == [(0, 0), (0, 0)]  # a batch of only aborted records, then none
         producer.begin_transaction()
         producer.send(world.topic.name, VALID, partition=0).get()
-        world.send(VALID, BROKEN, partition=0)  # has to wait for the transaction before it
+        world.send(VALID, BROKEN, partition=0)  # must wait for the transaction before it
         world.send(VALID, partition=1)
         assert world.consume() == (1, 0)
         producer.commit_transaction()
@@ -146,7 +146,7 @@ def test_only_what_a_transaction_has_committed_is_read(world, account):
 
 
 def noted(world) -> dict[int, int]:
-    """The offsets that the stream has noted in Kafka."""
+    """The offsets that the stream has committed to Kafka."""
     with KafkaAdminClient(bootstrap_servers=world.broker) as admin:
         [places] = admin.list_group_offsets([world.topic.name]).values()
     return {place.partition: offset.offset for place, offset in places.items()}
@@ -193,7 +193,7 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
 def test_only_failures_without_a_quiet_time_between_them_are_counted_together(
     spark, tmp_path, monkeypatch, idle, outages
 ):
-    """An idle topic has no batch by which to see that the stream has recovered."""
+    """An idle topic has no batches to show that the stream has recovered."""
 
     class Source(GivenRecords):
         def wait_until_available(self, error, stopping) -> None:
@@ -224,7 +224,7 @@ def test_only_failures_without_a_quiet_time_between_them_are_counted_together(
 
 
 def test_the_last_record_of_a_batch_may_be_anything(world):
-    """With each batch, and at each start, it is compared with the one that Kafka has."""
+    """With each batch and at each start, it is compared with the record in Kafka."""
     world = world(request_timeout_ms="3000")
     world.make(1)
     for last in (b"", None, b"\xff\x00", b"x" * 900_000):
@@ -343,7 +343,7 @@ def test_a_batch_that_fails_while_the_stream_is_being_stopped_is_said(spark, wor
 
 
 def test_what_speaks_no_kafka_is_no_broker_and_nothing_is_left_of_the_attempt():
-    """In a process of its own, as the clients of other tests open and close sockets when they like."""
+    """Runs in its own process, because the clients of other tests open and close sockets at any time."""
     code = """if True:
         import os, sys, threading
         from pipeline.kafka.brokers import NoBrokerError
@@ -399,7 +399,7 @@ def test_a_file_of_properties_may_come_from_windows(broker, silver, tmp_path, ru
 
 def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver, start, account, run_here):
     topic, options = silver
-    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before the topic
+    consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before the topic exists
     consumer.wait_for("No topic")
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 0).returncode == 0
     consumer.wait_for("Writing to")  # before the first message
@@ -418,14 +418,14 @@ def test_topic_producer_and_consumer_start_in_every_order(spark, broker, silver,
     assert len(in_topic) == 20 and sum(table.count() for table in tables(spark, options)) == 20
 
 
-ANY_TIME = {"message_timestamp_after_max_ms": str(2**63 - 1)}  # as is the default of Kafka 3
+ANY_TIME = {"message_timestamp_after_max_ms": str(2**63 - 1)}  # the default of Kafka 3
 NANOSECONDS = 1_795_891_000_123_456_789
 STRANGE_TIMES = [NANOSECONDS, 2**63 - 1, -(2**63), -NANOSECONDS, 2**63 // 1000 + 1, -9_223_372_036_854_776]
 USUAL_TIMES = [-1, 0, 1_795_891_000_123, 253_402_300_799_999, 1_795_891_000_123_456, 2**63 // 1000]
 
 
 def send_at(world, times: list[int], *records: bytes | None, partition: int = 0, key: bytes | None = None) -> None:
-    """Sends the records once for each of Kafka's times."""
+    """Sends the records once for each Kafka timestamp in `times`."""
     with KafkaProducer(bootstrap_servers=world.broker, linger_ms=20) as producer:
         for time_of_record in times:
             for record in records:
@@ -433,7 +433,7 @@ def send_at(world, times: list[int], *records: bytes | None, partition: int = 0,
 
 
 def kafka_times(world) -> dict[tuple[int, int], int | None]:
-    """kafka_timestamp, in milliseconds, of the rows of both tables, by (partition, offset)."""
+    """The kafka_timestamp of each row in both tables, in milliseconds, by (partition, offset)."""
     both = [
         world.spark.read.format("delta")
         .load(table)
@@ -499,7 +499,7 @@ def test_such_times_in_transactions_are_read_once_they_are_committed(world, acco
 
 
 def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
-    """Killed between its two writes."""
+    """The stream is killed between the two writes of the batch."""
     world = world()
     world.make(1, **ANY_TIME)
     world.send(VALID)
@@ -537,7 +537,7 @@ def test_data_loss_is_accepted_beside_such_times(world):
 
 
 def send_bombs(world, *records: bytes | None, partition: int = 0, key: bytes | None = None) -> None:
-    """Sends records that are small packed, all of them in one batch of Kafka's."""
+    """Sends records that are small when compressed, all in one Kafka batch."""
     with KafkaProducer(
         bootstrap_servers=world.broker,
         compression_type="gzip",
@@ -551,18 +551,18 @@ def send_bombs(world, *records: bytes | None, partition: int = 0, key: bytes | N
             producer.send(world.topic.name, record, partition=partition, key=key)
 
 
-BOMB = b"a" * 450_000_000  # as much as a heap of 1 GB does not hold twice
+BOMB = b"a" * 450_000_000  # too large to fit into a heap of 1 GB twice
 
 
 def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(world, account, capsys):
-    """Kafka itself can't pass over a record that it can't unpack, so what is packed after one is lost with it."""
+    """Kafka cannot skip a record that it cannot decompress, so the records behind it in the same batch are lost too."""
     world = world()
     world.make(2, compression_type="producer", **ANY_TIME)
     world.send(VALID, BROKEN, b"")
-    send_bombs(world, VALID, BOMB, VALID, BROKEN)  # at 4 to 6
+    send_bombs(world, VALID, BOMB, VALID, BROKEN)  # at offsets 4 to 6
     send_bombs(world, VALID)
-    send_bombs(world, BOMB)  # at 8
-    send_bombs(world, b"[" + b"7," * 100_000_000 + b"7]")  # at 9: fits, but not several times
+    send_bombs(world, BOMB)  # at offset 8
+    send_bombs(world, b"[" + b"7," * 100_000_000 + b"7]")  # at offset 9: fits, but not several times
     send_bombs(world, VALID, key=b"k" * 9_000_000)
     send_at(world, [NANOSECONDS], VALID)
     world.send(*[VALID] * 3, partition=1)
@@ -579,7 +579,7 @@ def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(wor
     assert sorted(both[world.options.table]) == [0, 3, 7, 11]
     reasons = {offset: row.reject_reason for offset, row in both[quarantine_of(world.options.table)].items()}
     assert reasons == {1: "malformed_json", 2: "empty_record"} | dict.fromkeys((4, 5, 6, 8, 9, 10), "oversized_record")
-    assert world.consume() == (0, 0)  # the start looks at the last records
+    assert world.consume() == (0, 0)  # the start compares the last records
     send_bombs(world, BOMB)
     assert world.consume() == (0, 1) and world.consume() == (0, 0)
     account(
@@ -590,19 +590,19 @@ def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(wor
 
 
 def test_records_beside_those_that_fit_into_no_memory_are_read(world, account):
-    """Kafka's consumer unpacks what comes after a record along with it, and a batch ends where Spark has planned it."""
+    """Kafka's consumer decompresses the records behind each one along with it, and batches end where Spark planned."""
     world = world()
     world.make(2, compression_type="producer")
     send_bombs(world, b"[" + b"7," * 60_000_000 + b"7]")
     world.send(*[VALID] * 97, partition=1)
     for _ in range(2):
-        with world.transaction() as producer:  # takes one more offset as it ends
+        with world.transaction() as producer:  # its end takes up one more offset
             producer.send(world.topic.name, VALID, partition=1)
             producer.commit_transaction()
-        send_bombs(world, BOMB, partition=1)  # at 99, right after the first batch, and at 102
+        send_bombs(world, BOMB, partition=1)  # at offsets 99, right after the first batch, and 102
     world.send(*[VALID] * 20, partition=1)
     assert world.consume() == (119, 3)
-    assert world.consume() == (0, 0)  # can read the first one, and has read nothing that it could compare
+    assert world.consume() == (0, 0)  # it can read the first, but has nothing to compare it with
     world.check(account, "records of 120 MB and of 450 MB in small messages, and records beside them")
 
 

@@ -8,7 +8,8 @@ KAFKA_ORIGIN = {
     "kafka_timestamp": "TIMESTAMP",
     "kafka_key": "BINARY",
 }
-# Lower-case names that no column of a contract can have: the tables' own, and those by which the records get there.
+# Lower-case names that a contract's columns can't have: the tables' own columns, and the intermediate columns of
+# processing.
 RESERVED_COLUMNS = {
     *FILE_ORIGIN,
     *KAFKA_ORIGIN,

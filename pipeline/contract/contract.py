@@ -24,14 +24,14 @@ from pipeline.terminal.errors import PipelineError, first_line
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-# what readings.py and the like take from here
+# Names that readings.py and other contracts import from here.
 __all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]
 
 
-# Bytes of a record, with --multiline of a file: it has to fit into the memory several times over for each core.
+# Maximum bytes of a record, or of a file with --multiline. It has to fit into memory several times over per core.
 MAX_RECORD_BYTES = 8_000_000
-# Reasons that are the reading's, not a contract's: two readings of a record did not agree; a message has more than
-# MAX_RECORD_BYTES; a file can't be read to its end.
+# Reasons that come from reading, not from a contract: two readings of a record disagree, a message is larger than
+# MAX_RECORD_BYTES, or a file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
 
 

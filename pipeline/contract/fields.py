@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pipeline.contract.columns import RESERVED_COLUMNS
 
-# RFC 3339, less its lower-case "t" and "z"; the short forms +01 and +0100 of ISO 8601 pass too.
+# RFC 3339 without the lower-case "t" and "z". The short offsets +01 and +0100 of ISO 8601 are accepted, too.
 RFC3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d(?::?\d\d)?)"
 # The years 0 to 9999 in UTC, in seconds since 1970.
 FIRST_SECOND, END_SECOND = -62_167_219_200, 253_402_300_800
@@ -79,8 +79,8 @@ class Text(Field):
 
     type = "STRING"
     json_types = ("STRING",)
-    # It does not begin with white space, so it is not blank, and ends below U+FFFD, as which Java sees what is not
-    # UTF-8.
+    # It does not begin with white space, so it is not blank. Its range ends before U+FFFD, which Java substitutes for
+    # invalid UTF-8.
     plain = r'"((?!\p{IsWhite_Space})[ !#-\[\]-\x{fffc}]++)"'
 
 
@@ -103,7 +103,7 @@ class Number(Field):
     plain = r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)"
 
     def value(self, text: str) -> str:
-        # Plus 0, because a variant holds 0 for -0.0, and a record has the same value in whatever way it is read.
+        # Adds 0, because a variant holds 0 for -0.0, and a record must have the same value however it is read.
         return f"nullif(nullif(try_cast({text} AS DOUBLE) + 0D, double('Infinity')), double('-Infinity'))"
 
 
@@ -188,7 +188,7 @@ class Timestamp(Field):
         )
 
     def is_invalid(self, value: str) -> str:
-        # With an offset, a time that is written with the year 0 or 9999 can be of another year.
+        # With an offset, a time written with the year 0 or 9999 can fall into another year.
         first, end = (f"timestamp_seconds({second})" for second in (FIRST_SECOND, END_SECOND))
         other_year = f" OR {value} < {first} OR {value} >= {end}" if self.format == "rfc3339" else ""
         arrival = "coalesce(arrival_time, ingest_time)"

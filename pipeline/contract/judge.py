@@ -15,21 +15,21 @@ from pipeline.contract.private import attempt
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-# A large record is first read as one variant, which is null for a name that occurs twice at any depth. A map of all
-# that a record may repeat would fill the memory, and Spark compares each name with all others of the same hash to find
-# those that are there twice.
+# Large records are first read as a single variant, which is null if a name occurs twice at any depth. A map of
+# everything that a record may repeat would fill the memory, and to find duplicates, Spark compares each name with all
+# others that have the same hash.
 IS_SMALL = "octet_length(raw) < 10000"
-MAX_NAMED_FIELDS = 20  # of a record's unknown fields that are told; it may have a million
+MAX_NAMED_FIELDS = 20  # names of a record's unknown fields that are reported; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
-# SQL: whether `text`, which is JSON, has half of a surrogate pair as an escape. What stands for two characters is taken
-# out first, an escaped backslash and a whole pair.
+# SQL: whether `text`, which is JSON, contains half of a surrogate pair as an escape. Escaped backslashes and whole
+# pairs are removed first.
 LONE_SURROGATE = (
     r"contains(text, r'\u') AND regexp_replace(text, r'\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '') "
     r"RLIKE r'\\u[dD][89a-fA-F]'"
 )
 
-# Java matches a repeated group, as in `(a|b)+`, by calling itself for each repetition. Its stack (spark/session.py)
-# holds four times as many as this, and an overflow would end the JVM, again at each start.
+# Java matches a repeated group, as in `(a|b)+`, by recursing once per repetition. Its stack (spark/session.py) holds
+# four times this number. An overflow would end the JVM, again at each start.
 MAX_PATTERN_TEXT = 8000  # characters
 
 NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
@@ -52,15 +52,16 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     for number, field in enumerate(contract.fields, 1):
         part = f"_parts[{number}]" if field.required else f"nullif(_parts[{number}], '')"
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
-        if isinstance(field, Timestamp):  # the one kind that can be plain but invalid
+        if isinstance(field, Timestamp):  # the only kind that can be plain but invalid
             invalid[f"invalid_{field.name}"] = f"_parts[{number}] <> '' AND ({field.is_invalid(f'`{field.column}`')})"
-    # Whatever a rule makes of a value, such as an interval that is too long, stops no stream.
+    # A rule that fails on a value, for example because an interval becomes too long, does not stop the stream.
     broken = [
         F.when(attempt(records.sparkSession, _computable(condition, contract)), reason)
         for reason, condition in contract.conditions.items()
     ]
     reason = F.coalesce(F.expr(f"coalesce({given}_strict.reason, {_first(invalid)})"), *broken)
-    # A record that is not plain is left whole. It may have separators, but can't begin with "{" and one of them.
+    # A record that is not plain is left whole. It may contain separators, but it can't begin with both "{" and a
+    # separator.
     is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
     in_order, any_order = _plain_parts(contract)
     return (
@@ -95,16 +96,15 @@ def _computable(condition: str, contract: Contract) -> str:
     return f"(CASE WHEN {too_long} THEN NULL ELSE {condition} END)"
 
 
-# A plain record, as nearly all should be, is an object of the contract's fields, each with its usual JSON and without
-# an escape; one that is not required may be left out, or null. One pass of a pattern takes out the values. The one for
-# the contract's order is the quickest; the other one takes any order, and unknown fields. No quantifier gives back what
-# it has taken: it would do so in vain.
+# A plain record, which nearly all should be, is an object of the contract's fields, each with its usual JSON and
+# without escapes; optional fields may be absent or null. A single pattern match extracts the values. The pattern for
+# the contract's order is the fastest; the other one accepts any order, and unknown fields. All quantifiers are
+# possessive, because backtracking would be in vain.
 
 SPACE = r"[ \t\r\n]*+"
-SEPARATOR = "\x01"  # which no JSON has outside an escape
-CHARACTERS = (
-    r"[ !#-\[\]-\x{fffc}]*+"  # of a string without an escape; less U+FFFD, as which Java sees what is not UTF-8
-)
+SEPARATOR = "\x01"  # valid JSON contains it only as an escape
+# Characters of a string without escapes, except U+FFFD, which Java substitutes for invalid UTF-8.
+CHARACTERS = r"[ !#-\[\]-\x{fffc}]*+"
 UNKNOWN = rf'(?:"{CHARACTERS}"|-?(?:0|[1-9]\d{{0,14}}+)(?:\.\d{{1,15}}+)?+|true|false|null)'
 
 
@@ -112,7 +112,7 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
     """For a plain record: an empty string, the text of each field's value and, if there are unknown fields, a quote. For any
     other record: the record itself. The first pattern accepts the contract's order only.
     """
-    # nested, or with an escape
+    # A nested field, or a name that needs an escape.
     if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields):
         nothing = F.lit(None).cast("ARRAY<STRING>")
         return nothing, nothing
@@ -130,9 +130,8 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
             f"{SPACE}:{SPACE}{field.plain if field.required else f'(?:null|{field.plain})'}{SPACE}",
         )
         in_order += f"{comma}{name}{value}" if field.required else f"(?:{comma}{name}{value})?+"
-        any_order += (
-            rf"{name}(?<f{number}>(?!\k<f{number}>)){value}|"  # the group matches once: before, nothing can refer to it
-        )
+        # The group matches only once: its reference to itself fails until it has matched.
+        any_order += rf"{name}(?<f{number}>(?!\k<f{number}>)){value}|"
         seen += rf"\k<f{number}>" if field.required else ""
     known = "|".join(rf"\Q{field.name}\E" for field in contract.fields)
     any_order += rf'{SPACE}(")(?!(?:{known})"){CHARACTERS}"{SPACE}:{SPACE}{UNKNOWN}{SPACE}'
@@ -149,7 +148,7 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
 def _replaced(pattern: str, groups: list[int]) -> Column:
     """The groups of the pattern as an array after an empty string, or the record itself if the pattern does not match."""
     template = "".join(f"{SEPARATOR}${group}" for group in groups)
-    # The limit is for records that do not match and are nothing but separators.
+    # The limit matters for records that do not match and consist of separators only.
     return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR, len(groups) + 1)
 
 
@@ -175,12 +174,13 @@ def _has_repeated_name(fields: str) -> str:
     return f"size(array_distinct(map_keys({fields}))) < size({fields})"
 
 
-# Any other record is read by `from_json`, which reads the first JSON value and ignores what follows, and takes the last
-# of equal names. So it reads the record in a form that shows all of that: - It is in the array [RECORD, {"end":
-# CHECKSUM}]. Whatever follows the object in RECORD breaks the array or changes its number of elements, and no record
-# can hold its own SHA-256 to forge the end. - RECORD, as a map of variants, has every name as often as it stands there,
-# and each value with its JSON type: STRING, BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, or VOID for
-# null. - What a variant can't hold makes all null, such as a name twice further in.
+# All other records are read by `from_json`, which reads the first JSON value, ignores anything after it, and takes the
+# last of several equal names. It therefore gets the record in a form that reveals all of this:
+# - The record is in the array [RECORD, {"end": CHECKSUM}]. Anything after the object in RECORD breaks the array or
+#   changes its number of elements, and no record can contain its own SHA-256 to forge the end.
+# - RECORD, as a map of variants, contains each name as often as it occurs, and each value with its JSON type: STRING,
+#   BIGINT, DECIMAL(p,s), DOUBLE, BOOLEAN, OBJECT<…>, ARRAY<…>, or VOID for null.
+# - Anything that a variant can't hold, such as a name that occurs twice at a deeper level, makes the whole result null.
 
 
 def _strict_reading(contract: Contract) -> str:
@@ -188,7 +188,7 @@ def _strict_reading(contract: Contract) -> str:
 
     Spark analyses each level of `_let` again for each batch, so there are few levels.
     """
-    # SQL of each object that has fields of the contract in it, by its path: a map of variants.
+    # SQL of each object that contains fields of the contract, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
     levels = {
         "json": f"CASE WHEN {IS_SMALL} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
@@ -203,7 +203,7 @@ def _strict_reading(contract: Contract) -> str:
         objects |= {path: f"depth{depth}.f{number}" for number, path in enumerate(paths, 1)}
     found = [_in(objects, field.path) for field in contract.fields]
     rests = {path: f"seen.rest{number}" for number, path in enumerate(objects, 1)}
-    # `text` is null for a field that is null or not there.
+    # `text` is null for a field that is null or absent.
     levels["seen"] = _struct(
         text=[f"try_variant_get({variant}, '$', 'STRING')" for variant in found],
         rest=[_unnamed(objects, contract, path) for path in objects],
@@ -231,8 +231,8 @@ def _strict_reading(contract: Contract) -> str:
 def _has_type(field: Field, variant: str, text: str) -> str:
     """SQL: whether a value, given as a variant and as `text`, has the JSON type of the field."""
     if field.json_types == ("STRING",):
-        return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # which nothing else can be read as
-    # schema_of_variant takes the square of time for an array of objects, so it is not asked about arrays and objects.
+        return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # only a string can be read as BINARY
+    # schema_of_variant takes quadratic time for an array of objects, so it is not called for arrays and objects.
     return (
         f"left({text}, 1) NOT IN ('{{', '[') AND "
         f"substring_index(schema_of_variant({variant}), '(', 1) IN ({', '.join(map(_quoted, field.json_types))})"

@@ -34,12 +34,12 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
     setting = "spark.sql.session.timeZone"
     zone, seen = spark.conf.get(setting) or "UTC", []
     try:
-        for there in ("+18:00", "-18:00"):  # where it is never the same day
+        for there in ("+18:00", "-18:00"):  # it is never the same day in both
             spark.conf.set(setting, there)
             plan = rows.where(condition)._jdf.queryExecution().analyzed()
             finished = spark._jsparkSession.sessionState().optimizer().FinishAnalysis().apply(plan)
             on_clock = finished.condition().sql()
-            # AES with a random start counts as deterministic, though it is not.
+            # AES with a random initialization vector counts as deterministic, although it is not.
             if (
                 not (plan.deterministic() and finished.deterministic())
                 or plan.containsPattern(pattern.CURRENT_LIKE())
@@ -51,7 +51,7 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
                 [re.findall(r"\b(?:DATE|TIME\w*) '[^']*'", text) for text in (on_clock, finished.condition().sql())]
             )
             if not seen[0][0]:
-                return True  # without a time there is nothing to compare
+                return True  # without a time, there is nothing to compare
     finally:
         spark.conf.set(setting, zone)
     return not any(

@@ -16,10 +16,10 @@ import pandas as pd
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
-POINTS = 200  # of a chart, from left to right
-MIN_REFRESH_SECONDS = 2  # seconds from one refresh to the next
+POINTS = 200  # points of a chart, from left to right
+MIN_REFRESH_SECONDS = 2  # seconds between two refreshes
 MAX_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
-MAX_COPIED_RECORDS = 1_000_000  # records that are kept in memory while the page is drawn
+MAX_COPIED_RECORDS = 1_000_000  # records kept in memory while the page is drawn
 CUT_AT = 300  # characters of a text, bytes of a rejected record
 NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[
     :0
@@ -35,7 +35,7 @@ class Choice:
     field: str | None
     series: str | None
     charts: str | None
-    time: str  # when a record was made, if the contract has such a field, else when it arrived
+    time: str  # when a record was made or, if the contract has no such field, when it arrived
 
 
 def find_tables(lake: str) -> dict[str, str]:
@@ -57,23 +57,23 @@ class Lake:
         self.log = DeltaTable(choice.table)
         rows = self.log.to_pyarrow_dataset()
         self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
-        # When a record was made, or if it does not say, when it arrived.
+        # When a record was made or, if it does not say, when it arrived.
         self.moment = f"coalesce({quoted(choice.time)}, ingest_time)"
         self.is_from_kafka = "offset" in rows.schema.names
         try:
             rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
         except TableNotFoundError:
             rejected = NOTHING_REJECTED
-        # queries see the registered tables only
+        # Queries see only the registered tables.
         self.duckdb = duckdb.connect(config={"enable_external_access": "false"})
         self.duckdb.execute("SET TimeZone = 'UTC'")
         self.duckdb.register("all_accepted", rows)
         self.duckdb.register("all_rejected", rejected)
-        # By the statistics in the table's log, files outside the span are not opened.
+        # Thanks to the statistics in the table's log, files outside the span are not opened.
         begin = choice.span and datetime.now(timezone.utc) - timedelta(seconds=choice.span)
         of_span = f"ingest_time >= TIMESTAMPTZ '{begin}'" if begin else "true"
         [[records]] = self.duckdb.execute(f"SELECT count(*) FROM all_accepted WHERE {of_span}").fetchall()
-        # Several queries follow, each of which would open each file again.
+        # Several queries follow, and each of them would open every file again.
         kind = "TABLE" if records <= MAX_COPIED_RECORDS else "VIEW"
         texts = [column.name for column in rows.schema if str(column.type) in ("string", "large_string", "string_view")]
         columns = ", ".join(
@@ -104,7 +104,7 @@ class Lake:
         ]
         if not names:
             return pd.DataFrame(columns=["time", "series", "chart", "value"]), 0
-        # A device whose clock is wrong by years must not press all others into one point.
+        # A device whose clock is wrong by years must not squeeze all others into a single point.
         [[first, last, usual]] = self.duckdb.execute(
             f"SELECT epoch_us(min({moment})), epoch_us(max({moment})), approx_quantile(epoch_us({moment}), [0.01, 0.99]) "
             f"{there}"
@@ -182,7 +182,7 @@ def overview(tables: dict[str, str]) -> pd.DataFrame:
         try:
             table = DeltaTable(path)
             files = table.get_add_actions(flatten=True)
-            commit = next(iter(table.history(1)), {})  # where Delta has removed its entry, none
+            commit = next(iter(table.history(1)), {})  # empty if Delta has removed its log entry
             rows, sizes = files.column("num_records").to_pylist(), files.column("size_bytes").to_pylist()
             lines.append(
                 {

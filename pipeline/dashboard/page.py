@@ -19,10 +19,10 @@ from deltalake.exceptions import DeltaError
 from kafka.errors import KafkaError
 
 SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "1 week": 604_800, "everything": None}
-# of Delta; what is measured comes before what is counted
+# Delta's numeric types; measured values come before counted ones.
 NUMBERS = ("double", "float", "long", "integer", "short", "byte")
 IN_A_ROW = 3  # charts
-MAX_REFRESH_SECONDS = 60  # seconds from one refresh to the next; those in between are a 200th of the span
+MAX_REFRESH_SECONDS = 60  # seconds between two refreshes; between minimum and maximum, it is a 200th of the span
 MAX_CHARTS = 12
 
 
@@ -47,7 +47,7 @@ def show_page(options: argparse.Namespace) -> None:
         begun = time.monotonic()
         try:
             show_readings(Lake(choice), options)
-        except Exception as error:  # whatever is broken: the rest of the page is not
+        except Exception as error:  # whatever is broken here, the rest of the page still works
             st.error("This table can't be read at the moment. The reader says:")
             st.text(first_line(str(error)) or type(error).__name__)
         st.subheader("Tables")
@@ -84,7 +84,7 @@ def choose(readings: dict[str, str]) -> Choice:
         texts = [name for name, kind in kinds.items() if kind in ("string", "boolean")]
         field = st.selectbox("Field", [name for number in NUMBERS for name, kind in kinds.items() if kind == number])
         series = st.selectbox("A line for each", texts)
-        # Values of several units have no axis in common.
+        # Values in different units can't share an axis.
         charts = st.selectbox(
             "A chart for each",
             [None, *texts],

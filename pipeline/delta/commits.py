@@ -17,8 +17,9 @@ from pipeline.terminal.messages import say
 
 from pyspark.sql import SparkSession
 
-NEWEST_COMMITS = 20  # commits that a start looks at
-AGAIN = " again"  # after a stream's id in Delta's transactions: the other verdicts of a batch that was read twice
+NEWEST_COMMITS = 20  # commits that a start examines
+# Suffix of a stream's id in Delta's transactions, for the differing verdicts of a batch that was read twice.
+AGAIN = " again"
 
 
 class Commits:
@@ -63,7 +64,7 @@ class Commits:
         found, removed = (-1, ""), set()
         for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             actions = self.actions(version)
-            if actions is None and version < self.newest:  # removed by a clean-up, as are those before it
+            if actions is None and version < self.newest:  # removed by a clean-up, like all earlier ones
                 break
             if not actions:
                 found = version, f"the entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
@@ -110,7 +111,7 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream
             f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is {what_follows}; the batch is written again, so "
             f"nothing is lost."
         )
-        (log / "_last_checkpoint").unlink(missing_ok=True)  # a hint, which may be beyond
+        (log / "_last_checkpoint").unlink(missing_ok=True)  # only a hint, which may point to a renamed version
         for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):
             with suppress(FileNotFoundError):
                 (log / f"{version:020}.{file}").rename(log / f".{version:020}.{file}.cut")

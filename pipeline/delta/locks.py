@@ -22,11 +22,11 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 
-POLL_SECONDS = 0.01  # a stream at full speed leaves its tables unlocked for a tenth of a second between two batches
-QUIET_SECONDS = 3  # of waiting, before a line says so
+POLL_SECONDS = 0.01  # at full speed, a stream leaves its tables unlocked for a tenth of a second between two batches
+QUIET_SECONDS = 3  # seconds of waiting before a message says so
 MAX_ATTEMPTS = 5
-# All of Delta's conflicts that a second attempt can settle. ConcurrentTransactionException is none of them: another
-# stream with the same checkpoint has written the same batch.
+# All of Delta's conflicts that a retry can resolve. ConcurrentTransactionException is not among them: it means that
+# another stream with the same checkpoint has written the same batch.
 CONFLICTS = (
     ConcurrentAppendException,
     ConcurrentDeleteDeleteException,
@@ -53,7 +53,7 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
     locked.
     """
     global _released_at
-    # A process that has waited takes its turn before the one that has just had the lock.
+    # A process that has been waiting gets its turn before the one that has just had the lock.
     time.sleep(max(0, _released_at + 2 * POLL_SECONDS - time.monotonic()))
     deadline = time.monotonic() + QUIET_SECONDS
     while (folder := _locked_folder(table)) is None:
@@ -89,7 +89,7 @@ def _locked_folder(table: str) -> int | None:
         raise _lock_error(table, error) from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(folder), os.stat(place)):  # else the folder was replaced meanwhile
+        if os.path.samestat(os.fstat(folder), os.stat(place)):  # otherwise the folder was replaced in the meantime
             return folder
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -18,19 +18,19 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 PROPERTIES = {
-    # A stream appends a small file per batch: they are merged once there are 50 of them.
+    # A stream appends one small file per batch. The files are merged as soon as there are 50 of them.
     "delta.autoOptimize.autoCompact": "true",
-    # Each commit leaves files in _delta_log, which is listed whole at every commit, on a local disk at 15 µs a file.
-    # With a batch every two seconds, two hours of time travel are 7,200 files.
+    # Each commit leaves files in _delta_log, which is listed in full at every commit; on a local disk, this takes 15 µs
+    # per file. With a batch every two seconds, two hours of time travel amount to 7,200 files.
     "delta.logRetentionDuration": "interval 2 hours",
     "delta.deletedFileRetentionDuration": "interval 2 hours",
 }
 # Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and how its records are
-# read, by the contract's id and the source's mode.
+# read (the contract's id and the source's mode).
 WRITER = "pipeline.checkpoint.id"
 NO_WRITER = ""  # the next stream with a new checkpoint takes over the table
-REPLACED = "pipeline.checkpoint.replaced"  # the checkpoint that had the table before it got no writer
-STARTS_AT = "pipeline.source.starts_at"  # where a stream with a new checkpoint begins to read, as its source writes it
+REPLACED = "pipeline.checkpoint.replaced"  # the checkpoint that owned the table before it had no writer
+STARTS_AT = "pipeline.source.starts_at"  # where a stream with a new checkpoint starts reading, in the source's format
 CONTRACT = "pipeline.contract.id"
 MODE = "pipeline.source.mode"
 
@@ -90,12 +90,12 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     """
     files, log = FileSystem(spark, path), f"{path}/_delta_log"
     if not any(name[0].isdecimal() for name in files.names_in(log)):
-        files.delete(log)  # left by a killed creation: Delta would neither find a table there nor create one
+        files.delete(log)  # left behind by a killed creation: Delta would neither find nor create a table there
     table = DeltaTable.createIfNotExists(spark).location(path)
     for name, kind in columns.items():
         table = table.addColumn(name, kind)
-    # Columns of which Delta notes the least and greatest value in each file, to skip files by; each takes time to
-    # write.
+    # Columns whose minimum and maximum Delta records for each file, so that it can skip files. Each of them takes time
+    # to write.
     times = ",".join(f"`{name}`" for name, kind in columns.items() if kind == "TIMESTAMP")
     for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | owner).items():
         table = table.property(name, value)
@@ -149,7 +149,7 @@ def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:
     """The properties of the table at `path`; None if there is no table."""
     if not DeltaTable.isDeltaTable(spark, path):
         return None
-    # Takes them from the newest commit's checksum; DeltaTable.detail() would read the whole table's state.
+    # This reads the newest commit's checksum file; DeltaTable.detail() would read the whole table's state.
     return {row.key: row.value for row in spark.sql(f"SHOW TBLPROPERTIES {as_identifier(path)}").collect()}
 
 

@@ -18,9 +18,8 @@ from pipeline.terminal.messages import warn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-FILE_NAMES = (
-    "[^._]*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"  # .json, .jsonl, .ndjson, and with .gz
-)
+# Matches .json, .jsonl and .ndjson, each also with .gz.
+FILE_NAMES = "[^._]*.{[jJ][sS][oO][nN]{,[lL]},[nN][dD][jJ][sS][oO][nN]}{,.[gG][zZ]}"
 
 
 def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
@@ -51,7 +50,8 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         .option("pathGlobFilter", FILE_NAMES)
         .option("recursiveFileLookup", "true")
         .option("maxFilesPerTrigger", most_files)
-        # A file is left out if it is so much older than the newest one seen, whose time may lie in any year: so, never.
+        # Spark skips files that are older than the newest one seen by more than this. The newest one may have a time in
+        # any year, so no file is ever skipped.
         .option("maxFileAge", f"{2**63 - 1}ms")
         .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed
         .options(**{"cleanSource": "archive", "sourceArchiveDir": options.archive} if options.archive else {})
@@ -73,9 +73,9 @@ def check_archive(archive: str, folder: str) -> None:
             f"two may be in the other. Name another with --archive."
         )
     if not place.scheme:
-        with suppress(OSError):  # what can't be made can't be written to
+        with suppress(OSError):  # if it can't be created, the check below reports it
             os.makedirs(place.path, exist_ok=True)
-        for path in (place.path, source.path):  # Spark would silently leave the files where they are
+        for path in (place.path, source.path):  # otherwise Spark would silently leave the files where they are
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PipelineError(
                     f"This user may not move files from {folder} to {archive}: {path} can't be written to. Give it "
@@ -101,7 +101,7 @@ def paths_in(folder: str) -> Iterator[str]:
     """
 
     def refuse(error: OSError) -> None:
-        if isinstance(error, PermissionError):  # not one that has just gone
+        if isinstance(error, PermissionError):  # a folder that has just disappeared is no error
             raise PipelineError(unreadable_folder_message(error.filename)) from error
 
     for place, folders, names in os.walk(local_path(folder) or "", onerror=refuse):

@@ -18,20 +18,20 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
-# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets,
-# of either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
+# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
+# either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 MAX_DEPTH = 200
-MAX_ELEMENTS = 400_000  # of an array: a list of millions of them would fill the memory
+MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill the memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(MAX_DEPTH), "")
 ELEMENT = rf'\G[\[,]\s*+([\[{{]{_INNER}[\]}}]|{_TEXT}|[^\[\]{{}}",\s]++)\s*+'
 READ_OPTIONS = {
-    "mapreduce.input.linerecordreader.line.maxlength": str(MAX_RECORD_BYTES + 1),  # which a line has to stay below
-    # Hadoop's usual file system of this machine looks for a checksum file first, whose name it can't make of one with
-    # ":".
+    "mapreduce.input.linerecordreader.line.maxlength": str(MAX_RECORD_BYTES + 1),  # lines must be shorter than this
+    # Hadoop's usual local file system first looks for a checksum file, and can't construct its name if the file's own
+    # name contains ":".
     "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
     "fs.file.impl.disable.cache": "true",
-    # Whatever Spark's configuration says: a broken file goes to the quarantine, not half of it into the table.
+    # These override Spark's configuration: a broken file goes to the quarantine, and not half of it into the table.
     "ignoreCorruptFiles": "false",
     "ignoreMissingFiles": "false",
 }
@@ -41,14 +41,14 @@ def files_in(batch: DataFrame) -> list[Row]:
     """The files named in a batch: `path`, current `length` and `modified` (milliseconds since 1970), and `arrival`, the start of
     the batch (microseconds since 1970).
     """
-    # A datetime of Python would go through the zone of this machine.
+    # A Python datetime would go through this machine's time zone.
     files = batch.select(
         "path",
         "length",
         F.unix_millis("modificationTime").alias("modified"),
         F.unix_micros("ingest_time").alias("arrival"),
     ).collect()
-    # Spark lists files with wildcards in their names several times
+    # Spark lists files several times if their names contain wildcards.
     return list({file.path: file for file in files}.values())
 
 
@@ -79,7 +79,8 @@ def with_elements(files: DataFrame) -> DataFrame:
     """
     strict = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     checksum = F.sha2("raw", 256)
-    # As in pipeline/contract/judge.py: the checksum comes second only if nothing but white space follows the value.
+    # As in pipeline/contract/judge.py, the checksum is the second element only if nothing but white space follows the
+    # value.
     framed = F.from_json(F.concat(F.lit("["), "text", F.lit(',"'), checksum, F.lit('"]')), "ARRAY<STRING>", strict)
     cut = F.regexp_extract_all(F.btrim("text", F.lit(" \t\r\n")), F.lit(ELEMENT), F.lit(1))
     files = (
@@ -89,7 +90,7 @@ def with_elements(files: DataFrame) -> DataFrame:
     )
     is_one_value = F.is_valid_utf8("text") & (F.size("framed") == 2) & (F.get("framed", F.lit(1)) == checksum)
     value = F.get("framed", F.lit(0))
-    # The cuts follow each other without a gap. So if there are as many as elements, they are the elements.
+    # The cuts follow each other without gaps. If there are as many cuts as elements, they are the elements.
     is_cut = value.startswith("[") & (F.size("cut") == F.col("length"))
     may_be_records = F.forall("cut", lambda element: ~element.startswith('"') & (element != "null"))
     elements = F.transform("cut", lambda element: element.cast("binary"))
@@ -159,13 +160,13 @@ def read_files(
 def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> DataFrame:
     """The lines of files, or with `wholetext` the files themselves, whatever their names contain."""
     reader = spark.read.options(**READ_OPTIONS)
-    # Spark takes each path as a pattern, by which Hadoop finds none with a ":". It can be told to take one path
-    # literally; of several it would then read each several times.
+    # Spark treats each path as a pattern, and with a pattern, Hadoop does not find names that contain ":". Spark can be
+    # told to take a single path literally; with several paths, it would then read each of them several times.
     literal = [path for path in paths if ":" in os.path.basename(path) and is_pattern(path)]
     patterns = [escape_glob(path) for path in paths if path not in literal]
     parts = [reader.text(patterns, **text_options)] if patterns else []
     parts += [reader.option("__globPaths__", "false").text(path, **text_options) for path in literal]
-    # A byte order mark, which Spark leaves out of the first line, but not of a whole file.
+    # Removes a byte order mark, which Spark strips from the first line, but not from a whole file.
     text = F.ltrim("value", F.lit("\ufeff")) if "wholetext" in text_options else F.col("value")
     return functools.reduce(
         DataFrame.union, [part.select(text.alias("value"), "_metadata.file_path") for part in parts]
@@ -205,14 +206,14 @@ def find_unreadable(
                 found[file.path] = str(error)
     is_multiline = "wholetext" in text_options
     oversized = {path: size for path, size in sizes.items() if size > MAX_RECORD_BYTES and path not in found}
-    # READ_OPTIONS silently leave out a line that long: what is read is then shorter than the file
+    # READ_OPTIONS make Spark silently skip lines of that length: the text read is then shorter than the file.
     if oversized and not is_multiline:
         lines = read_text(spark, list(oversized), **text_options)
         read = (
             lines.groupBy(source_file().alias("path")).agg(F.sum(F.octet_length("value") + 1).alias("size")).collect()
         )
         for file in read:
-            if file.size + 3 >= oversized[file.path]:  # a byte order mark is left out too; it has 3 bytes
+            if file.size + 3 >= oversized[file.path]:  # a byte order mark, which has 3 bytes, is not read either
                 del oversized[file.path]
     what = "" if is_multiline else "a line of "
     found |= dict.fromkeys(oversized, f"it has {what}more than {MAX_RECORD_BYTES:,} bytes")
@@ -227,7 +228,7 @@ def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = Fa
 
     Raises BrokenFileError for a broken .gz, and SourceAwayError for a file that can't be read.
     """
-    # A .gz has at most 1,032 times its size inside: https://zlib.net/zlib_tech.html
+    # A .gz expands to at most 1,032 times its size: https://zlib.net/zlib_tech.html
     if (
         not file.path.lower().endswith(".gz")
         or not file.length
@@ -246,7 +247,7 @@ def is_there(spark: SparkSession, path: str) -> bool:
     try:
         if not path.startswith("/"):
             return FileSystem(spark, path).size(path) is not None
-        os.stat(path)  # Hadoop would take one for gone that may not be looked at
+        os.stat(path)  # Hadoop would report a file that may not be accessed as missing
         return True
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -257,7 +258,7 @@ def is_there(spark: SparkSession, path: str) -> bool:
 def unreadable_file_of(error: Exception) -> str | None:
     """The path of the file that Spark could not read; None for any other error."""
     for cause in java_causes(error):
-        with suppress(Py4JError):  # not an error of Spark
+        with suppress(Py4JError):  # not a Spark error
             if cause.getCondition().startswith("FAILED_READ_FILE"):
                 return unquote(cause.getMessageParameters()["path"])
     return None

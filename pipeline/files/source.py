@@ -28,15 +28,15 @@ class FileSource(Source):
     def __init__(self, spark: SparkSession, options: argparse.Namespace):
         self.folder = FileSystem(spark, options.input).qualified(options.input)
         self.taken = TakenFiles(spark, options.checkpoint, self.folder, options.archive)
-        self.options, self.waiting = options, 0  # files, if that is known
+        self.options, self.waiting = options, 0  # number of files, if known
         self.is_multiline = options.multiline
         self.read = read_values if self.is_multiline else read_lines
         self.max_unpacked = options.max_unpacked * 1_000_000
         self.mode = "with --multiline" if self.is_multiline else "without --multiline"
-        self.begun: list[str] = []  # the files of a batch that an earlier run has begun
-        self.entry = -1  # of the log of taken files: the last one that is done
-        self.files: list[Row] = []  # those of the running batch, as they were when it began
-        self.faults: dict[str, str] = {}  # those of them that are to blame for it if they can't be read
+        self.begun: list[str] = []  # the files of a batch that an earlier run began
+        self.entry = -1  # the last entry of the log of taken files that is done
+        self.files: list[Row] = []  # the files of the running batch, as they were when it began
+        self.faults: dict[str, str] = {}  # those that can't be read because of their own content
 
     def require_unread_records(
         self,
@@ -68,7 +68,7 @@ class FileSource(Source):
         self.files, self.faults = self._files_in(batch), {}
         self.taken.read_log()
         found = {plain(file.path): file.modified for file in self.files}
-        # Spark passes over a file that it does not find, and over an empty one.
+        # Spark skips files that it does not find, and empty files.
         planned = self.taken.after(self.entry)
         gone = [path for path in planned if path not in found and not is_there(batch.sparkSession, path)]
         self._name_gone(gone)
@@ -156,7 +156,7 @@ class FileSource(Source):
         before = {file.path: file for file in self.files}
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
         if files and not self.is_multiline and "malformed_json" in reasons:
-            # one is gone by now; this is only advice
+            # It does not matter if a file is gone by now: this is only advice.
             with suppress(PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError):
                 for path in find_multiline(batch.sparkSession, files, quarantine):
                     warn(

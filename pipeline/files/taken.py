@@ -19,9 +19,9 @@ from pipeline.terminal.messages import warn
 
 from pyspark.sql import SparkSession
 
-MAX_NAMED_FILES = 10  # files in one go; of more, only how many
+MAX_NAMED_FILES = 10  # files named at once; of the rest, only the number is given
 ROUND_SECONDS = 60  # seconds
-AT_ONCE = 1000  # files that `watch` looks at: a few milliseconds
+AT_ONCE = 1000  # files that one call of `watch` checks, in a few milliseconds
 
 
 class TakenFile(NamedTuple):
@@ -58,15 +58,14 @@ class TakenFiles:
 
     def __init__(self, spark: SparkSession, checkpoint: str, folder: str, archive: str | None):
         self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
-        # Moved to another disk, a file is copied, and gets a new modification time.
+        # A file that is moved to another disk is copied, and gets a new modification time.
         self.archive = local_path(archive) if archive and _are_on_one_disk(archive, folder) else None
         self.files: dict[str, TakenFile] = {}
-        self.read_later: dict[
-            str, int
-        ] = {}  # modification times when the files were read, where they differ from Spark's log
-        self.last_entry = -1  # of those that were read
+        # Modification times of files when they were read, where they differ from Spark's log.
+        self.read_later: dict[str, int] = {}
+        self.last_entry = -1  # the last entry that was read
         self.named: set[str] = set()
-        self.round: Iterator[str] = iter(())  # the files that a round of `watch` has still to look at
+        self.round: Iterator[str] = iter(())  # the files that the current round of `watch` has yet to check
         self.next_round = time.monotonic() + ROUND_SECONDS
 
     def read_log(self) -> None:
@@ -103,7 +102,7 @@ class TakenFiles:
     def after(self, entry: int) -> list[str]:
         """The files of later entries."""
         paths = []
-        for path in reversed(self.files):  # in the order of the log
+        for path in reversed(self.files):  # they are in the order of the log
             if self.files[path].entry <= entry:
                 break
             paths.append(path)
@@ -187,7 +186,7 @@ class TakenFiles:
 
     def name_renamed(self, paths: Iterable[str]) -> None:
         """Warns once about each file that looks like an earlier one, renamed or moved within the folder."""
-        # A rename keeps the time to the nanosecond; many files may share one to the second.
+        # A rename keeps the time to the nanosecond, whereas many files may share a time to the second.
         times = {self.files[path].modified: path for path in paths if self.files[path].modified % 1000}
         gone = {
             times[file.modified]
@@ -226,7 +225,7 @@ class TakenFiles:
             else Path(folder, file).read_text(encoding="utf-8")
         )
         try:
-            # Not by splitlines: a name may have a line separator of Unicode in it.
+            # Not splitlines(): a name may contain a Unicode line separator.
             entries: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[1:]]
             taken = {
                 plain(unquote(entry["path"])): TakenFile(entry["batchId"], entry["timestamp"])

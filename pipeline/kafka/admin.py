@@ -11,7 +11,7 @@ from kafka.errors import for_code
 from kafka.protocol.consumer.fetch import FetchRequest
 
 
-class Admin(KafkaAdminClient):  # type: ignore[misc]  # which has no types
+class Admin(KafkaAdminClient):  # type: ignore[misc]  # kafka-python has no types
     """kafka-python's admin client, which (3.0.12) leaves a thread and three files open when no broker answers. This one closes them."""
 
     def __init__(self, **settings: Any):

@@ -76,7 +76,7 @@ class Broker:
         for server in filter(None, map(str.strip, self.servers.split(","))):
             scheme, _, address = server.rpartition("://")
             parts = re.fullmatch(r"(?:\[([\da-fA-F:]+)\]|([^\s:]+)):(\d{1,5})", address)
-            # which goes for all of them, whatever is said here
+            # The protocol applies to all brokers, whatever an address says.
             if scheme and scheme.upper() != security_protocol(self.properties):
                 raise PipelineError(
                     f"The broker's address {server} does not agree with security.protocol, which is "
@@ -89,7 +89,7 @@ class Broker:
                     f"{server!r} is not the address of a Kafka broker, which is HOST:PORT. Correct --bootstrap-servers or "
                     f"bootstrap.servers in --kafka-config."
                 )
-        # says what it can't follow before Kafka is waited for
+        # Reports unsupported properties now, before waiting for Kafka.
         python_settings(self.properties, KafkaAdminClient.DEFAULT_CONFIG)
 
     def client(self, kind: Any, **settings: Any) -> Any:

@@ -21,17 +21,17 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-MAX_LOOKUP_SECONDS = 2  # for a single record
-MAX_WAIT_SECONDS = 10  # for some records, at a start
-# for a record with its headers, where it would have to be unpacked to be measured any closer
+MAX_LOOKUP_SECONDS = 2  # for looking up a single record
+MAX_WAIT_SECONDS = 10  # for looking up a few records at startup
+# Limit for a record including its headers, where a closer measurement would require unpacking it.
 MAX_MESSAGE_RECORD_BYTES = 2 * MAX_RECORD_BYTES
-# Options of a consumer that unpacks a record only when it is asked for, and none of the message after it.
+# Options of a consumer that unpacks a record only on request, and nothing of the next message.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 SEVERAL = {"kafka.max.poll.records": 500}
-NEAR_OFFSETS = 2 * SEVERAL["kafka.max.poll.records"]  # offsets, of which some may hold no record
+NEAR_OFFSETS = 2 * SEVERAL["kafka.max.poll.records"]  # offsets, some of which may hold no record
 
 Result = TypeVar("Result")
-Offsets = dict[int, tuple[int, int]]  # partition: the first offset, and the one after the last
+Offsets = dict[int, tuple[int, int]]  # by partition: the first offset, and the one after the last
 
 
 class Gap(NamedTuple):
@@ -66,8 +66,8 @@ class RecordLookup:
 
     def __init__(self, topic: Topic):
         self.topic = topic
-        self._gaps: list[Gap] = []  # that were found
-        self._one_by_one = 0  # how many offsets before each of them, and before the end, are read one record at a time
+        self._gaps: list[Gap] = []  # those found so far
+        self._one_by_one = 0  # how many offsets before each gap, and before the end, are read one record at a time
 
     def ask(
         self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False
@@ -98,7 +98,7 @@ class RecordLookup:
 
     def records(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool = False) -> DataFrame:
         """The records at these offsets, without the known gaps, in the format of `kafka_records`."""
-        pieces: dict[tuple[int, bool], Offsets] = {}  # Spark reads no more than one of each partition at a time
+        pieces: dict[tuple[int, bool], Offsets] = {}  # Spark reads at most one range per partition at a time
         for partition, (begin, end) in offsets.items():
             for number, gap in enumerate([*self.gaps({partition: (begin, end)}), Gap(partition, end, end, end)]):
                 near = max(begin, gap.after - self._one_by_one)

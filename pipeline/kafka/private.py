@@ -13,7 +13,7 @@ from pipeline.terminal.errors import java_class
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
-# Methods of Kafka's ConsumerRecord, and the SQL types of their results.
+# Methods of Kafka's ConsumerRecord and the SQL types of their results.
 KAFKA_RECORD = {
     "key": "BINARY",
     "value": "BINARY",
@@ -68,7 +68,7 @@ def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
         _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, rdd, spark._jsparkSession)
     )
     read = DataFrame(sql.classic.Dataset.ofRows(spark._jsparkSession, plan), spark)
-    return read.withColumn("timestampType", read.timestampType - 1)  # -1 for none is the first
+    return read.withColumn("timestampType", read.timestampType - 1)  # the first constant, for no type, is -1
 
 
 def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
@@ -145,7 +145,7 @@ class KafkaReader:
                 looked_at = [place.partition() for place in records.partitions()]
             except Py4JJavaError as error:
                 if java_class(error) == OUT_OF_MEMORY:
-                    self._consumer.unsubscribe()  # and forget what was fetched, half of which is used up
+                    self._consumer.unsubscribe()  # and discards the fetched data, part of which is consumed
                     break
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise
@@ -196,7 +196,7 @@ class KafkaReader:
                     return None
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise
-                done = [place.partition() for place in error.java_exception.partitions()]  # removed meanwhile
+                done = [place.partition() for place in error.java_exception.partitions()]  # removed in the meantime
             for partition in done:
                 self._consumer.pause([places.pop(partition)])
         return found
@@ -205,11 +205,11 @@ class KafkaReader:
 class LargeRecord(NamedTuple):
     """A record that is too large, and the offsets that a consumer can't read because of it."""
 
-    # the offset after the last record before it: a consumer that is asked for a later one comes to it, even if that
-    # holds none
+    # The offset after the last record before this one. A consumer that is asked for this or a later offset comes to
+    # this record, even if the offset holds none.
     after: int
     offset: int
-    end: int  # the offset after the message in which it is packed
+    end: int  # the offset after the message that contains it
 
 
 def large_records(
@@ -234,7 +234,7 @@ def large_records(
         kafka.record.MemoryRecords.readableRecords(java.java.nio.ByteBuffer.wrap(messages)).batches().iterator()
     ):
         after, end = end or begin, message.lastOffset() + 1
-        if not message.isCompressed() or message.magic() < 2:  # Kafka's format before 0.11
+        if not message.isCompressed() or message.magic() < 2:  # the format before Kafka 0.11
             continue
         with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
             before = iterators.indexOf(records, is_large)

@@ -28,9 +28,9 @@ SSL_NAMES = (
     "ssl.key.password",
     "ssl.endpoint.identification.algorithm",
 )
-SECURITY_NAMES = ("security.protocol", *SASL_NAMES, *SSL_NAMES)  # those that both clients follow
+SECURITY_NAMES = ("security.protocol", *SASL_NAMES, *SSL_NAMES)  # supported by both clients
 SECRETS = {"sasl.jaas.config", "ssl.key.password"}
-# Properties whose value is a class of Java, or the name of a default that has none in kafka-python.
+# Properties whose value is a Java class, or the name of a default that has no name in kafka-python.
 JAVA_ONLY = r"((key|value)\.serializer|metric\.reporters)=.*|compression\.type=none"
 
 
@@ -154,6 +154,6 @@ def _ssl_context(properties: dict[str, str]) -> ssl.SSLContext:
             context.load_cert_chain(keystore, password=properties.get("ssl.key.password"))
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise PipelineError(f"The certificates that the Kafka properties name can't be loaded: {error}.") from None
-    # Kafka's clients check the host's name too, unless this is set to nothing.
+    # Kafka's clients also verify the host name, unless this property is empty.
     context.check_hostname = properties.get("ssl.endpoint.identification.algorithm", "https") != ""
     return context

@@ -37,17 +37,16 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 GOES_ON = "it goes on with the records that are left"
-# 15 October 1582: a time before it Spark's reader takes for one of the Julian calendar
+# 15 October 1582: Spark's reader takes earlier times for times of the Julian calendar.
 GREGORIAN_START_MS = -12_219_292_800_000
-LOG_APPEND_TIME = 1  # of Spark's timestampType
-MAX_TIMESTAMP_MS = 2**63 // 1000  # that a TIMESTAMP holds
-EARLIEST = -2  # an offset, to Spark
-REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold none
-FIRST_SEARCH_OFFSETS = (
-    100_000  # offsets, for the last record that Kafka and the tables have in common, or that was read
-)
-ELECTION_SECONDS = 3  # seconds after an election, the end of a partition is that of all its replicas again
-# properties of a table: the topic that it is written from
+LOG_APPEND_TIME = 1  # a value of Spark's timestampType
+MAX_TIMESTAMP_MS = 2**63 // 1000  # the latest time that a TIMESTAMP can hold
+EARLIEST = -2  # Spark's number for the earliest offset
+REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold no record
+# Offsets searched first for the last record that was read, or that Kafka and the tables have in common.
+FIRST_SEARCH_OFFSETS = 100_000
+ELECTION_SECONDS = 3  # seconds after an election until the end of a partition is that of all its replicas again
+# Properties of a table: the topic that it is written from.
 TOPIC_ID, TOPIC_NAME = ("pipeline.topic.id", "pipeline.topic.name")
 
 
@@ -118,7 +117,7 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
         ),
         F.col("key").alias("kafka_key"),
         ingest_time.alias("ingest_time"),
-        # With CreateTime it is what the producer says.
+        # With CreateTime, the producer sets the time.
         F.when(F.col("timestampType") == LOG_APPEND_TIME, F.col("timestamp")).alias("arrival_time"),
     )
 
@@ -134,16 +133,16 @@ class KafkaSource(Source):
     def __init__(self, topic: Topic, accept_data_loss: bool, group: str):
         self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group
         self.mode = f"isolation.level={topic.isolation_level}"
-        self.beginning: dict[int, int] = {}  # of the topic at the start, by partition, if data loss is accepted
-        self.starting_offsets = "earliest"  # of a stream without a checkpoint, as Spark takes them
+        self.beginning: dict[int, int] = {}  # of the topic at startup, by partition, if data loss is accepted
+        self.starting_offsets = "earliest"  # for a stream without a checkpoint, in Spark's format
         self.has_started = False
         self.reader: KafkaReader | None = None
-        self.begins: dict[str, int] = {}  # of the batch that is being written, by partition, as far as they are known
+        self.begins: dict[str, int] = {}  # of the batch being written, by partition, where known
         self.ends: dict[str, int] = {}
-        self.remembered: dict[str, list[dict[str, Any]]] = {}  # that were read of each partition
+        self.remembered: dict[str, list[dict[str, Any]]] = {}  # the last records read from each partition
         self.lookup = RecordLookup(topic)
-        self.has_failed = False  # for lost records, and was started again
-        self.has_warned = False  # that it can't note how far it is
+        self.has_failed = False  # because of lost records, and was restarted
+        self.has_warned = False  # that it can't commit offsets to Kafka
 
     def __str__(self) -> str:
         return str(self.topic)
@@ -163,7 +162,7 @@ class KafkaSource(Source):
                 f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} its "
                 f"own --table and --checkpoint."
             )
-        if self.ends != (ends := end.get(self.topic.name, {})):  # else a second attempt at the same batch
+        if self.ends != (ends := end.get(self.topic.name, {})):  # otherwise a second attempt at the same batch
             self.begins, self.ends = self.ends, ends
         return end
 
@@ -186,7 +185,8 @@ class KafkaSource(Source):
         newest: dict[str, list[dict[str, Any]]] = {}
         for record in observed.get("records", ()):
             newest.setdefault(str(record.pop("partition")), []).append(record)
-        # Partitions whose records all come before the last offsets, which an aborted transaction takes, for example.
+        # Partitions whose records all precede the last offsets, for example because an aborted transaction takes those
+        # offsets.
         for partition in map(str, observed.get("partitions", ())):
             begin, end, size = self.begins.get(partition, 0), self.ends[partition], FIRST_SEARCH_OFFSETS
             while partition not in newest and end > begin:
@@ -208,7 +208,7 @@ class KafkaSource(Source):
             f"other records than before. Those that the tables lack are in the quarantine, as {INCONSISTENT} where they are valid."
         )
         row, record = written.alias("row"), judged.alias("record")
-        # Of a record that is not read (`Gap`), Kafka's time is unknown.
+        # For a record that is not read (`Gap`), Kafka's time is unknown.
         is_written = F.expr(
             "row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> "
             f"record.kafka_timestamp OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}')"
@@ -269,7 +269,7 @@ class KafkaSource(Source):
     def identity(self) -> dict[str, str]:
         with self._asking():
             topic_id = self.topic.id()
-        return {TOPIC_ID: topic_id, TOPIC_NAME: self.topic.name} if topic_id else {}  # brokers before 2.8 have none
+        return {TOPIC_ID: topic_id, TOPIC_NAME: self.topic.name} if topic_id else {}  # brokers before 2.8 have no ids
 
     def require_same_source(
         self, identity: dict[str, str], written_from: dict[str, str], unread: dict[str, Any]
@@ -535,9 +535,9 @@ class KafkaSource(Source):
 
     def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
         problem = root_cause(error)
-        # the start names them
+        # The next start names the lost records.
         if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):
-            if self.has_failed:  # and has found nothing
+            if self.has_failed:  # and the restart found nothing
                 self._lose(
                     f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).",
                     GOES_ON,
@@ -550,7 +550,7 @@ class KafkaSource(Source):
         self.has_failed = False
         try:
             self.topic.commit_offsets(self.group, self._offsets(progress, "endOffset"))
-        except Exception as error:  # whatever it is, it is no reason to stop
+        except Exception as error:  # no error here is a reason to stop
             if not self.has_warned:
                 warn(
                     f"Kafka does not note how far the stream is ({type(error).__name__}), so that its tools can't show the lag of the "
@@ -589,6 +589,6 @@ class KafkaSource(Source):
                 f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
                 f"then this script: it goes on from the last committed offsets."
             ) from error
-        except (PySparkException, Py4JJavaError) as error:  # of a reading by Spark
+        except (PySparkException, Py4JJavaError) as error:  # from a read by Spark
             self.topic.require_access(error)
             raise

@@ -31,22 +31,23 @@ def read_topic(
     topic = source.topic
     kafka = (
         spark.readStream.format("kafka")
-        .option("kafka.max.poll.records", 5000)  # 500, Kafka's default, takes half as long again
-        # Whatever a batch is to read is there. Kafka's default waits half a second in each partition for what comes
-        # after it.
+        .option("kafka.max.poll.records", 5000)  # Kafka's default, 500, takes half as long again
+        # Everything that a batch is going to read is already there. By default, Kafka would wait half a second in each
+        # partition for records after that.
         .option("kafka.fetch.max.wait.ms", 0)
         .options(**kafka_options(topic))
         .option("subscribe", topic.name)
         .option("startingOffsets", source.starting_offsets)
         .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
         .option("failOnDataLoss", fail_on_data_loss)
-        # A large batch is cut into many small parts, which TableWriter joins to files of one size for all cores.
+        # A large batch is split into many small parts, which TableWriter joins into files of equal size for all cores.
         .option("maxRecordsPerPartition", 20_000)
-        # What a batch reads is there: two minutes, the default, would only hide that Kafka is away.
+        # A batch reads only records that are already there; two minutes, the default, would only hide that Kafka is
+        # away.
         .option("kafkaConsumer.pollTimeoutMs", 60_000)
-        # A broker that does not answer is waited for by `run_until_stopped`, which says so.
+        # `run_until_stopped` waits for a broker that does not answer, and says so.
         .option("fetchOffset.numRetries", 1)
         .load()
     )
-    # The checkpoint keeps the time, so a batch that is repeated has the same.
+    # The checkpoint stores this time, so a repeated batch has the same one.
     return records_of(kafka, topic.name, F.current_timestamp())

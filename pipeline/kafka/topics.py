@@ -33,12 +33,11 @@ from kafka.structs import OffsetAndMetadata
 
 TOPIC = "sensor_data"
 PARTITIONS = 3
-# A record whose Kafka time is more than a day ahead is refused, such as one in nanoseconds, and so is one that is too
-# large unpacked: https://kafka.apache.org/39/documentation.html#topicconfigs
+# The broker rejects records whose Kafka time is more than a day ahead, such as a time in nanoseconds, and records that
+# are too large when unpacked: https://kafka.apache.org/39/documentation.html#topicconfigs
 CONFIGS = {"message.timestamp.after.max.ms": "86400000", "compression.type": "uncompressed"}
-COMMIT_OFFSETS_SECONDS = (
-    3  # that a stream waits for Kafka to note its offsets; the first time it has to make a place for them
-)
+# Seconds that a stream waits for Kafka to commit its offsets. The first time, Kafka has to create a place for them.
+COMMIT_OFFSETS_SECONDS = 3
 MAX_OUTAGE_SECONDS = 300  # seconds that a running stream waits for its broker to come back
 
 
@@ -75,7 +74,7 @@ class Topic(Broker):
     def __init__(self, servers: str | None, name: str = TOPIC, properties: dict[str, str] | None = None):
         super().__init__(servers, properties)
         self.name = name
-        # What a transaction has aborted was never sent, and what it has not committed may yet be aborted.
+        # Records of an aborted transaction count as never sent, and records of an uncommitted one may still be aborted.
         self.isolation_level = self.properties.get("isolation.level", "read_committed")
         if self.isolation_level.upper() not in IsolationLevel.__members__:
             raise PipelineError(
@@ -136,7 +135,7 @@ class Topic(Broker):
             except TopicAlreadyExistsError:
                 raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
             except BrokerResponseError as error:
-                # A broker that has just started knows of none that could have a replica.
+                # A broker that has just started does not know of any broker that could hold a replica.
                 if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
                     raise
                 raise PipelineError(
@@ -154,7 +153,7 @@ class Topic(Broker):
                 wait_for_metadata=True,
             )
         except (InvalidConfigurationError, PolicyViolationError):
-            # brokers before 3.6 don't know it, others may not allow it
+            # Brokers before 3.6 don't know message.timestamp.after.max.ms, and others may not allow it.
             if not configs:
                 raise
             self._create(admin, {})
@@ -172,7 +171,7 @@ class Topic(Broker):
         """The offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
         first, end = (self._offsets(spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
         gone = []
-        unread = dict.fromkeys(first, 0) | unread  # partitions that are new are read from their beginning
+        unread = dict.fromkeys(first, 0) | unread  # new partitions are read from their beginning
         for partition, next_offset in sorted(unread.items()):
             if partition not in end:
                 gone.append(f"partition {partition} from offset {next_offset} on")
@@ -201,7 +200,7 @@ class Topic(Broker):
     def _offsets(self, spec: OffsetSpec, **options: Any) -> dict[int, int]:
         """The first or last offset of each partition."""
         [topic] = self._admin.describe_topics([self.name])
-        if topic["error_code"]:  # of a broker that does not know the topic yet it would be an empty one
+        if topic["error_code"]:  # a topic that the broker does not know yet would look empty
             raise for_code(topic["error_code"])()
         places = {TopicPartition(self.name, partition["partition_index"]): spec for partition in topic["partitions"]}
         return {
@@ -235,7 +234,7 @@ class Topic(Broker):
                     raise error()
                 return
             except KafkaError as error:
-                self._forget("_notes")  # it would go on asking a broker that no longer answers for the group
+                self._forget("_notes")  # it would keep sending the group's requests to a broker that no longer answers
                 if not error.retriable or time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
@@ -282,7 +281,7 @@ class Topic(Broker):
         if not has_no_topic:
             say(f"Kafka on {self.servers} no longer answers.")
         try:
-            # a broker has no topic for a moment after its start
+            # For a moment after its start, a broker has no topics.
             self.wait(10 if has_no_topic else MAX_OUTAGE_SECONDS, stopping=stopping)
         except NoTopicError:
             raise PipelineError(
@@ -293,4 +292,4 @@ class Topic(Broker):
             if not has_no_topic:
                 raise
             self.wait(MAX_OUTAGE_SECONDS, stopping=stopping)
-        self.close()  # its clients, which do not recover from a long outage
+        self.close()  # the clients do not recover from a long outage

@@ -21,8 +21,8 @@ from rich.live import Live
 from rich.text import Text
 
 REFRESH_SECONDS = 2  # seconds
-LINES_AROUND = 7  # of the rows
-RATE_SECONDS = 10  # seconds over which the rows a second are counted
+LINES_AROUND = 7  # lines of the screen that are not rows
+RATE_SECONDS = 10  # seconds over which the rows per second are measured
 
 
 class Follower:
@@ -96,7 +96,7 @@ def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
     quarantine, shown_is = quarantine_of(options.table), table_of(options)
     followers = [Follower(spark, path) for path in (options.table, quarantine)]
     counts: deque[tuple[float, int, int]] = deque(maxlen=RATE_SECONDS // REFRESH_SECONDS + 1)
-    reasons: Counter[str] = Counter()  # of the records that were rejected since the start
+    reasons: Counter[str] = Counter()  # of the records rejected since the start
     most_rows = max(1, min(options.limit, console.height - LINES_AROUND))
 
     def newest() -> DataFrame:
@@ -109,7 +109,7 @@ def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
                 for new in follower.new():
                     if isinstance(new, DataFrame) and follower.path == quarantine:
                         reasons.update(dict(map(tuple, new.groupBy("reject_reason").count().collect())))
-                    # the newest commit first, whatever its time
+                    # The newest commit comes first, whatever its time.
                     if follower.path == shown_is and isinstance(new, DataFrame):
                         newer = in_order(new, options, newest_first=True).limit(most_rows)
                         rows = in_memory(newer.unionByName(rows, allowMissingColumns=True).limit(most_rows))
@@ -156,7 +156,7 @@ def _in_lines(spark: SparkSession, options: argparse.Namespace) -> None:
                 warn(new)
                 continue
             rows = in_order(new, options)
-            if options.format != "json":  # under one header, all lines have its columns
+            if options.format != "json":  # all lines have the columns of the only header
                 if added := sorted({*rows.columns} - {*columns} - left_out):
                     warn(f"New columns of {follower.path} are not shown: {', '.join(added)}. Start again to see them.")
                     left_out.update(added)

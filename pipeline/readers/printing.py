@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-CUT_AT = 120  # characters of a value, unless all of it is asked for
-FOLD_AT = 30  # columns of the terminal that a long value gets, where not all have room on a line
-# Columns that a narrow terminal leaves out, in this order: the tables' own columns before the contract's.
+CUT_AT = 120  # characters of a value, unless the whole value is requested
+FOLD_AT = 30  # terminal columns for a long value if not all values fit on one line
+# Columns that a narrow terminal omits, in this order: the tables' own columns before the contract's.
 LEAST_NEEDED = (
     "raw_json",
     "_rescued_data",
@@ -98,7 +98,7 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
         .select("file.numRecords", F.unix_micros("file.minValues.ingest_time").alias("since"))
     )
     rows = 0
-    for file in files.orderBy(F.desc("since")).limit(limit).collect():  # enough: a file has at least one row
+    for file in files.orderBy(F.desc("since")).limit(limit).collect():  # enough, as a file has at least one row
         rows += file.numRecords or 0
         if rows >= limit:
             return file.since
@@ -111,7 +111,7 @@ def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) 
     if form == "table":
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
         table, left_out = as_table(rows, console.width, whole)
-        with console.capture() as printed:  # which leaves the end of a pipe to `run`
+        with console.capture() as printed:  # leaves a closed pipe to `run`
             console.print(table)
         say("\n".join(map(str.rstrip, printed.get().splitlines())))
         if left_out:
@@ -153,7 +153,7 @@ def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
 
 def csv_line(values: Iterable[str | None]) -> str:
     line = io.StringIO()
-    # before Python 3.13, it quotes only those line breaks that it writes
+    # Before Python 3.13, the writer quotes only the line breaks of its own line terminator.
     csv.writer(line, lineterminator="\r\n").writerow(values)
     return line.getvalue().removesuffix("\r\n")
 

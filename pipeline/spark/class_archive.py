@@ -18,7 +18,7 @@ from pipeline.terminal.progress import in_progress
 
 from filelock import FileLock
 
-# The options that make an archive and use it. From Java 25 on it also holds what Java has learned of the methods.
+# Java's options to create and to use an archive. From Java 25 on, the archive also contains Java's method profiles.
 OPTIONS = {False: ("-XX:ArchiveClassesAtExit", "-XX:SharedArchiveFile"), True: ("-XX:AOTCacheOutput", "-XX:AOTCache")}
 
 
@@ -28,12 +28,12 @@ def use_archive(java: Java, jars: list[str]) -> str:
     """
     make, use = OPTIONS[java.release >= 25]
     path = os.path.realpath(java.path)
-    # Java refuses it, silently, if one of the jars has another path or another time, as PySpark's have in another
-    # virtual environment, or in one that was made again.
+    # Java silently rejects the archive if one of the jars has a different path or modification time, as PySpark's jars
+    # do in another virtual environment, or in a recreated one.
     times = [str(os.path.getmtime(each)) for each in (path, SPARK_JARS)]
     place = _short_hash(path, str(SPARK_JARS))
     archive = cache_folder() / f"classes-{place}-{_short_hash(*times, *jars)}.jsa"
-    if not archive.exists() and os.access(archive.parent, os.W_OK):  # Java starts without one, too
+    if not archive.exists() and os.access(archive.parent, os.W_OK):  # Java also starts without an archive
         with in_progress() as note:
             note("First start: preparing Java's class archive, so that each later start takes half the time …")
             with FileLock(archive.with_suffix(".lock")):
@@ -65,10 +65,10 @@ def _make(archive: Path, option: str) -> None:
                 f"Java's class archive could not be made (exit code {code}). This start takes longer; the next one tries again."
             )
         else:
-            if not draft.exists():  # this Java can't make one, and starts with an empty one, too
+            if not draft.exists():  # this Java can't create one, and also starts with an empty one
                 draft.write_bytes(b"")
-            os.replace(draft, archive)  # whole or not at all
+            os.replace(draft, archive)  # all or nothing
     finally:
-        with suppress(ProcessLookupError):  # after a Ctrl+C: that process and its JVM
+        with suppress(ProcessLookupError):  # after Ctrl+C: that process and its JVM
             os.killpg(run.pid, signal.SIGKILL)
         draft.unlink(missing_ok=True)

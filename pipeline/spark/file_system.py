@@ -61,15 +61,15 @@ class FileSystem:
         hadoop, io = self._java.org.apache.hadoop, self._java.org.apache.commons.io
         codec = hadoop.io.compress.CompressionCodecFactory(self._files.getConf()).getCodec(self._path(path))
         with self._open(path) as content:
-            # It knows its own errors: those of the disk, the store, the network. An error of another is the
-            # unpacking's.
+            # It recognises its own errors: those of the disk, the store and the network. Any other error comes from
+            # decompression.
             packed = io.input.TaggedInputStream(content)
             try:
                 return io.IOUtils.copyLarge(
                     codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE, 0, limit + 1
                 )
             except Py4JJavaError as error:
-                # Hadoop makes an Error of an error of the disk
+                # Hadoop turns a disk error into a Java Error, which is not an IOException.
                 is_io = self._java.java.io.IOException._java_lang_class.isInstance
                 if any(packed.isCauseOf(cause) or not is_io(cause) for cause in java_causes(error)):
                     raise

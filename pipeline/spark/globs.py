@@ -2,7 +2,7 @@
 
 import re
 
-# Files in a batch if some of their names contain wildcards. Spark lists the whole batch once more for each such file.
+# Files per batch if some of their names contain wildcards. For each such file, Spark lists the whole batch once more.
 MAX_PATTERNS = 100
 
 

@@ -20,12 +20,12 @@ from filelock import FileLock
 
 SPARK_JARS = Path(pyspark.__file__).parent / "jars"
 SUMS = Path(__file__).with_name("jars.sha256")
-SCALA = "2.13"  # the Scala that the pyspark package is built with
+SCALA = "2.13"  # the Scala version that the pyspark package is built with
 
 DELTA = f"io.delta:delta-spark_{pyspark.__version__[:3]}_{SCALA}:{version('delta-spark')}"
 KAFKA_SOURCE = f"org.apache.spark:spark-sql-kafka-0-10_{SCALA}:{pyspark.__version__}"
 
-# Releases with long-term support that Spark 4.2 runs on: https://spark.apache.org/docs/4.2.0/#downloading
+# Long-term support releases that Spark 4.2 runs on: https://spark.apache.org/docs/4.2.0/#downloading
 SUPPORTED_JAVA = (17, 21, 25)
 INSTALL_JAVA = (
     "Install OpenJDK 17, 21 or 25 (Debian, Ubuntu: apt install openjdk-17-jre-headless) or set JAVA_HOME to one."
@@ -48,7 +48,7 @@ def find_java() -> Java:
         raise PipelineError(f"No Java found{' in JAVA_HOME=' + home if home else ''}. {INSTALL_JAVA}")
     run = subprocess.run([java, "--list-modules"], capture_output=True, text=True, errors="replace")
     modules = run.stdout
-    if run.returncode and "--list-modules" not in run.stdout + run.stderr:  # which a Java 8 does not know
+    if run.returncode and "--list-modules" not in run.stdout + run.stderr:  # an option that Java 8 does not know
         raise PipelineError(f"{java} can't be run: {first_line(run.stdout + run.stderr)}. {INSTALL_JAVA}")
     version = re.search(r"^java\.base@(\d+)(?:\.(\d+)\.(\d+))?", modules, re.MULTILINE)
     if not version or int(version[1]) not in SUPPORTED_JAVA:
@@ -56,7 +56,8 @@ def find_java() -> Java:
             f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, but Spark needs Java "
             f"17, 21 or 25. {INSTALL_JAVA}"
         )
-    # With its collector G1, which a cluster's executors use: https://issues.apache.org/jira/browse/SPARK-55852
+    # Earlier versions can corrupt data with the G1 collector, which a cluster's executors use:
+    # https://issues.apache.org/jira/browse/SPARK-55852
     if version[1] == "25" and (int(version[2] or 0), int(version[3] or 0)) < (0, 3):
         raise PipelineError(
             f"{java} is Java {version[0].removeprefix('java.base@')}, which can corrupt data. Take 25.0.3 or "
@@ -134,7 +135,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
         )
     with in_progress() as note:
         note(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …")
-        with FileLock(cache / "first-start.lock"):  # Ivy's cache is no place for two
+        with FileLock(cache / "first-start.lock"):  # Ivy's cache can't be shared by two processes
             if not _listed_in(known):
                 _download(coordinates, without, known)
             return _listed_in(known)
@@ -205,4 +206,4 @@ def _download(coordinates: list[str], without: Iterable[str], known: Path) -> No
         require_known(map(Path, classpath.read_text(encoding="utf-8").strip().split(os.pathsep)))
         draft = known.with_suffix(".draft")
         shutil.copy(classpath, draft)
-        os.replace(draft, known)  # whole or not at all
+        os.replace(draft, known)  # all or nothing

@@ -15,7 +15,7 @@ def without_pandas(module: str) -> None:
     """Imports a module as if pandas and its dependencies were not installed."""
     hidden = ("numpy", "pandas", "pyarrow")
     there = {name: sys.modules.get(name) for name in hidden}
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is no such module
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such module
     importlib.import_module(module)
     for name, found in there.items():
         if found:
@@ -24,8 +24,8 @@ def without_pandas(module: str) -> None:
             del sys.modules[name]
 
 
-# F.lit imports this module, only to know whether it may have been given something of theirs. Where they are installed,
-# for dashboard.py, that would take a second of each start and print a warning about their versions.
+# F.lit imports this module only to find out whether its argument may come from these libraries. Where they are
+# installed, for dashboard.py, this would take a second of each start and print a warning about their versions.
 without_pandas("pyspark.testing.utils")
 
 

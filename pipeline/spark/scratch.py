@@ -16,7 +16,7 @@ def scratch_folder() -> str:
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _lock(left):
             shutil.rmtree(left, ignore_errors=True)
-    # under its own name, another start could remove it before it is locked
+    # Under its final name, another start could remove it before it is locked.
     draft = Path(tempfile.mkdtemp(prefix="new-"))
     _lock(draft)
     folder = draft.rename(draft.with_name(f"{PREFIX}{draft.name}"))
@@ -36,5 +36,5 @@ def _lock(folder: Path) -> bool:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(number).st_uid == os.getuid():
             return True
-    os.close(number)  # there may be thousands of another user's
+    os.close(number)  # another user may have thousands of them
     return False

@@ -23,45 +23,47 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.logger import PySparkLogger
 from pyspark.sql import SparkSession
 
-# A record of 999 levels, or a rule's pattern on a long text, takes more than Java's default stack of 1 MB, whose
-# overflow ends the JVM.
+# A record nested 999 levels deep, or a rule's pattern on a long text, needs more than Java's default stack of 1 MB. A
+# stack overflow ends the JVM.
 STACK = "-Xss16m"
-UTC = "-Duser.timezone=UTC"  # Spark's Kafka source shifts times before 1900 by what the machine's zone had then
+UTC = "-Duser.timezone=UTC"  # else Spark's Kafka source shifts times before 1900 by the machine's offset at the time
 SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.sql.session.timeZone": "UTC",
-    # A rule that can't be computed for a record (a division by 0) is null and so does not hold; by default it stops the
-    # stream.
+    # A rule that can't be computed for a record (a division by 0) is null, so it does not apply; by default, it would
+    # stop the stream.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.legacy.sizeOfNull": "false",  # null, not -1, as with ANSI
-    # A record may carry any date from the year 0 on; without this a date before 1900 would fail the whole batch.
+    # A record may contain any date from the year 0 on; without this setting, a date before 1900 would fail the whole
+    # batch.
     "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
-    # INT96, the default, takes a quarter more time to write.
+    # Writing INT96, the default, takes a quarter more time.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    # The first look at a table is split into this many tasks; 50, Delta's default, is made for clusters.
+    # The first look at a table is split into this many tasks. Delta's default, 50, is meant for clusters.
     "spark.databricks.delta.snapshotPartitions": "1",
-    # A list of all files beside each commit, which nothing reads. Where the machine's zone is not UTC, Delta would also
-    # check it each time.
+    # A list of all files with each commit, which nothing reads. If the machine's time zone is not UTC, Delta would also
+    # check the list each time.
     "spark.databricks.delta.allFilesInCrc.enabled": "false",
-    # A histogram of the table's file sizes, a fifth of what a small batch adds to the log, unread.
+    # A histogram of the table's file sizes, which nothing reads. It is a fifth of what a small batch adds to the log.
     "spark.databricks.delta.fileSizeHistogramMetrics.enabled": "false",
-    # Delta's log is few rows of a hundred columns, for which Spark would write and compile thousands of lines of Java.
-    # TableWriter lifts this for the records. Whole stages are compiled anyway.
+    # Delta's log has few rows but a hundred columns, for which Spark would generate and compile thousands of lines of
+    # Java. TableWriter lifts this restriction for the records. Whole stages are compiled in any case.
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    # HotSpot never compiles a method of more bytecode than this, as the rules would make: Spark then splits it instead.
+    # HotSpot never compiles a method with more bytecode than this, and the rules would produce such methods. With this
+    # limit, Spark splits them.
     "spark.sql.codegen.hugeMethodLimit": "8000",
-    # Delta looks at its log by several small queries a batch, which planning again while they run only delays.
+    # Delta runs several small queries on its log in each batch; planning them again while they run would only delay
+    # them.
     "spark.sql.adaptive.enabled": "false",
-    # What is listed or shuffled here is small; the defaults, 10,000 and 200 tasks, made a VACUUM take a minute, not 5
-    # s.
+    # Listings and shuffles are small here; with the defaults, 10,000 and 200 tasks, a VACUUM took a minute, not 5 s.
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
     "spark.sql.shuffle.partitions": "4",
-    # As quick as snappy, Spark's default, and half the size.
+    # As fast as snappy, Spark's default, at half the size.
     "spark.sql.parquet.compression.codec": "zstd",
-    # By default Parquet keeps a hundred rows in memory before it looks how large they are, and the least and the
-    # greatest value of each column until the file is done: the largest records, which are in these, would take more
-    # than there is.
+    # By default, Parquet keeps a hundred rows in memory before it checks how large they are, and keeps the minimum and
+    # maximum of each column until the file is complete. The largest records, which are in these columns, would need
+    # more memory than there is.
     "spark.sql.parquet.enableVectorizedReader": "false",  # it takes 4,096 rows at a time
     "spark.hadoop.parquet.page.size.row.check.min": "1",
     "spark.hadoop.parquet.block.size.row.check.min": "1",
@@ -69,43 +71,45 @@ SETTINGS = {
     "spark.hadoop.parquet.column.statistics.enabled#raw": "false",
     "spark.hadoop.parquet.column.statistics.enabled#raw_json": "false",
     "spark.hadoop.parquet.column.statistics.enabled#_rescued_data": "false",
-    # Java's serialization, through which a second reading's records go to the disk, holds the last hundred of them.
+    # Java's serialization, which writes the records of a second reading to the disk, keeps the last hundred by default.
     "spark.serializer.objectStreamReset": "1",
-    # Auto compaction merges files of less than the one size into files of the other. A batch waits for it, so it is a
-    # little at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
+    # Auto compaction merges files smaller than the first size into files of the second size. A batch waits for it, so
+    # it merges a little at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
     "spark.databricks.delta.autoCompact.minFileSize": str(3 * 512 * 1024),
     "spark.databricks.delta.autoCompact.maxFileSize": str(32 * 1024 * 1024),
-    # Delta writes its log through this, without Hadoop's checksum files: it lists the log at every commit.
-    # `build_spark` turns them off for all other files; hadoop-aws needs the class that fs.file.impl names by default.
+    # Delta writes its log through this class without Hadoop's checksum files, because it lists the log at every commit.
+    # `build_spark` turns them off for all other files; hadoop-aws needs the default class of fs.file.impl.
     "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
-    # The input folder is listed, though another job of Spark's has left a list of its own there, with paths that may be
-    # of elsewhere.
+    # Lists the input folder itself, even if another Spark job has left its own file list there, which may have paths
+    # from elsewhere.
     "spark.sql.streaming.fileStreamSink.ignoreMetadata": "true",
-    # Spark keeps a consumer for each partition from batch to batch, by default for 64 partitions at most.
+    # Spark keeps a consumer for each partition between batches, by default for at most 64 partitions.
     "spark.kafka.consumer.cache.capacity": "1000",
     "spark.executor.extraJavaOptions": f"{STACK} {UTC}",  # on a cluster
-    # A record too large for the memory fails its task, of which the source learns which one it is; by default it ends
-    # the JVM.
+    # A record that is too large for the memory fails its task, so that the source learns which record it is. By
+    # default, it ends the JVM.
     "spark.executor.killOnFatalError.depth": "0",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }
-# Settings of the driver's JVM. Under spark-submit it runs already, and they are options of spark-submit instead.
-# A stream is after throughput, not short pauses: the parallel collector takes a fifth less time than the default, G1.
-# Java's best compiler (C2) takes what has run twenty times as often as by default: at a start it was half of the CPU.
+# Settings of the driver's JVM. Under spark-submit, the JVM is already running, and they are options of spark-submit
+# instead.
+# A stream needs throughput, not short pauses: the parallel collector takes a fifth less time than the default, G1.
+# C2, Java's best compiler, compiles a method at 20 times the default thresholds. By default, it took half of the CPU at
+# startup.
 STREAM_JVM = {
     "spark.driver.extraJavaOptions": (
         f"{STACK} -XX:+UseParallelGC -XX:Tier4InvocationThreshold=100000 -XX:Tier4MinInvocationThreshold=12000 "
         "-XX:Tier4CompileThreshold=300000 -XX:Tier4BackEdgeThreshold=800000"
     )
 }
-# A reader lives for seconds, most of them start-up, which the quick compiler alone (C1) shortens.
+# A reader runs for seconds, most of them startup. The quick compiler (C1) alone shortens it.
 READER_JVM = {"spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1"}
 
 
-# bytes of heap for each task: for any record within the limits, two were seen to fit into 1 GB
+# Bytes of heap per task: with any record within the limits, two tasks were seen to fit into 1 GB.
 TASK_MEMORY = 512 * 1024 * 1024
-MAX_DEFAULT_TASKS = 8  # more take a larger heap, which the user has to ask for
+MAX_DEFAULT_TASKS = 8  # more tasks need a larger heap, which the user has to request
 
 
 def build_spark(
@@ -116,34 +120,34 @@ def build_spark(
     `jvm`: settings of the driver's JVM (`STREAM_JVM` or `READER_JVM`). `verbose`: shows Spark's own log. `--conf` options of
     spark-submit override `SETTINGS`. Raises PipelineError if Spark can't start.
     """
-    is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, whose JVM runs already
+    is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, whose JVM is already running
     launch = SparkConf(loadDefaults=False) if is_submitted else _local_launch(jvm, make_archive)
-    with delay_stop_signals():  # for the seconds in which Spark's JVM could neither be used nor ended
+    with delay_stop_signals():  # Spark's JVM can neither be used nor ended for a few seconds
         gateway = _start_jvm(launch, verbose)
         if not has_name():
             user = gateway.jvm.org.apache.hadoop.security.UserGroupInformation
-            user.setLoginUser(user.createRemoteUser(str(os.getuid())))  # Hadoop would ask for the name, too
+            user.setLoginUser(user.createRemoteUser(str(os.getuid())))  # Hadoop would look up the name, too
         conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
         if re.fullmatch(r"local(\[.*\])?", conf.get("spark.master") or ""):
-            conf.setIfMissing("spark.authenticate", "true")  # its ports would take orders from any user of this machine
+            conf.setIfMissing("spark.authenticate", "true")  # else its ports take orders from any user of this machine
         if conf.get("spark.master") == "local[*]":
             java = gateway.jvm.Runtime.getRuntime()
-            tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java leaves a part of its young generation out
+            tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java does not count part of its young generation
             conf.setMaster(f"local[{max(1, min(java.availableProcessors(), tasks))}]")
         for key, value in (SETTINGS | {"spark.hadoop.fs.permissions.umask-mode": f"{umask():03o}"}).items():
             conf.setIfMissing(key, value)
         context = SparkContext(conf=conf, gateway=gateway)
-        # After a power cut, Hadoop would refuse a whole data file whose checksum file is empty. The instance is the one
+        # After a power cut, Hadoop would reject an intact data file whose checksum file is empty. This is the instance
         # that Spark uses.
         local_files = gateway.jvm.org.apache.hadoop.fs.FileSystem.getLocal(context._jsc.hadoopConfiguration())
         local_files.setWriteChecksum(False)
         local_files.setVerifyChecksum(False)
     if not verbose:
         context.setLogLevel("ERROR")
-        # What ends a stream reaches the script as an exception.
+        # An error that ends a stream reaches the script as an exception.
         log4j = gateway.jvm.org.apache.logging.log4j
         log4j.core.config.Configurator.setLevel("org.apache.spark.sql.execution.streaming", log4j.Level.OFF)
-        for name in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):  # so does what these say in JSON
+        for name in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):  # so do the errors that these log as JSON
             PySparkLogger.getLogger(name).disabled = True
     return SparkSession(context)
 
@@ -160,15 +164,15 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
         make_archive or use_archive(java, jars),
     ]
     if not has_name():
-        java_options.append(f"-Duser.home={cache_folder()}")  # Java only asks for it by the name
+        java_options.append(f"-Duser.home={cache_folder()}")  # Java looks it up only by the name
     # Not the home of another Spark that the user may have.
     os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
-    # Nothing outside this machine has a reason to reach the driver of a local session.
+    # Nothing outside this machine needs to reach the driver of a local session.
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    # Of the memory that Java's compiler frees, the C library keeps some for each of its arenas, by default eight a
+    # The C library retains some of the memory that Java's compiler frees in each of its arenas, by default eight per
     # core.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whatever python3 is first on the PATH
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whichever python3 comes first on the PATH
     return SparkConf(loadDefaults=False).setAll(
         [
             *(
@@ -193,7 +197,7 @@ def heap_size(cores: int, memory: int) -> int:
 def _memory() -> int:
     """The memory of this machine or container in bytes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no limit is "max"
+    with suppress(OSError, ValueError):  # without a limit, it is "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
 
@@ -219,9 +223,9 @@ def quoted(option: str) -> str:
 
 def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
     """Starts Spark's JVM, which ends together with the script, or connects to that of spark-submit."""
-    with tempfile.TemporaryFile() as stderr:  # it warns at its start before any log setting can act
+    with tempfile.TemporaryFile() as stderr:  # it prints warnings at startup, before any log setting takes effect
         try:
-            # Its stdout has nothing but Delta's remarks on a VACUUM.
+            # Its stdout only contains Delta's messages about a VACUUM.
             gateway = launch_gateway(launch, {} if verbose else {"stderr": stderr, "stdout": subprocess.DEVNULL})
         except PySparkRuntimeError as error:
             lines = os.pread(stderr.fileno(), 100_000, 0).decode(errors="replace").strip().splitlines()
@@ -236,8 +240,8 @@ def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
                 + (f" Check {' and '.join(told)}." if told else "")
                 + " --verbose shows everything it says."
             ) from error
-    # A terminal or a service manager signals the JVM, too. What is to be done is the script's business, but to end
-    # spark-submit itself.
+    # A terminal or a service manager signals the JVM, too. The script decides what to do, so the JVM ignores the
+    # signals; only spark-submit itself still ends on SIGTERM and SIGHUP.
     java = gateway.jvm.sun.misc
     for name in ("INT", "TERM", "HUP") if gateway.proc else ("INT",):
         java.Signal.handle(java.Signal(name), java.SignalHandler.SIG_IGN)
@@ -248,6 +252,6 @@ def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
 
 def _end_jvm(jvm: "subprocess.Popen[bytes]") -> None:
     try:
-        jvm.communicate(timeout=10)  # closes its stdin, at which it ends
+        jvm.communicate(timeout=10)  # closes its stdin, which ends it
     except subprocess.TimeoutExpired:
         jvm.kill()

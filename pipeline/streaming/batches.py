@@ -14,7 +14,7 @@ from pipeline.terminal.signals import StopFlag, Stopped
 from pyspark.sql import DataFrame
 from pyspark.sql.streaming.query import StreamingQuery
 
-MAX_REASONS, MAX_FIELDS = 3, 10  # in the line of a batch
+MAX_REASONS, MAX_FIELDS = 3, 10  # named in the line of a batch
 
 
 class Batches:
@@ -22,9 +22,9 @@ class Batches:
 
     def __init__(self, writer: TableWriter, stopping: StopFlag, metrics: NoMetrics):
         self.writer, self.stopping, self.metrics = writer, stopping, metrics
-        self.lock = threading.Lock()  # held while a batch is written
-        self.begun = float("inf")  # when that began
-        self.reports: dict[int, BatchReport] = {}  # those that were not printed yet
+        self.lock = threading.Lock()  # held while a batch is being written
+        self.begun = float("inf")  # when the running batch began
+        self.reports: dict[int, BatchReport] = {}  # those not printed yet
         self.written = 0
         self.error: Exception | None = None
 
@@ -32,10 +32,10 @@ class Batches:
         with self.lock:
             try:
                 if self.stopping.is_set():
-                    raise Stopped  # before anything of this batch was written; the next start repeats it
+                    raise Stopped  # before anything of this batch is written; the next start repeats it
                 with self.writer.tables.write_lock(self.stopping, create=batch_id == 0):
                     self.begun = time.monotonic()
-                    # A second attempt skips whatever the first one wrote, as after a crash.
+                    # As after a crash, a second attempt skips whatever the first one has written.
                     self.reports[batch_id] = with_retries(lambda: self.writer.write(batch, batch_id, stream_of(batch)))
                 self.written += 1
             except Exception as error:

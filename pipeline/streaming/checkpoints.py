@@ -38,7 +38,7 @@ from pipeline.terminal.messages import say
 from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
 
-LAST_BATCH = "_last_batch.json"  # in the checkpoint, beside Spark's own files. A file stream ignores such a name
+LAST_BATCH = "_last_batch.json"  # in the checkpoint, next to Spark's own files; a file stream ignores such names
 ID = "metadata"  # Spark's file with the stream's id
 READ_AGAIN = "read all that is still there into a new --table with a new --checkpoint"
 
@@ -54,8 +54,8 @@ def lock_checkpoint(path: str) -> Iterator[None]:
     if local is None:
         yield
         return
-    real = Path(os.path.realpath(local))  # by whatever links it is named
-    place = real.with_name(f".{real.name}.lock")  # beside it, so that it may be deleted or moved
+    real = Path(os.path.realpath(local))  # the same path, whatever links lead to it
+    place = real.with_name(f".{real.name}.lock")  # next to the checkpoint, which may be deleted or moved
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place, blocking=False).acquire()
@@ -77,10 +77,10 @@ def require_separate_places(options: argparse.Namespace) -> None:
     }
     for option in ("checkpoint", "input", "archive"):
         place = local_path(getattr(options, option, None) or "")
-        inner = Path(os.path.realpath(place or ""), "…")  # the folder itself is no place for it either
+        inner = Path(os.path.realpath(place or ""), "…")  # the table's folder itself is not allowed either
         for table in inner.parents if place else ():
             is_table = str(table) in ours or (table / "_delta_log").is_dir()
-            if is_table and inner.relative_to(table).parts[0][0] not in "._":  # which are left alone
+            if is_table and inner.relative_to(table).parts[0][0] not in "._":  # VACUUM leaves such names alone
                 raise PipelineError(
                     f"--{option} {place} must not be in the table {table}, which deletes what does not belong to it. "
                     f"Name another place."
@@ -155,19 +155,19 @@ class Checkpoint:
         elif newest and (
             planned < 0 or int(newest.removesuffix(".compact")) > self.end_of(planned).get("logOffset", float("inf"))
         ):
-            self._drop_cut(f"sources/0/{newest}")  # of files whose batch was not planned yet
+            self._drop_cut(f"sources/0/{newest}")  # lists files whose batch was not planned yet
 
     def _has_too_many_patterns(self, file: str) -> bool:
         """Whether an entry of the file log has more files with wildcards in their names than Spark can list (`MAX_PATTERNS`)."""
         entries = [json.loads(line) for line in (self.files.read(f"{self.path}/{file}") or "").split("\n")[1:]]
-        # and none of Kafka, whose entry is by topic
+        # Skips Kafka's entry, which is by topic.
         files = [entry for entry in entries if {"path", "batchId"} <= entry.keys()]
         paths = [unquote(file["path"]) for file in files if file["batchId"] == files[-1]["batchId"]]
         return sum(is_pattern(path) and local_path(path) is not None for path in paths) * len(paths) > MAX_PATTERNS**2
 
     def _is_whole(self, file: str) -> bool:
         """Whether one of Spark's files is complete: a version line (which only the stream's id lacks) followed by lines of JSON."""
-        # with which Kafka's sources/0/0 begins
+        # Kafka's sources/0/0 begins with a null byte.
         text = (self.files.read(f"{self.path}/{file}") or "").removeprefix("\0")
         lines = text.strip("\n").split("\n")
         try:
@@ -194,7 +194,7 @@ class Checkpoint:
         text = self.files.read(f"{self.path}/{file}")
         if text is None and (batch_id > self.last_done or batch_id < 0):
             return {}
-        # A version, the metadata, and a line for each source, here one.
+        # A version, the metadata, and a line for each source; here there is one source.
         lines = (text or "").split("\n")
         if lines[0] != "v1":
             raise PipelineError(damaged_message(self.path, f"{file} does not begin with v1"))
@@ -212,7 +212,7 @@ class Checkpoint:
         """
         try:
             note = json.loads(self.files.read(f"{self.path}/{LAST_BATCH}") or "{}")
-        except ValueError:  # cut by a crash, where a store can't replace a file whole
+        except ValueError:  # cut off by a crash, in a store that can't replace a file atomically
             return {}
         return note if note.get("batch", 0) in (self.last_done, self.last_done + 1) else {}
 
@@ -227,7 +227,7 @@ class Checkpoint:
     def sync(self, batch_id: int, end: dict[str, Any]) -> None:
         """Syncs the files that Spark wrote when it began a batch that ends at `end`. Does nothing for other stores."""
         if (local := local_path(self.path)) is not None:
-            files = f"sources/0/{end.get('logOffset', 0)}"  # a folder's names of files
+            files = f"sources/0/{end.get('logOffset', 0)}"  # the file names of a folder
             written = (ID, f"commits/{batch_id - 1}", f"offsets/{batch_id}", files, f"{files}.compact")
             durable.sync(f"{local}/{file}" for file in written)
 
@@ -279,7 +279,7 @@ def check_start(
     checkpoint.drop_cut_entries(_last_written(spark, checkpoint, properties))
     checkpoint = _finish_starting_over(spark, checkpoint, tables, properties)
     written_from = properties[tables.table] or {}
-    # A new checkpoint without a batch begins where an accepted loss has left off.
+    # A new checkpoint without a batch begins at the place noted when a loss was accepted.
     unread = checkpoint.unread() or json.loads(written_from.get(STARTS_AT) or "{}")
     identity = source.identity()
     start = Start(
@@ -328,22 +328,22 @@ def _start_over(
 
     `begin`: where the unfinished batch begins. `changed`: further properties for the table.
     """
-    if properties[tables.table] is None:  # nothing was written yet
+    if properties[tables.table] is None:  # nothing has been written yet
         if properties[tables.quarantine] is not None:
             set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
             properties[tables.quarantine] = properties_of(spark, tables.quarantine)
         return _set_aside(spark, checkpoint)
     written = _last_written(spark, checkpoint, properties)
-    if written > checkpoint.last_done:  # the new checkpoint will know nothing of this batch
+    if written > checkpoint.last_done:  # the new checkpoint will know nothing about this batch
         source.take_back(spark, tables, begin, checkpoint.end_of(written))
-    # one that has written nothing may not own it yet
+    # A checkpoint that has written nothing may not own the table yet.
     replaced = (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER
-    # One commit. If a crash interrupts the steps after it, the next start finishes them.
+    # This is a single commit. If a crash interrupts the steps after it, the next start completes them.
     set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
     properties[tables.table] = properties_of(spark, tables.table)
     for table in (tables.table, tables.quarantine):
         version, _ = version_and_last_batch(spark, table, None)
-        sync_commits(spark, table, range(max(0, version - 2), version + 1))  # includes the commit that took rows back
+        sync_commits(spark, table, range(max(0, version - 2), version + 1))  # includes the commit of `take_back`
     return _finish_starting_over(spark, checkpoint, tables, properties)
 
 
@@ -377,7 +377,7 @@ def _check_tables(
                 f"The checkpoint {checkpoint.path} has batches that were written to {table}, but there is no "
                 f"such table. Put the table back, or {READ_AGAIN}."
             )
-        # Other files than hidden ones, such as .gitkeep and an unfinished _delta_log.
+        # Files other than hidden ones, such as .gitkeep and an unfinished _delta_log.
         in_the_way = [name for name in FileSystem(spark, table).names_in(table) if name[0] not in "._"]
         if properties is None and in_the_way or properties is not None and WRITER not in properties:
             raise PipelineError(
@@ -390,7 +390,7 @@ def _check_tables(
                 f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}."
             )
         version, written = (-1, -1) if properties is None else version_and_last_batch(spark, table, checkpoint.id())
-        # A batch is in the table before it is done, and in the quarantine only if it has rejected records.
+        # A batch is in the table before it counts as done, and in the quarantine only if it has rejected records.
         is_older = table == tables.table and written < checkpoint.last_done
         if is_older or written > checkpoint.last_begun():
             raise PipelineError(
@@ -458,6 +458,6 @@ def _fit_table(
             f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now."
         )
     add_missing_columns(spark, tables.table, tables.columns)
-    known = start.identity | properties | start.read_by  # an earlier start may not have been told the identity
+    known = start.identity | properties | start.read_by  # an earlier start may not have known the identity
     if changed := {name: value for name, value in known.items() if properties.get(name) != value}:
         set_properties(spark, tables.table, changed)

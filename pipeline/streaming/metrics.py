@@ -10,7 +10,7 @@ from pipeline.terminal.messages import say
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
-CLIENT_SECONDS = 10  # a client that connects and asks for nothing must not keep a thread for longer
+CLIENT_SECONDS = 10  # a client that connects and sends no request must not occupy a thread for longer
 
 
 class Metrics(NoMetrics):
@@ -18,7 +18,7 @@ class Metrics(NoMetrics):
 
     def __init__(self, host: str, port: int):
         self.works, self.newest_at = False, 0.0
-        disable_created_metrics()  # when each series began, which nothing here asks for
+        disable_created_metrics()  # the creation time of each series, which nothing here needs
         registry = CollectorRegistry()
         self.accepted = Counter("pipeline_accepted_records", "Records written to the table", registry=registry)
         self.rejected = Counter(

@@ -35,13 +35,12 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
-AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when all is read that is there
+AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when everything available has been read
 NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
-MAX_FAILURES = 3  # in a row, each after a wait for the source
-RECOVERED_SECONDS = (
-    600  # seconds that a query has run without records, after which its next failure is not in a row with earlier ones
-)
-MAX_SET_BACK_SECONDS = 10  # seconds that the clock may go backwards, for which Spark begins no batch
+MAX_FAILURES = 3  # in a row, each after waiting for the source
+# If a query has run for so many seconds without records, its next failure no longer counts as one in a row.
+RECOVERED_SECONDS = 600
+MAX_SET_BACK_SECONDS = 10  # tolerated backward step of the clock in seconds; Spark idles until it has caught up
 
 
 class ClockSetBackError(Exception):

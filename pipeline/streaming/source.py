@@ -29,7 +29,7 @@ class Source:
     """
 
     mode: str
-    knows_records = False  # by their origin
+    knows_records = False  # whether it can identify records by their origin
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         """Returns the records of a micro-batch: `raw` and `ingest_time` for the contract, and the columns that say where a record

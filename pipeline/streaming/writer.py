@@ -23,13 +23,13 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-SMALL_BATCH = 10  # tasks to read it, up to which a batch becomes one file; above that, one file per core
-# Rejected records that are kept in memory while a batch is written, by all cores together: so many, of so many bytes at
-# most. Where there are more, the batch is read again for them.
+SMALL_BATCH = 10  # tasks up to which a batch becomes a single file; above that, it becomes one file per core
+# Rejected records kept in memory while a batch is written: their maximum number, on all cores together, and the maximum
+# bytes of each. If there are more, the batch is read again for them.
 MAX_KEPT_ROWS = 200_000
 MAX_KEPT_BYTES = 500
-CLEAN_UP_EVERY = 1000  # batches, which are half an hour of the default trigger
-OBSERVATION_SECONDS = 60  # seconds after a batch was written
+CLEAN_UP_EVERY = 1000  # batches; half an hour with the default trigger
+OBSERVATION_SECONDS = 60  # seconds to wait after a batch was written
 
 
 class BatchReport(NamedTuple):
@@ -62,8 +62,8 @@ class TableWriter:
 
     def __init__(self, tables: TablePair, contract: Contract, source: Source, start: Start):
         self.tables, self.contract, self.source, self.start = tables, contract, source, start
-        self.appended_to: set[str] = set()  # those of the two tables that this process has written to
-        self.synced: dict[str, int] = {}  # up to these versions of them the disk has all
+        self.appended_to: set[str] = set()  # which of the two tables this process has written to
+        self.synced: dict[str, int] = {}  # the version up to which each table is synced to the disk
 
     def write(self, batch: DataFrame, batch_id: int, stream: str) -> BatchReport:
         """Writes one batch of the query whose id is `stream`."""
@@ -73,7 +73,7 @@ class TableWriter:
         if batch_id == 0:
             owner = {WRITER: stream} | self.start.identity
             create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
-            # Last: as long as it is not this stream's, nothing was written.
+            # Created last, so that nothing counts as written until this table names the stream.
             create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
             checkpoint.write_last_batch({"versions": self._synced_versions(spark, stream)})
         contents = self.source.contents(batch, end)
@@ -84,8 +84,8 @@ class TableWriter:
             report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream, contents)
         except (PySparkException, Py4JJavaError) as error:
             report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream, contents)
-        # If the source is still the same, all of these records are from it. No identity (deleted, or no right to ask)
-        # is no other one.
+        # If the source is still the same, all of these records came from it. An empty identity (deleted, or no
+        # permission to ask) does not count as a different one.
         if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
             raise PipelineError(
                 f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names "
@@ -94,12 +94,13 @@ class TableWriter:
         self.source.require_read_records(spark)
         if rejected is not None:
             has_changed, rows = rejected
-            # the quarantine may have the batch already, by an earlier reading
+            # The quarantine may already have the batch from an earlier reading.
             writer = f"{stream}{AGAIN}" if has_changed else stream
             self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
             rows.unpersist()
         self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
-        # Delta would work this out as the next batch begins; now the records of this one are already visible.
+        # Delta would otherwise work this out when the next batch begins; here, the records of this batch are already
+        # visible.
         checkpoint.write_last_batch(
             {
                 "batch": batch_id,
@@ -110,7 +111,7 @@ class TableWriter:
             }
         )
         if batch_id % CLEAN_UP_EVERY == CLEAN_UP_EVERY - 1:
-            self._clean_up(spark)  # when the disk has what takes the place of the old files
+            self._clean_up(spark)  # after the replacements of the old files are synced to the disk
         return report
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
@@ -123,7 +124,7 @@ class TableWriter:
     def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
         """Returns the version of a table after syncing it to the disk."""
         version, _ = version_and_last_batch(spark, table, stream)
-        # an earlier process may have been killed before it came here
+        # An earlier process may have been killed before it got here.
         first = self.synced.get(table, version - NEWEST_COMMITS) + 1
         sync_commits(spark, table, range(max(0, first), version + 1))
         self.synced[table] = version
@@ -134,7 +135,7 @@ class TableWriter:
             try:
                 clean_up(spark, table)
             except (PySparkException, Py4JJavaError) as error:
-                # the records are there; the next thousand batches try again
+                # The records are written; the clean-up is tried again after the next thousand batches.
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 
     def _write_accepted(
@@ -149,7 +150,7 @@ class TableWriter:
         cores = spark.sparkContext.defaultParallelism
         judged = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
         rows, seen = self._observed(judged, kept_by_task=min(100_000, MAX_KEPT_ROWS // cores))
-        # it was written before a crash
+        # The batch was written before a crash.
         is_repeated = batch_id <= version_and_last_batch(spark, self.tables.table, stream)[1]
         with _code_generation(spark):
             if is_repeated:
@@ -161,12 +162,12 @@ class TableWriter:
         found = observed(spark, seen, OBSERVATION_SECONDS)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
-        if not found:  # Spark has seen in the plan that it accepts nothing, and left out what observes it
+        if not found:  # Spark saw in the plan that nothing is accepted, and dropped the observation
             everything, seen = self._observed(judged)
             everything.write.format("noop").mode("overwrite").save()
             found = observed(spark, seen, OBSERVATION_SECONDS) or {}
         version, _ = version_and_last_batch(spark, self.tables.table, stream)
-        # Rows that somebody has deleted since, on purpose, are none that a second reading has rejected.
+        # Rows that somebody has deliberately deleted since then do not count as rejected by a second reading.
         is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
             stream, batch_id
         )
@@ -205,8 +206,8 @@ class TableWriter:
             return None
         if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
             return False, dataframe_of(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
-        # They are judged again, which must not depend on the same verdicts: a record could be in both tables then, or
-        # in none.
+        # The records are judged again. This must not rely on reaching the same verdicts: otherwise, a record could end
+        # up in both tables, or in none.
         again, seen = self._observed(judged)
         with _code_generation(judged.sparkSession):
             # A cache would hold a batch of rows in memory.
@@ -237,12 +238,12 @@ class TableWriter:
             "rejected": F.count_if(~is_valid),
             "fingerprint": self._fingerprint(is_valid),
             "arrival": F.max(F.unix_micros("ingest_time")),
-            # Takes less time than a count for each reason, and is exact for 700 of them.
+            # Takes less time than a count for each reason, and is exact for up to 700 reasons.
             "reasons": F.call_function("approx_top_k", F.col("reject_reason"), F.lit(700), F.lit(1000)),
             "unknown": F.call_function("approx_top_k", F.when(has_unknown, F.to_json(names)), F.lit(100), F.lit(1000)),
             "with_unknown": F.count_if(has_unknown),
             "kept": F.max_by(F.struct(*columns), F.when(is_kept, 1), kept_by_task) if kept_by_task else F.lit(None),
-            # A time that is ahead is no newer than its arrival.
+            # A time in the future does not count as newer than the record's arrival.
             "newest": F.max(F.when(is_valid, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))),
             "last_records": F.lit(None) if (last := self.source.last_records()) is None else last,
         }
@@ -255,7 +256,7 @@ class TableWriter:
 
     def _report(self, found: dict[str, Any], judged: DataFrame) -> BatchReport:
         rows = {row.get(0): row.get(1) for row in found["reasons"]}
-        if sum(rows.values()) != found["accepted"] + found["rejected"]:  # there are too many reasons
+        if sum(rows.values()) != found["accepted"] + found["rejected"]:  # there are too many reasons for approx_top_k
             rows = dict(map(tuple, judged.groupBy("reject_reason").count().collect()))
         unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
         return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"], found["last_records"])
@@ -279,8 +280,9 @@ class TableWriter:
                 f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the start "
                 f"says what is missing."
             )
-        # Delta counts the small files that this process writes. It merges those of earlier ones at the first commit,
-        # which takes the count below zero: by default it then merges at each commit, until the files are a large one.
+        # Delta counts the small files that this process writes. At the first commit, it also merges those of earlier
+        # processes, which takes the count below zero. By default, it would then merge at every commit, until the files
+        # have become one large file.
         records.sparkSession.conf.set(
             "spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled", table not in self.appended_to
         )

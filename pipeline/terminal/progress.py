@@ -42,7 +42,8 @@ def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None
             fits = len(what) < console.width - len("⠋  0:00:00 ")
             if not fits:
                 console.print(what, markup=False, highlight=False)
-            # Transient, and only while there is something to show: it hides the cursor, and writes ten times a second.
+            # Transient, and active only while there is something to show, because it hides the cursor and writes ten
+            # times a second.
             progress = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),

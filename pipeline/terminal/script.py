@@ -30,7 +30,7 @@ def run(main: Callable[[], None]) -> None:
     on_stop_signal(Interrupt())
     os.umask(os.umask(0o007) | 0o007)
     if "--verbose" not in sys.argv:
-        logging.basicConfig(handlers=[logging.NullHandler()])  # py4j logs tracebacks of what reaches us as an exception
+        logging.basicConfig(handlers=[logging.NullHandler()])  # py4j logs tracebacks of errors that it also raises
     try:
         main()
     except KeyboardInterrupt:

@@ -19,16 +19,16 @@ from types import FrameType
 
 from pipeline.paths import REPOSITORY
 
-# The last comes when a terminal closes; nohup ignores it.
+# The last one arrives when a terminal closes; nohup ignores it.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
-SAME_PRESS_SECONDS = 2  # seconds within which a second signal means no more than the first
+SAME_PRESS_SECONDS = 2  # seconds within which a second signal has no additional effect
 
 
 def on_stop_signal(action: Callable[[], object]) -> None:
     """Makes Ctrl+C, SIGTERM and SIGHUP call `action` from now on."""
 
     def handle(stop_signal: int, _: object) -> None:
-        if stop_signal == signal.SIGHUP:  # what is still to be said has nowhere to go
+        if stop_signal == signal.SIGHUP:  # further output has nowhere to go
             for number in filter(os.isatty, (1, 2)):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         action()
@@ -74,7 +74,7 @@ class Interrupt:
     If Python can't propagate it, for example in a callback of the garbage collector, the signal is repeated a moment later.
     """
 
-    AGAIN = (0.001, 0.001)  # seconds until then, and until each further try
+    AGAIN = (0.001, 0.001)  # seconds until the signal is repeated, and between further attempts
 
     def __init__(self) -> None:
         self.raised_at = float("-inf")
@@ -93,7 +93,8 @@ class Interrupt:
             sys.__unraisablehook__(lost)
 
     def _raise_again(self, _: int, frame: FrameType | None) -> None:
-        # On a busy machine the timer may be faster than these two, which can't let it out either.
+        # On a busy machine, the timer may fire while one of these two is still running, which can't propagate it
+        # either.
         if not frame or frame.f_code not in (Interrupt._unraisable.__code__, Interrupt._raise_again.__code__):
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.raised_at = float("-inf")
@@ -109,7 +110,7 @@ def delay_stop_signals() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not seen:  # else it is what the signal, which a service manager sends to the JVM too, has brought about
+        if not seen:  # otherwise the signal caused it; a service manager also sends it to the JVM
             raise
     finally:
         for stop_signal, handler in before.items():
@@ -120,21 +121,21 @@ def delay_stop_signals() -> Iterator[None]:
 
 def _use_utf8() -> None:
     """Makes Python and the JVMs that it starts use UTF-8 for file names, arguments and output, whatever the locale."""
-    if sys.getfilesystemencoding() != "utf-8":  # Python itself takes UTF-8 for the locales C and POSIX only
+    if sys.getfilesystemencoding() != "utf-8":  # Python itself uses UTF-8 only for the locales C and POSIX
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
-    for number in range(3):  # one that is closed would be the next file that is opened
+    for number in range(3):  # the next file opened would get the number of a closed one
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
-    os.environ["LC_ALL"] = "C.UTF-8"  # Java can neither list nor open a file whose name the locale's encoding lacks
+    os.environ["LC_ALL"] = "C.UTF-8"  # Java can neither list nor open a file whose name the locale can't encode
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still be one that lacks a character
+            stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may set an encoding that lacks a character
 
 
-# not in a test that imports a script
+# Not in a test that imports a script.
 if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:
     on_stop_signal(lambda: os._exit(0))
     _use_utf8()

@@ -1,4 +1,4 @@
-"""kill -9 of Kafka and ZooKeeper while the producer and the consumer run."""
+"""Kafka and ZooKeeper are killed with kill -9 while the producer and the consumer run."""
 
 import re
 import signal
@@ -23,7 +23,7 @@ CONSUMER = "spark_kafka_consumer.py"
 
 @pytest.fixture
 def own_broker(start, tmp_path):
-    """A function that starts local_kafka.py, always with the same data; its processes and its address."""
+    """A function that starts local_kafka.py, always with the same data, and the address of the broker."""
     [port] = free_ports(1)
 
     def start_broker():
@@ -37,7 +37,7 @@ def own_broker(start, tmp_path):
 
 
 def processes(data_dir, name: str = "") -> list[psutil.Process]:
-    """The servers with this data, as `name`.properties says."""
+    """The server processes with this data, or only the one started with `name`.properties."""
     return [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -64,11 +64,10 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
 ):
     start_broker, broker = own_broker
     kafka = start_broker()
-    # These make an outage of seconds what one of minutes is with Kafka's defaults.
+    # With these timeouts, an outage of seconds acts like one of minutes with Kafka's defaults.
     impatient = tmp_path / "impatient.properties"
     impatient.write_text("default.api.timeout.ms=10000\nrequest.timeout.ms=8000\n")
-    # A batch that is just being read waits two minutes for Kafka, for which the producer, too, has two minutes by
-    # default.
+    # A batch that is being read waits two minutes for Kafka. By default, the producer also gives up after two minutes.
     patient = tmp_path / "patient.properties"
     patient.write_text("delivery.timeout.ms=600000\n")
     topic = ["--bootstrap-servers", broker, "--topic", "readings"]
@@ -84,7 +83,7 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     kafka.wait_for("ZooKeeper has ended: something killed it with signal 9")
     consumer.wait_for("batch", times=consumer.output.count("batch") + 4)
 
-    kafka.process.kill()  # now none starts them again
+    kafka.process.kill()  # from now on, nothing restarts them
     kill(tmp_path, "kafka")
     kill(tmp_path, "zookeeper")
     consumer.wait_for("no longer answers")

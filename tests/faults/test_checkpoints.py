@@ -1,4 +1,4 @@
-"""Checkpoints and tables that don't belong together, and two streams with one checkpoint."""
+"""Checkpoints and tables that do not belong together, and two streams with one checkpoint."""
 
 import itertools
 import os
@@ -48,7 +48,7 @@ def test_a_table_that_is_deleted_while_the_stream_runs_stops_it_and_can_be_put_b
 
 
 def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(world, ingest, tmp_path, account):
-    """Those of both streams: a checkpoint deleted but not the tables, the two swapped, a table deleted, another topic."""
+    """For both streams: a deleted checkpoint, swapped checkpoints, a deleted table, and another topic."""
     kafka, other, (folder, run) = world(), world(), ingest
     for each in (kafka, other):
         each.make(2)
@@ -84,7 +84,7 @@ def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(world, 
         other.consume()
 
     assert kafka.rows() == rows
-    assert (kafka.consume(), run()) == ((1, 1), (1, 1))  # all in its place again
+    assert (kafka.consume(), run()) == ((1, 1), (1, 1))  # everything is back in its place
     kafka.check(account, "checkpoints and tables deleted and swapped, refused each time; then put back")
 
 
@@ -122,7 +122,7 @@ def test_an_older_copy_and_a_damaged_checkpoint_are_refused(ingest, tmp_path):
         put_back(checkpoint=2)
 
     put_back(**dict.fromkeys(places, 1))
-    assert run() == (2, 2)  # what came since that moment
+    assert run() == (2, 2)  # everything that arrived since that copy
 
 
 def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, broker, silver, start, produce, account):
@@ -145,7 +145,7 @@ def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, broker, silver
 
 def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, silver, start, produce, account):
     topic, options = silver
-    # As on an object store: a URI is not locked.
+    # URIs are not locked, as on an object store.
     options = [*options[:-1], f"file://{options[-1]}"]
     producer = produce(topic)
     producer.wait_for("acknowledged")

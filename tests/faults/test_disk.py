@@ -1,4 +1,4 @@
-"""A disk that is full, and folders that may not be written to."""
+"""A full disk, and files and folders without permissions."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small file system, and a function that mounts it anew with other options."""
+    """A small file system, and a function that remounts it with other options."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
@@ -24,12 +24,12 @@ def disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-# Root may write everywhere, unless it gives that up.
+# Root may read and write everywhere unless it drops these capabilities.
 AS_ANYONE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
 
 
 def stopped(command: list, prefix: list | None = None) -> str:
-    """What a script says that stops with an error."""
+    """Runs a script that has to stop with an error, and returns its message."""
     run = run_script(*command, prefix=(AS_ANYONE if os.geteuid() == 0 else []) if prefix is None else prefix)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
     return run.stderr

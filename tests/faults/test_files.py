@@ -1,6 +1,6 @@
-"""Files that are half written, grow, are renamed, replaced, very large or can't be read, on their way to Bronze.
+"""Input files that are half written, growing, renamed, replaced, very large or unreadable.
 
-The large ones have 30 MB, with `--long` 1 GB.
+The large ones have 30 MB, or 1 GB with `--long`.
 """
 
 import gzip
@@ -19,7 +19,7 @@ RECORD = reading(device_id="sensor-001")
 
 
 def tables(spark, table) -> tuple[Counter, list]:
-    """Rows of the table by file; (reason, file) of those in the quarantine."""
+    """Row counts of the table by file, and (reason, file) of each row in the quarantine."""
     accepted, rejected = (spark.read.format("delta").load(path) for path in (str(table), quarantine_of(str(table))))
     return (
         Counter(
@@ -64,7 +64,7 @@ def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(s
     assert stream.stop() == 0 and "Traceback" not in stream.output
 
     accepted, rejected = tables(spark, tmp_path / "bronze")
-    # as it was when it was taken
+    # The file was read as it was when the stream took it.
     assert accepted["growing.json"] >= 1 and ("malformed_json", "growing.json") in rejected
     whole = {"Grüße aus der Küche 1.json": 1, "replaced.json": 1, "renamed.json": 3}
     assert {file: accepted[file] for file in whole} == whole

@@ -1,6 +1,6 @@
-"""kill -9 of both streams, at random moments and between the two writes of a batch, while records keep coming.
+"""Both streams are killed with kill -9 at random moments and between the two writes of a batch, as records keep coming.
 
-Each stream is killed twice, with `--long` 20 times.
+Each stream is killed twice, or 20 times with `--long`.
 """
 
 import json
@@ -22,7 +22,7 @@ CONSUMER, BRONZE = "spark_kafka_consumer.py", "streaming_files_to_delta_bronze.p
 
 
 def last_batch(table: str) -> int:
-    """The number of the newest batch in the log of a Delta table; -1 where there is none."""
+    """The number of the newest batch in the log of a Delta table, or -1."""
     for commit in sorted(Path(table, "_delta_log").glob("*.json"), reverse=True):
         for action in map(json.loads, commit.read_text().splitlines()):
             if "txn" in action:
@@ -31,7 +31,7 @@ def last_batch(table: str) -> int:
 
 
 def kill_between_the_writes(script, table: str) -> bool:
-    """Kills the script once a batch is in the table and not yet in the quarantine; whether that came true."""
+    """Tries to kill the script when a batch is in the table but not in the quarantine; returns whether it succeeded."""
     log = Path(table, "_delta_log")
     before, deadline = last_batch(table), time.monotonic() + PATIENCE
     seen = set()
@@ -46,7 +46,7 @@ def kill_between_the_writes(script, table: str) -> bool:
 
 
 def kill_again_and_again(start, command: list, table: str, kills: int) -> int:
-    """Starts a stream and kills it, `kills` times, and lets it end by itself; how often it was between its writes."""
+    """Starts and kills a stream `kills` times. Returns how many kills came between the two writes of a batch."""
     moments, between = random.Random(7), 0
     for kill in range(kills):
         script = start(*command)

@@ -1,4 +1,4 @@
-"""Records that Kafka loses before they are read, a topic that is made again, and partitions that are added."""
+"""Records that Kafka loses before they are read, recreated topics, and added partitions."""
 
 import re
 import time
@@ -37,7 +37,7 @@ def admin(broker):
 
 @pytest.fixture
 def read_five(spark, silver, admin):
-    """A topic of which a stream has read the five records that it has."""
+    """A topic with five records, all of which a stream has read."""
     (_, _, _, topic), options = silver
     world = world_of(spark, options)
     make_topic(admin, topic)
@@ -47,12 +47,12 @@ def read_five(spark, silver, admin):
 
 
 def wait_for_more(broker: str, topic: str, beyond: dict[int, int], records: int) -> None:
-    """Returns once each partition has so many records from its offset in `beyond` on."""
+    """Waits until each partition has this many records from its offset in `beyond` on."""
     until(lambda: all(end >= beyond[partition] + records for partition, end in topic_offsets(broker, topic).items()))
 
 
 def next_offsets(arrived: list) -> dict[int, int]:
-    """Where the next batch begins in each partition, by what is in the tables."""
+    """The offset at which the next batch begins in each partition, judging by the tables."""
     return {
         partition: max(offset for _, where, offset in arrived if where == partition) + 1
         for partition in {partition for _, partition, _ in arrived}
@@ -118,7 +118,7 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     delivered = acknowledged(producer)
     world.consume()
     in_topic, *arrived = origins(spark, broker, options)
-    # Both topics have an offset 0, so what was there before goes by another name.
+    # Both topics have an offset 0, so the earlier records are given another topic name.
     old = [("the old topic", *origin[1:]) for origin in accepted + rejected]
     new = [list((Counter(now) - Counter(before)).elements()) for now, before in zip(arrived, (accepted, rejected))]
     account(
@@ -127,11 +127,11 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
         old[: len(accepted)] + new[0],
         old[len(accepted) :] + new[1],
     )
-    assert delivered >= len(old + in_topic)  # the rest was in the old topic and not read yet
+    assert delivered >= len(old + in_topic)  # the rest was in the old topic and had not been read yet
 
 
 def records(spark, topic: str) -> DataFrame:
-    """Two of them, as the stream reads them."""
+    """Two records, as the stream reads them."""
     return spark.range(2).select(
         F.lit(reading()).alias("raw"),
         F.lit("{}").alias("raw_json"),
@@ -169,7 +169,7 @@ def test_a_batch_whose_topic_was_made_again_meanwhile_ends_the_stream(
 
 
 def test_a_batch_whose_topic_can_not_be_asked_for_any_more_is_kept(spark, broker, silver, admin, tmp_path, monkeypatch):
-    """It has read its records."""
+    """The batch has already read its records."""
     (_, _, _, name), _ = silver
     make_topic(admin, name)
     source = KafkaSource(Topic(broker, name), accept_data_loss=False, group="lost")
@@ -193,7 +193,7 @@ def test_data_loss_is_accepted_once(spark, broker, silver, admin, start, run_her
     consumer = start(CONSUMER, *options, "--trigger", "20 seconds", "--accept-data-loss")
     consumer.wait_for("8 rows in")
     deadline = time.monotonic() + PATIENCE
-    while consumer.process.poll() is None:  # until it has not been quicker
+    while consumer.process.poll() is None:  # until records are deleted before it has read them
         assert time.monotonic() < deadline
         run_here(*send, 5)
         with suppress(OffsetOutOfRangeError):
@@ -208,7 +208,7 @@ def test_what_is_lost_while_the_accepted_loss_is_passed_over_stops_the_job(read_
     topic = world.topic.name
     world.send(*[reading()] * 45)
     admin.delete_records({TopicPartition(topic, 0): 20})
-    world.options.max_offsets_per_trigger = 10  # of those the first reads nothing
+    world.options.max_offsets_per_trigger = 10  # so the first batch contains only lost offsets and reads nothing
 
     class Losing(TableWriter):
         def write(self, batch, batch_id, *others):
@@ -258,7 +258,7 @@ def test_records_that_are_lost_before_the_first_batch_is_done_are_said_with_the_
     source = KafkaSource(world.topic, accept_data_loss=False, group=topic)
     with pytest.raises((StreamingQueryException, Py4JJavaError)) as lost:
         world.consume()
-    source.wait_until_available(lost.value, StopFlag())  # the start looks at what is lost
+    source.wait_until_available(lost.value, StopFlag())  # leaves it to the next start to check for lost records
     with pytest.raises(
         PipelineError, match="no longer has records of the topic .* Nothing was skipped. With --accept-data-loss"
     ):
@@ -278,7 +278,7 @@ def test_a_table_whose_store_does_not_answer_is_not_taken_for_a_broker_that_does
 
 
 def test_another_topic_is_not_taken_for_the_old_one_made_again(world):
-    """A user has forgotten --table."""
+    """The user has forgotten to change --table."""
     first, other = world(), world()
     for each in (first, other):
         each.make(1)
@@ -324,7 +324,7 @@ def test_partitions_that_are_added_are_read_from_their_beginning(spark, broker, 
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")
     consumer.wait_for("batch")
     admin.create_partitions({topic: 3})
-    producers.append(produce(silver[0]))  # the first one would see the new partitions within five minutes
+    producers.append(produce(silver[0]))  # the first one may take five minutes to notice the new partitions
     wait_for_more(broker, topic, dict.fromkeys(range(3), 0), 100)
     consumer.wait_for("batch", times=consumer.output.count("batch") + 2)
     delivered = acknowledged(*producers)

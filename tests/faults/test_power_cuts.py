@@ -1,6 +1,4 @@
-"""A power cut leaves files empty or missing, a checkpoint is copied, and a batch that is read twice is judged in two
-ways.
-"""
+"""Power cuts that leave files empty or missing, copied checkpoints, and batches judged differently when read again."""
 
 import itertools
 import json
@@ -36,8 +34,9 @@ def copy_of_two_batches(tmp_path_factory):
 
 @pytest.fixture
 def two_batches(ingest, tmp_path, copy_of_two_batches):
-    """A folder and its stream, which has written two batches of a valid and a broken record: once, and then they are
-    copied.
+    """A folder and its stream, which has written two batches of one valid and one broken record each.
+
+    They are written once; later tests get copies.
     """
     folder, run = ingest
     if copy_of_two_batches.exists():
@@ -92,7 +91,7 @@ def test_a_start_names_the_newest_file_of_a_table_that_is_not_there_as_it_was_wr
     ],
 )
 def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tmp_path, capsys, pattern, cut):
-    """The power was cut after Delta's commit, before the files were synced and the batch was noted."""
+    """The power is cut after Delta's commit, but before the files are synced and the batch is recorded."""
     folder, run = two_batches
     put(folder, "3.json", reading(), b"{")
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +106,7 @@ def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tm
 
 
 def test_no_commit_is_set_aside_that_would_not_be_written_again(two_batches, tmp_path, spark):
-    """The checkpoint is an older copy, or that of another table, or somebody has changed rows since."""
+    """The checkpoint is an older copy or belongs to another table, or somebody has changed rows since."""
     folder, run = two_batches
     run(table=str(tmp_path / "second"), checkpoint=str(tmp_path / "checkpoint_of_second"))
     shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint_copied")
@@ -165,7 +164,7 @@ def test_rows_that_were_deleted_after_a_crash_do_not_come_back(two_batches, tmp_
     ],
 )
 def test_a_power_cut_during_the_first_batch_leaves_nothing_to_mend(ingest, tmp_path, monkeypatch, pattern, step):
-    """Before the tables are noted in the checkpoint, and after their first commits."""
+    """The power is cut before the checkpoint records the tables, or after their first commits."""
     folder, run = ingest
     put(folder, "1.json", reading(), b"{")
     steps = itertools.count(1)
@@ -184,11 +183,11 @@ def test_a_power_cut_during_the_first_batch_leaves_nothing_to_mend(ingest, tmp_p
 
 
 def test_empty_checksum_files_hide_no_whole_file(two_batches, tmp_path, spark):
-    """Hadoop's, which it writes beside each file and never syncs."""
+    """Hadoop writes a checksum file beside each file and never syncs it."""
     folder, run = two_batches
     assert not list(tmp_path.rglob(".*.parquet.crc"))
     files = [path for table in ("bronze", "bronze_quarantine") for path in (tmp_path / table).rglob("*.parquet")]
-    for path in files:  # as an earlier version, or an executor on another machine, has written them
+    for path in files:  # as earlier versions or executors on other machines write them
         path.with_name(f".{path.name}.crc").touch()
     put(folder, "3.json", reading(), b"{")
     run.stream()
@@ -240,7 +239,7 @@ def test_files_are_found_again_if_the_power_was_cut_before_their_batch_was_plann
 
 
 def test_a_plan_of_kafka_is_kept_if_it_is_whole_and_made_again_if_it_goes_back(world, capsys):
-    """Kafka's own entry in the checkpoint begins with a zero byte."""
+    """The Kafka source's own entry in the checkpoint begins with a zero byte."""
     world = world()
     world.make(1)
     world.send(*[reading()] * 5)
@@ -263,7 +262,7 @@ def test_a_first_batch_that_was_planned_and_lost_by_kafka_is_not_planned_again_i
     world.make(1)
     world.send(*[reading()] * 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TableWriter, "_write_accepted", lambda *_: 1 / 0)  # the tables are there, and empty
+        patch.setattr(TableWriter, "_write_accepted", lambda *_: 1 / 0)  # the tables exist and are empty
         with pytest.raises(ZeroDivisionError):
             world.consume()
     with KafkaAdminClient(bootstrap_servers=broker) as admin:
@@ -301,7 +300,7 @@ def test_a_repeated_batch_is_the_same_though_its_file_is_gone(two_batches, tmp_p
 
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path, monkeypatch, capsys, crash):
-    """Such a rule is refused at the start; should one get in, this is the second line."""
+    """Such rules are refused at the start. This is the second line of defense, should one get through."""
 
     class Given(GivenRecords):
         topic = "the topic"
@@ -319,7 +318,7 @@ def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path
         F.when(F.col("id") % 3 > 0, F.timestamp_seconds("id")).alias("kafka_timestamp"),
         F.repeat(F.lit("k"), F.lit(0 if crash else MAX_KEPT_BYTES))
         .cast("binary")
-        .alias("kafka_key"),  # too long to be kept in memory
+        .alias("kafka_key"),  # unless empty, too long to be kept in memory
         F.timestamp_seconds(F.lit(1_795_000_000)).alias("ingest_time"),
     )
     if crash:

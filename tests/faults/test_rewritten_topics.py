@@ -1,5 +1,5 @@
-"""Kafka comes back with an older copy of its log, which fills up again; a topic is made again and the stream killed at
-any moment.
+"""Kafka comes back with an older copy of its log, which fills up again, or a topic is recreated. The stream is killed
+at any moment.
 """
 
 import os
@@ -27,7 +27,7 @@ NOW = 1_795_891_000_000
 
 
 def records(*numbers: int) -> dict[int, bytes]:
-    """A record for each number, every fourth of which is broken; its Kafka time is the number, too."""
+    """A record for each number, broken if the number is divisible by 4. It is also sent as the Kafka timestamp."""
     return {number: reading(device_id=f"sensor-{number}") if number % 4 else b"%d" % number for number in numbers}
 
 
@@ -51,15 +51,15 @@ def arrived(world) -> list[int]:
 
 @pytest.fixture
 def old_broker(monkeypatch):
-    """Brokers before 2.8 have no ids of topics: one that is made again with the same records is an older copy of the
-    log to all that the stream can see.
+    """Hides topic ids, which brokers before 2.8 lack. Without them, the stream cannot tell a topic recreated with the
+    same records from an older copy of the log.
     """
     monkeypatch.setattr(Topic, "id", lambda _: "")
 
 
 @pytest.fixture
 def rewrite(broker, old_broker):
-    """A function that makes a topic again, with these records in its partitions."""
+    """A function that recreates a topic with the given records in its partitions."""
 
     def rewrite_topic(world, *partitions) -> None:
         with KafkaAdminClient(bootstrap_servers=broker) as admin:
@@ -74,7 +74,7 @@ def rewrite(broker, old_broker):
 
 @pytest.fixture
 def read_hundred(world, old_broker):
-    """A topic of two partitions, of which a stream has read a hundred records and fifty."""
+    """A topic with two partitions of a hundred and of fifty records, all of which a stream has read."""
     world = world()
     world.make(2)
     send(world, range(100))
@@ -87,8 +87,8 @@ def read_hundred(world, old_broker):
 @pytest.mark.parametrize(
     "log, place",
     [
-        ([*range(80), *range(200, 240)], 80),  # has filled up beyond what was read
-        ([*range(80), *range(200, 210)], 80),  # not yet
+        ([*range(80), *range(200, 240)], 80),  # has grown past the last offset that was read
+        ([*range(80), *range(200, 210)], 80),  # has not
         (range(99), 99),
         (range(200, 400), 0),  # a new topic, with more records than the old one
     ],
@@ -114,7 +114,7 @@ def test_a_log_that_lost_its_tail_stops_the_job_and_what_it_has_instead_is_read_
 
 
 def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_batch(read_hundred, rewrite):
-    """Too quickly for an outage: the batch would read offsets that have other records by now."""
+    """It happens too quickly to be seen as an outage. The batch would read offsets that now hold other records."""
     world = read_hundred
 
     class Replaced(TableWriter):
@@ -154,7 +154,7 @@ def test_records_that_were_fetched_with_the_batch_before_are_read_again_from_a_l
 @pytest.mark.parametrize("aborted", [5, 15])
 @pytest.mark.parametrize("kept", [110, 123])
 def test_a_lost_tail_is_noticed_behind_an_aborted_transaction(world, rewrite, aborted, kept):
-    """It takes the last offsets of the batch, so that no record may be among them."""
+    """The transaction occupies the last offsets of the batch, so there may be no record at them."""
     world = world()
     world.make(1)
     send(world, range(100))
@@ -166,7 +166,7 @@ def test_a_lost_tail_is_noticed_behind_an_aborted_transaction(world, rewrite, ab
         producer.abort_transaction()
     for _ in range(2):
         world.consume()
-    rewrite(world, [*range(min(kept, 120)), *range(200, 260)])  # of 123 offsets, the last three were aborted
+    rewrite(world, [*range(min(kept, 120)), *range(200, 260)])  # the last 3 of the 123 offsets were aborted
     with pytest.raises(PipelineError, match=f"partition 0 offsets {min(kept, 120)} to {120 + aborted}"):
         world.consume()
     world.consume(accept_data_loss=True)
@@ -222,7 +222,7 @@ class Crash(Exception):
 
 
 def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewrite, monkeypatch):
-    """With a batch that is half done: its valid records are in the table, its broken ones not in the quarantine."""
+    """A batch is half done: its valid records are in the table, but its broken ones are not in the quarantine."""
     world = read_hundred
 
     class HalfDone(TableWriter):
@@ -239,7 +239,7 @@ def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewri
     done: list[str] = []
 
     def crashing(function):
-        """The first time that a step is done, the stream dies after it."""
+        """Wraps a step so that the stream crashes right after it the first time."""
 
         def step(*arguments, **named):
             result = function(*arguments, **named)
@@ -262,7 +262,8 @@ def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewri
         except Crash:
             crashes += 1
     assert crashes == len(done) == 4, done
-    # Of the half-done batch, the valid ones that only the old log had stay, and its broken ones are lost with it.
+    # The valid records of the half-done batch stay, although only the old log had them. Its broken ones are lost with
+    # that log.
     of_old = [number for number in range(100, 120) if number % 4]
     assert arrived(world) == [*range(100), *of_old, *range(200, 250), *range(1000, 1060)]
 
@@ -299,7 +300,7 @@ def test_rejected_records_are_taken_back_though_a_power_cut_left_the_table_witho
 
 
 def test_a_note_of_an_earlier_batch_is_not_believed(read_hundred):
-    """A version of the project that writes none has run since."""
+    """In between, a version of the project that writes no such note has run."""
     note = Path(read_hundred.options.checkpoint, LAST_BATCH)
     earlier = note.read_text()
     for numbers in (range(100, 110), range(110, 120)):
@@ -310,7 +311,7 @@ def test_a_note_of_an_earlier_batch_is_not_believed(read_hundred):
 
 
 def test_a_topic_that_is_made_again_twice_is_read_from_its_beginning(world, broker):
-    """The first new checkpoint has planned where to begin, and written nothing."""
+    """The first new checkpoint has planned where to begin, but nothing has been written."""
     world = world()
     world.make(1)
     send(world, range(10))
@@ -369,7 +370,7 @@ def test_a_broker_that_comes_back_with_an_older_copy_of_its_data(spark, tmp_path
         kafka = Script("local_kafka.py", "--port", port, "--data-dir", data)
         try:
             kafka.wait_for("Kafka is ready")
-            world.topic = Topic(world.broker, "t")  # as in a new process, without the connections to the broker before
+            world.topic = Topic(world.broker, "t")  # as in a new process, without connections to the previous broker
             action()
         finally:
             assert kafka.stop() == 0, kafka.output

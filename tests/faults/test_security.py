@@ -1,4 +1,4 @@
-"""A broker with SASL/SCRAM over TLS, and who may see what: passwords, ports, and what a record or a file's name says."""
+"""A broker with SASL/SCRAM over TLS, and who may see what: passwords, ports, and texts of records and file names."""
 
 import os
 import re
@@ -41,9 +41,9 @@ PASSWORD = 'Tr0ub4dor&"3\\;='
 
 @pytest.fixture(scope="module")
 def secure_broker(tmp_path_factory):
-    """The broker of docker-compose.yml whose port for this machine asks for SASL/SCRAM over TLS.
+    """The broker of docker-compose.yml, with SASL/SCRAM over TLS on its port for this machine.
 
-    Its address, its address without a password, and the properties of a client that may use the first.
+    Yields that address, an address that needs no password, and the client properties for the first one.
     """
     folder = tmp_path_factory.mktemp("secure")
     store, certificate = folder / "kafka.p12", folder / "kafka.pem"
@@ -125,7 +125,7 @@ def jaas(user: str, password: str) -> str:
 
 @pytest.fixture(autouse=True)
 def closed_files():
-    """Nobody else can read the files of the tests; the scripts would warn."""
+    """Makes the tests' files unreadable to others; the scripts would warn about readable ones."""
     mask = os.umask(0o077)
     yield
     os.umask(mask)
@@ -133,7 +133,7 @@ def closed_files():
 
 @pytest.fixture
 def secure(secure_broker, tmp_path):
-    """The options of the scripts for that broker, and a function that changes the properties in their file."""
+    """The script options for that broker, and a function that changes the properties in their file."""
     broker, _, properties = secure_broker
     file = tmp_path / "kafka.properties"
 
@@ -145,7 +145,7 @@ def secure(secure_broker, tmp_path):
 
 
 def pages(address: str) -> str:
-    """All that Spark's web UI shows, from page to page."""
+    """The contents of all pages of Spark's web UI."""
     seen, to_do = {}, ["/jobs/", "/api/v1/applications"]
     while to_do:
         page = to_do.pop()
@@ -195,7 +195,7 @@ def test_scram_over_tls_works_and_the_password_is_nowhere_to_be_seen(
         assert secret not in str(everyone) and secret not in shown
         assert secret not in producer.output and secret not in consumer.output
         assert not any(secret.encode() in content for content in files)
-    assert "silver" in shown  # these are the pages of the consumer
+    assert "silver" in shown  # the pages really are those of the consumer
 
     account("SASL/SCRAM over TLS", *origins(spark, plain, options))
 
@@ -205,7 +205,7 @@ def test_the_wrong_password_is_said_and_not_shown(script, secure):
     options, change = secure
     change(sasl_jaas_config=jaas("sensors", "swordfish"))
     run = run_script(script, *options)
-    # The broker may answer, or hang up first and answer when it is tried again: then that line comes before the error.
+    # The broker may hang up first and only answer the next attempt. Then another line comes before the error.
     assert run.returncode == 1 and run.stderr.count("\n") <= 2, run.stderr
     for line in run.stderr.splitlines():
         assert re.search("invalid credentials|hung up during the login", line) and "--kafka-config" in line
@@ -325,7 +325,7 @@ CONFIGS = [
 
 
 def misspelt(name: str) -> set[str]:
-    """The name with a letter less, twice or swapped with the next, in other letters, or as other tools write it."""
+    """The name with a letter missing, doubled or swapped, in other case, or as other tools write it."""
     letters = range(len(name))
     return (
         {name[:i] + name[i + 1 :] for i in letters}
@@ -402,7 +402,7 @@ def listeners(process: psutil.Process) -> list:
 
 
 def answer(port: int, message: bytes) -> bytes:
-    """The reply that a client without the secret gets from the port within a second."""
+    """The port's reply within a second to a client that does not know the secret."""
     with socket.create_connection(("127.0.0.1", port)) as client, suppress(TimeoutError, ConnectionResetError):
         client.settimeout(1)
         client.sendall(message)
@@ -417,9 +417,9 @@ def test_no_port_of_a_stream_takes_orders_from_another_user_of_the_machine(broke
     consumer.wait_for("batch")
     process = psutil.Process(consumer.process.pid)
     ports = [socket.laddr.port for each in (process, *process.children(recursive=True)) for socket in listeners(each)]
-    assert len(ports) >= 5  # py4j's two, that of the accumulators, and the driver's two
+    assert len(ports) >= 5  # two of py4j, one of the accumulators and two of the driver
     py4j = [b"c\nz:java.lang.Runtime\ngetRuntime\ne\n", b"g\np0\ne\n", b"c\np0\ncall\ne\n"]
-    # a frame of Spark's: its length, an RpcRequest, its number and length
+    # A frame of Spark's protocol: its length, the type (RpcRequest), and the request's number and length.
     spark_rpc = struct.pack(">qbqi", 29, 3, 7, 8) + b"any call"
     answers = [answer(port, message) for port in ports for message in (*py4j, spark_rpc)]
     refused = b"Expected SaslMessage|Authentication error|Unknown command"

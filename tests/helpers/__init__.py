@@ -1,1 +1,1 @@
-"""Shared by several test files: processes, records, files, topics, streams, and the oracle."""
+"""Helpers shared by several test files: processes, records, files, topics, streams and the oracle."""

@@ -1,6 +1,6 @@
-"""What is right, in plain Python and on its own: how a record is read by a contract, and with which values.
+"""An independent reference in plain Python for how a record is read by a contract, and with which values.
 
-Of the code under test it knows the kinds of fields and what they are told, and nothing of how records are read.
+It shares the field types and their parameters with the code under test, but none of the code that reads records.
 """
 
 import json
@@ -36,17 +36,17 @@ def no_constant(name: str):
 
 
 class Whole(int):
-    """A number without fraction and exponent."""
+    """A number without fraction or exponent."""
 
 
 class Real(float):
-    """Any other number, which knows its text."""
+    """Any other number, along with its text."""
 
     text: str
 
 
 def real(text: str) -> Real:
-    if len(text) > 1001:  # with the point or the "e"
+    if len(text) > 1001:  # including the point or the "e"
         raise Invalid("a long number")
     number = Real(text)
     number.text = text
@@ -88,7 +88,7 @@ def parse(raw: bytes | None) -> dict:
 
 
 def micros_of(timestamp: str) -> int:
-    """Microseconds since 1970 of an RFC 3339 time, at any year from 0 on."""
+    """An RFC 3339 time in microseconds since 1970, for any year from 0 on."""
     found = re.fullmatch(
         r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})(\.[0-9]+)?"
         r"(Z|[+-][0-9]{2}(?::?[0-9]{2})?)",
@@ -101,11 +101,11 @@ def micros_of(timestamp: str) -> int:
     if found[8] != "Z":
         hours, minutes = int(found[8][1:3]), int(found[8][3:].strip(":") or 0)
         zone = (hours * 60 + minutes) * (-1 if found[8][0] == "-" else 1)
-        if minutes > 59 or abs(zone) > 18 * 60:  # the largest offset that Java's ZoneOffset has
+        if minutes > 59 or abs(zone) > 18 * 60:  # the largest offset of Java's ZoneOffset
             raise Invalid("zone")
     if hour > 23 or minute > 59 or second > 59:
         raise Invalid("time")
-    cycles, year = divmod(year, 400)  # in which the calendar repeats, 146,097 days each
+    cycles, year = divmod(year, 400)  # after 400 years, or 146,097 days, the calendar repeats
     try:
         days = date(year + 400, month, day).toordinal() + (cycles - 1) * 146_097 - date(1970, 1, 1).toordinal()
     except ValueError:
@@ -118,11 +118,11 @@ def micros_of(timestamp: str) -> int:
 
 
 class Astray(Exception):
-    """What a field should be in is no object."""
+    """A value on the path to a field is not an object."""
 
 
 def find(record: dict, field: Field):
-    """The field's value; None where the record lacks it."""
+    """The field's value, or None if the record lacks it."""
     *way, last = field.name.split(".")
     for name in way:
         record = record.get(name)
@@ -138,11 +138,11 @@ def is_blank(value) -> bool:
 
 
 def read_value(field: Field, value, arrival_micros: int):
-    """The value as the table has it, a time in microseconds; Invalid where it is none of the field's kind."""
+    """The value as stored in the table, with times in microseconds. Raises Invalid if it is not of the field's type."""
     if isinstance(field, Boolean) and isinstance(value, bool) or isinstance(field, Text) and isinstance(value, str):
         return value
     if isinstance(field, Number) and isinstance(value, (Whole, Real)) and math.isfinite(float(value)):
-        return float(value) + 0.0  # for -0.0, which is 0
+        return float(value) + 0.0  # turns -0.0 into 0
     if (
         isinstance(field, Integer)
         and isinstance(value, Whole)
@@ -166,7 +166,7 @@ def read_time(form: str, value) -> int:
         exact = Decimal(getattr(value, "text", int(value)))
         digits, scale = len(exact.as_tuple().digits), -exact.as_tuple().exponent
         if isinstance(value, Real) and (set(value.text) & set("eE") or digits > 38 or scale > 38):
-            exact = Decimal(repr(float(value)))  # such numbers are doubles before they are anything else
+            exact = Decimal(repr(float(value)))  # such numbers are read as doubles first
         if abs(exact) >= 10**12:
             raise Invalid("far")
         exact = exact.quantize(Decimal("1e-12"), ROUND_HALF_UP)
@@ -181,7 +181,7 @@ def read_time(form: str, value) -> int:
 
 
 def leftover(record: dict, paths: list[list[str]]) -> dict:
-    """What is in the record and not at one of the paths."""
+    """Everything in the record that is not at one of the paths."""
     rest = {}
     for name, value in record.items():
         inner = [path[1:] for path in paths if path[0] == name]
@@ -193,7 +193,7 @@ def leftover(record: dict, paths: list[list[str]]) -> dict:
 
 
 def as_rescued(value):
-    """The value as `_rescued_data` has it: a number of more than 38 digits as a double, an infinite one as a string."""
+    """The value as stored in `_rescued_data`: numbers of more than 38 digits as doubles, infinite ones as strings."""
     if isinstance(value, Whole) and abs(value) >= 10**38:
         value = float(value)
     if isinstance(value, float) and math.isinf(value):
@@ -204,8 +204,8 @@ def as_rescued(value):
 
 
 def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[str | None, dict | None, dict | None]:
-    """The reason to reject a record but for the contract's rules, or None; its values by column; what is not in the
-    contract.
+    """Reads a record without applying the contract's rules. Returns the reason to reject it or None, its values by
+    column, and the fields outside the contract.
     """
     if raw is None or is_blank(raw.decode(errors="replace")):
         return "empty_record", None, None
@@ -234,7 +234,7 @@ def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[st
 
 
 def break_rule(reading: dict) -> str | None:
-    """The rule of readings.py that the values break."""
+    """The rule of readings.py that the values break, or None."""
     if reading["type"] not in SENSORS:
         return "unknown_type"
     unit, low, high = SENSORS[reading["type"]]

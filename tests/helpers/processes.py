@@ -1,4 +1,4 @@
-"""The scripts as processes, and waiting for them."""
+"""Running the scripts as processes, and waiting for them."""
 
 import fcntl
 import functools
@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 240  # seconds; a limit for what hangs, far above what any step takes
+PATIENCE = 240  # seconds until a step counts as hung, far more than any step takes
 
 
 def until(holds: Callable) -> None:
-    """Returns once `holds` is true."""
+    """Waits until `holds` returns true."""
     deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline
@@ -29,7 +29,7 @@ def until(holds: Callable) -> None:
 
 
 class Script:
-    """A script of the project as a process of its own, whose output can be waited for."""
+    """A script of the project, run as a process. Tests can wait for its output."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class Script:
             time.sleep(0.1)
 
     def counts(self) -> tuple[int, int]:
-        """What a producer that has ended has sent, and what was acknowledged."""
+        """How many messages a producer that has ended sent, and how many were acknowledged."""
         counts = re.findall(r"^([\d,]+) sent, ([\d,]+) acknowledged\.$", self.output, re.MULTILINE)[-1]
         return tuple(int(count.replace(",", "")) for count in counts)
 
     def stop(self, stop_signal: signal.Signals = signal.SIGINT) -> int:
-        """Sends a signal; returns the exit code."""
+        """Sends a signal and returns the exit code."""
         self.process.send_signal(stop_signal)
         return self.wait()
 
@@ -79,7 +79,7 @@ class Script:
 
 
 def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subprocess.CompletedProcess:
-    """Runs a script, by the command `prefix` if told, to its end; its exit code, stdout and stderr."""
+    """Runs a script to its end, if given under the command `prefix`; returns its exit code, stdout and stderr."""
     return subprocess.run(
         [*prefix, sys.executable, str(REPOSITORY / name), *map(str, arguments)],
         capture_output=True,
@@ -90,14 +90,14 @@ def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subpr
 
 @functools.cache
 def manual(script: str) -> str:
-    """What a script prints for --help."""
+    """The output of a script for --help."""
     run = run_script(script, "--help")
     assert (run.returncode, run.stderr) == (0, "")
     return run.stdout
 
 
 def acknowledged(*producers: Script) -> int:
-    """Stops the producers; how many messages they report as acknowledged, which has to be all that they have sent."""
+    """Stops the producers. Returns how many messages were acknowledged, which must be as many as were sent."""
     for producer in producers:
         assert producer.stop() == 0, producer.output
     counts = [producer.counts() for producer in producers]
@@ -108,7 +108,7 @@ def acknowledged(*producers: Script) -> int:
 def on_terminal(
     width: int, script: str, *arguments, folder: Path = REPOSITORY, watch: Callable = lambda text, process: None
 ) -> str:
-    """What a script prints on a terminal of so many columns; `watch` sees what it has printed, and may end it."""
+    """The output of a script on a terminal of `width` columns. `watch` gets the output so far and may end it."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {
@@ -123,7 +123,7 @@ def on_terminal(
     ) as process:
         os.close(terminal)
         output = b""
-        with suppress(OSError):  # the terminal's end
+        with suppress(OSError):  # at the end of the terminal
             while chunk := os.read(ours, 65_536):
                 output += chunk
                 watch(output.decode(errors="replace"), process)

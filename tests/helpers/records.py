@@ -1,4 +1,4 @@
-"""Records of the built-in contract, valid and not."""
+"""Valid and invalid records for the built-in contract."""
 
 import hashlib
 import json
@@ -26,20 +26,20 @@ VALID = {
 
 
 def reading(**fields) -> bytes:
-    """A valid reading as JSON, with `fields` instead of its own; a field that is `...` is left out."""
+    """A valid reading as JSON, with `fields` replacing its own. A field given as `...` is left out."""
     return json.dumps(
         {name: value for name, value in (VALID | fields).items() if value is not ...}, ensure_ascii=False
     ).encode()
 
 
 def literally(field: str, text: str) -> bytes:
-    """A valid reading with `text` in the place of the field's JSON value."""
+    """A valid reading in which `text` replaces the JSON value of a field."""
     return reading(**{field: "@@"}).replace(b'"@@"', text.encode())
 
 
 V = reading()
 CASES = [
-    # valid ones
+    # Valid records.
     (V, None),
     (b" \t\r\n" + V + b" \r\n", None),
     (reading(floor=...), None),
@@ -66,11 +66,11 @@ CASES = [
     (reading(timestamp="2026-11-20T15:30:00+05:30"), None),
     (reading(timestamp="2026-11-20T15:30:00+0530"), None),
     (reading(timestamp="2026-11-20T11:00:00+01"), None),
-    (reading(timestamp="2026-11-21T12:00:00Z"), None),  # a day ahead, not more
+    (reading(timestamp="2026-11-21T12:00:00Z"), None),  # exactly one day ahead
     (reading(timestamp="0001-01-01T00:00:00Z"), None),
     (json.dumps(dict(reversed(VALID.items())), ensure_ascii=False, separators=(",", ":")).encode(), None),
     (reading(building="Ä", device_id="\u00a0 a"), None),
-    # what could pass for plain
+    # Records that could be mistaken for plain ones.
     (V[:-1] + b",}", "malformed_json"),
     (b"{," + V[1:], "malformed_json"),
     (V.replace(b", ", b" ", 1), "malformed_json"),
@@ -79,7 +79,7 @@ CASES = [
     (reading(unit=...)[:-1] + b', "type": "temperature"}', "malformed_json"),
     (literally("value", "021.5"), "malformed_json"),
     (literally("floor", "02"), "malformed_json"),
-    # no record, no text, no JSON object
+    # Records that are empty, not text, or not a JSON object.
     (None, "empty_record"),
     (b"", "empty_record"),
     (b" \r\n\t", "empty_record"),
@@ -115,7 +115,7 @@ CASES = [
     (literally("value", "021.5"), "malformed_json"),
     (literally("value", "+21.5"), "malformed_json"),
     (literally("value", ".5"), "malformed_json"),
-    (literally("device_id", '"a\tb"'), "malformed_json"),  # control characters have to be escaped
+    (literally("device_id", '"a\tb"'), "malformed_json"),  # control characters must be escaped
     (literally("device_id", r'"\ud800"'), "malformed_json"),
     (literally("device_id", r'"\ude00\ud83d"'), "malformed_json"),
     (V[:-1] + b',"note":"\\udfff"}', "malformed_json"),
@@ -126,7 +126,7 @@ CASES = [
     (V[:-1] + b',"note":1,"note":1}', "malformed_json"),
     (V[:-1] + b',"more":{"a":1,"a":2}}', "malformed_json"),
     (V[:-1] + b',"more":' + b"[" * 2000 + b"]" * 2000 + b"}", "malformed_json"),
-    # missing fields, in the order of the contract
+    # Missing fields, in the order of the contract.
     (b"{}", "missing_timestamp"),
     (reading(device_id=...), "missing_device_id"),
     (reading(device_id=None), "missing_device_id"),
@@ -142,7 +142,7 @@ CASES = [
     (reading(timestamp=...), "missing_timestamp"),
     (reading(timestamp=""), "missing_timestamp"),
     (reading(timestamp="now", value=None, device_id=7, unit=None), "missing_value"),
-    # fields of the wrong kind
+    # Fields of the wrong type.
     (reading(device_id=7), "invalid_device_id"),
     (reading(device_id=True), "invalid_device_id"),
     (reading(device_id=["sensor-001"]), "invalid_device_id"),
@@ -164,7 +164,7 @@ CASES = [
     (reading(floor=""), "invalid_floor"),
     (reading(floor=2**31), "invalid_floor"),
     (reading(floor=[]), "invalid_floor"),
-    # timestamps
+    # Timestamps.
     (reading(timestamp="2026-11-20T10:00:00"), "invalid_timestamp"),
     (reading(timestamp="2026-11-20 10:00:00Z"), "invalid_timestamp"),
     (reading(timestamp="2026-11-20T10:00Z"), "invalid_timestamp"),
@@ -182,7 +182,7 @@ CASES = [
     (reading(timestamp="1763632800"), "invalid_timestamp"),
     (reading(timestamp="2026-11-21T12:00:00.000001Z"), "invalid_timestamp"),
     (reading(timestamp="2026-11-21T13:00:00Z", type="pressure"), "invalid_timestamp"),
-    # what the values say
+    # The rules for the values.
     (reading(type="pressure"), "unknown_type"),
     (reading(type="Temperature"), "unknown_type"),
     (reading(type=" temperature"), "unknown_type"),
@@ -201,7 +201,7 @@ CASES = [
 def judge(spark, records: list[bytes | None]) -> list:
     rows = spark.createDataFrame(list(enumerate(records)), "number INT, raw BINARY").repartition(2)
     judged = parse(rows.withColumn("ingest_time", F.lit(ARRIVAL).cast("timestamp")), CONTRACT)
-    # As microseconds: Python's datetime does not reach as far back as the timestamps that are allowed.
+    # In microseconds, because Python's datetime does not reach back to the earliest valid timestamps.
     return judged.withColumn("event_micros", F.unix_micros("event_time")).drop("event_time").orderBy("number").collect()
 
 
@@ -309,7 +309,7 @@ FRAGMENTS += [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2
 
 
 def mutate(record: bytes, rng: random.Random) -> bytes:
-    """The record with one to three changes of its bytes, its fields or its fields' values."""
+    """The record with one to three changes to its bytes, fields or values."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         place, kind = rng.randrange(len(record) + 1), rng.randrange(8)
         fragment = rng.choice(FRAGMENTS)

@@ -1,13 +1,11 @@
-"""Records of any size that are hard to read, for a reader that takes the square of time, or memory for every part,
-somewhere.
-"""
+"""Records of any size that are hard for a reader that somewhere takes quadratic time, or memory for every part."""
 
 import itertools
 import random
 from collections.abc import Callable
 
-# A record of readings.py and one of examples/zigbee2mqtt.py, with @ where a shape puts what it has: as more fields,
-# further in, as a text, as a number.
+# A record for readings.py and one for examples/zigbee2mqtt.py. In PLACES, @ marks where a shape inserts its text: as
+# additional fields, at a deeper level, as a string or as a number.
 FLAT = (
     '{"timestamp": "2026-11-20T10:00:00Z", "device_id": "sensor-001", "building": "A", "floor": 2, "type": "temperature", '
     '"value": 21.5, "unit": "°C"}'
@@ -39,17 +37,17 @@ PLACES = {
 
 
 def times(part: str, between: str = ",") -> Callable[[int], str]:
-    """The part as often as fits."""
+    """The part, repeated as often as it fits."""
     return lambda size: between.join([part] * max(1, size // len((part + between).encode())))
 
 
 def counted(part: str) -> Callable[[int], str]:
-    """The part with 0, 1, 2 and so on for #, as often as fits."""
+    """The part, repeated as often as it fits, with 0, 1, 2 and so on in place of #."""
     return lambda size: ",".join(part.replace("#", str(number)) for number in range(size // (len(part) + 6) + 1))
 
 
 def short_names(size: int) -> str:
-    """As many different names as fit."""
+    """Fields with as many different names as fit."""
     letters = [chr(code) for code in range(32, 127) if chr(code) not in '"\\']
     return ",".join(
         f'"{"".join(name)}":1' for name in itertools.islice(itertools.product(letters, repeat=3), size // 8 + 1)
@@ -57,7 +55,7 @@ def short_names(size: int) -> str:
 
 
 def same_hash(count: int) -> list[str]:
-    """Different names of eight letters that have one hash in Spark (Murmur3 of two words from 42)."""
+    """Different names of eight letters with the same hash in Spark (Murmur3 of two words, seed 42)."""
 
     def mixed(hash_: int, word: int) -> int:
         hash_ ^= rotated(word * 0xCC9E2D51, 15) * 0x1B873593 & 0xFFFFFFFF
@@ -72,7 +70,7 @@ def same_hash(count: int) -> list[str]:
     names = []
     for first in itertools.product(letters, repeat=4):
         middle = mixed(42, int.from_bytes(first, "little"))
-        word = rotated(-0xE6546B64 * undo[5], 19) ^ middle  # so that the hash becomes 0
+        word = rotated(-0xE6546B64 * undo[5], 19) ^ middle  # makes the hash 0
         last = (rotated(word * undo[0x1B873593], 17) * undo[0xCC9E2D51] & 0xFFFFFFFF).to_bytes(4, "little")
         if not last.strip(letters):
             names.append((bytes(first) + last).decode())
@@ -201,7 +199,7 @@ SHAPES = {
 
 
 def records(record: str, size: int) -> list[bytes]:
-    """The record in every shape, of about `size` bytes each."""
+    """The record in every shape, each of about `size` bytes."""
     return [
         record.replace(*PLACES[record][place], 1).replace("@", shape(size), 1).encode("utf-8", "surrogatepass")
         for place in SHAPES

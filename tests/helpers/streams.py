@@ -1,4 +1,4 @@
-"""Streams in the session of the tests."""
+"""Streams that run in the tests' session."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,19 +17,19 @@ from readings import CONTRACT
 
 
 class GivenRecords(Source):
-    """A source whose batches are records already."""
+    """A source whose batches already are the records."""
 
     mode = "as given"
 
 
 def bronze_writer(spark, table: Path, contract=CONTRACT) -> TableWriter:
-    """Writes batches of records to a Bronze table."""
+    """A writer of batches of records to a Bronze table."""
     start = Start(Checkpoint(spark, f"{table}_checkpoint"), {}, {})
     return TableWriter(bronze_tables(str(table), contract.columns), contract, GivenRecords(), start)
 
 
 def run_streams(spark, streams: Iterable, source, tables, options, writer_type=TableWriter) -> None:
-    """Runs streams over all that is there, as a start of their script with --once does."""
+    """Runs streams on everything available, as their script does with --once."""
     spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # as in a new process
     start = check_start(spark, source, tables, CONTRACT, options.checkpoint)
     for stream, trigger in streams:
@@ -44,7 +44,7 @@ def run_streams(spark, streams: Iterable, source, tables, options, writer_type=T
 
 
 def plan(run, **options) -> None:
-    """Lets a stream plan a batch, and ends it before anything of the batch is written."""
+    """Lets a stream plan a batch, and stops it before anything of the batch is written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TableWriter, "write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

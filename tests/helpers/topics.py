@@ -1,4 +1,4 @@
-"""Topics of a real broker, and the tables that are written from them."""
+"""Topics on a real broker, and the tables written from them."""
 
 import argparse
 import time
@@ -20,13 +20,13 @@ from readings import CONTRACT
 
 
 def tables(spark, options: list) -> tuple:
-    """The table and the quarantine that the options of a stream name."""
+    """The table and the quarantine named by the options of a stream."""
     table = str(options[options.index("--table") + 1])
     return tuple(spark.read.format("delta").load(path) for path in (table, f"{table}_quarantine"))
 
 
 def topic_offsets(broker: str, topic: str, end: bool = True) -> dict[int, int]:
-    """The end of each partition, or its beginning."""
+    """The end offset of each partition, or its beginning offset."""
     with KafkaConsumer(bootstrap_servers=broker) as consumer:
         places = [TopicPartition(topic, partition) for partition in consumer.partitions_for_topic(topic)]
         offsets = consumer.end_offsets(places) if end else consumer.beginning_offsets(places)
@@ -34,7 +34,7 @@ def topic_offsets(broker: str, topic: str, end: bool = True) -> dict[int, int]:
 
 
 def origins(spark, broker: str, options: list) -> tuple[list, list, list]:
-    """(topic, partition, offset) of what is in the topic, in the table and in the quarantine."""
+    """(topic, partition, offset) of each record in the topic, in the table and in the quarantine."""
     topic = options[options.index("--topic") + 1]
     first, end = (topic_offsets(broker, topic, end) for end in (False, True))
     sent = [(topic, partition, offset) for partition in end for offset in range(first[partition], end[partition])]
@@ -45,7 +45,7 @@ def origins(spark, broker: str, options: list) -> tuple[list, list, list]:
 
 
 class World:
-    """A topic with a table, and what is in both. The stream runs in the session of the tests."""
+    """A topic with a table, and the contents of both. The stream runs in the tests' session."""
 
     def __init__(self, spark, topic: Topic, table: Path, checkpoint: Path):
         self.spark, self.topic, self.broker = spark, topic, topic.servers
@@ -72,14 +72,17 @@ class World:
                 producer.send(self.topic.name, record, key=key, partition=partition)
 
     def transaction(self) -> KafkaProducer:
-        """A producer with a transaction that has begun."""
+        """A producer that has begun a transaction."""
         producer = KafkaProducer(bootstrap_servers=self.broker, transactional_id=uuid.uuid4().hex)
         producer.init_transactions()
         producer.begin_transaction()
         return producer
 
     def consume(self, writer_type: type = TableWriter, accept_data_loss: bool = False) -> tuple[int, int]:
-        """Runs the stream over all that is there, as a new start of the script does; the rows that came to each table."""
+        """Runs the stream on everything available, like a new start of the script.
+
+        Returns how many rows each table gained.
+        """
         before = self.rows()
         self.options.accept_data_loss = accept_data_loss
         source = KafkaSource(self.topic, accept_data_loss, group=self.topic.name)
@@ -95,7 +98,7 @@ class World:
         return accepted, rejected
 
     def rows(self) -> tuple[list, list]:
-        """(partition, offset) of the rows of both tables."""
+        """(partition, offset) of each row, for both tables."""
         paths = (self.options.table, quarantine_of(self.options.table))
         return tuple(
             [tuple(row) for row in self.spark.read.format("delta").load(path).select("partition", "offset").collect()]
@@ -105,7 +108,7 @@ class World:
         )
 
     def kept(self) -> list[tuple[int, int]]:
-        """(partition, offset) of what a plain consumer finds in the topic."""
+        """(partition, offset) of each record that a plain consumer finds in the topic."""
         with KafkaConsumer(
             self.topic.name,
             bootstrap_servers=self.broker,
@@ -116,12 +119,12 @@ class World:
             return [(message.partition, message.offset) for message in consumer]
 
     def check(self, account, what: str) -> None:
-        """Holds the tables against what is in the topic."""
+        """Checks the tables against the records in the topic."""
         account(what, self.kept(), *self.rows())
 
 
 def world_of(spark, options: list) -> World:
-    """The topic and the table of a stream, whose script has these options (`silver`)."""
+    """The World of a stream whose script has these options (see `silver`)."""
     _, broker, _, topic, _, table, _, checkpoint = options
     world = World(spark, Topic(broker, topic), table, checkpoint)
     world.options.max_offsets_per_trigger = 100_000

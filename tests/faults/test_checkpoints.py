@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+import tarfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from pyspark.errors import StreamingQueryException
 
 from helpers.files import put
-from helpers.processes import acknowledged, run_script
+from helpers.processes import REPOSITORY, acknowledged, run_script
 from helpers.records import reading
 from helpers.topics import origins, world_of
 
@@ -164,3 +165,16 @@ def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, s
     in_topic, *arrived = origins(spark, broker, options)
     account("two streams with one checkpoint, without a lock", in_topic, *arrived)
     assert delivered == len(in_topic)
+
+
+def test_a_table_and_a_checkpoint_of_an_earlier_version_are_continued(ingest, tmp_path, capsys):
+    """They were written while the modules of the pipeline were still called `common`."""
+    folder, run = ingest
+    with tarfile.open(REPOSITORY / "tests" / "data" / "bronze_of_earlier_version.tar.gz") as stored:
+        stored.extractall(tmp_path, filter="data")
+    for entry in (tmp_path / "checkpoint" / "sources" / "0").iterdir():
+        entry.write_text(entry.read_text().replace("/tmp/up/in/", f"{folder}/"))
+    assert run.rows() == [4, 2]
+    put(folder, "c.json", reading(), b"{")
+    assert run() == (1, 1) and run() == (0, 0)
+    assert run.rows() == [5, 3] and capsys.readouterr().err == ""

@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from pipeline.contract.contract import add_readings_option
-from pipeline.kafka.topics import Topic, add_topic_options
+from pipeline.kafka.topics import PARTITIONS, Topic, add_topic_options
 from pipeline.simulator import Simulator
 from pipeline.terminal.arguments import argument_parser, at_least, fraction, local_folder
 from pipeline.terminal.errors import PipelineError
@@ -47,7 +47,7 @@ def main() -> None:
         write_files(messages, Path(options.to_folder), options, stopping)
     else:
         topic = Topic.of(options)
-        topic.wait(options.wait, create=options.create_topic)
+        topic.wait(options.wait, create=options.partitions if options.create_topic else 0)
         on_stop_signal(stopping.set)
         send(messages, topic, options, stopping)
 
@@ -72,8 +72,13 @@ def parse_options() -> argparse.Namespace:
         metavar="F",
         help="share of messages, 0 to 1, that break a rule, each kind of break in turn",
     )
+    parser.add_argument("--create-topic", action="store_true", help="create the topic if it does not exist")
     parser.add_argument(
-        "--create-topic", action="store_true", help="make the topic, with 3 partitions, if it is missing"
+        "--partitions",
+        type=at_least(1),
+        metavar="N",
+        default=PARTITIONS,
+        help="number of partitions with which --create-topic creates the topic",
     )
     return parser.parse_args()
 

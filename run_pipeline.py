@@ -28,7 +28,7 @@ from typing import IO
 
 from pipeline.dashboard import is_installed
 from pipeline.kafka.brokers import answers
-from pipeline.kafka.topics import Topic
+from pipeline.kafka.topics import PARTITIONS, Topic
 from pipeline.paths import BRONZE, REPOSITORY, SILVER
 from pipeline.spark.class_archive import use_archive
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, find_java, spark_jars
@@ -108,7 +108,7 @@ def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool)
             require_alive([kafka])
     broker = f"localhost:{options.port}"
     if not stopping.is_set():
-        Topic(broker).wait(seconds=30, create=True, stopping=stopping)
+        Topic(broker).wait(seconds=30, create=PARTITIONS, stopping=stopping)
     if stopping.is_set():
         return
     yield Part("streaming_files_to_delta_bronze.py", is_quiet=in_place)

@@ -660,6 +660,15 @@ def test_own_topics_refuse_what_is_large_only_unpacked(broker, silver, run_here)
                 producer.send(name, b"a" * 2_000_000).get(60)
 
 
+def test_a_topic_is_created_with_as_many_partitions_as_asked_for(broker, run_here):
+    """By options that people know from Kafka's own tools."""
+    topic = ["--bootstrap-server", broker, "--topic", "with_5_partitions"]
+    run = run_here(PRODUCER, *topic, "--create-topic", "--partitions", 5, "--count", 1)
+    assert run.returncode == 0 and 'Created the topic "with_5_partitions" with 5 partitions.' in run.stdout
+    with KafkaConsumer(bootstrap_servers=broker) as consumer:
+        assert consumer.partitions_for_topic("with_5_partitions") == set(range(5))
+
+
 def test_own_topics_refuse_times_that_are_none(broker, silver, run_here):
     topic, _ = silver
     assert run_here(PRODUCER, *topic, "--create-topic", "--count", 1).returncode == 0

@@ -137,7 +137,7 @@ def add_readings_option(parser: argparse.ArgumentParser) -> None:
         type=location,
         default=str(REPOSITORY / "readings.py"),
         metavar="FILE",
-        help="Python file with the CONTRACT that says what a valid record is",
+        help="Python file with the CONTRACT, which the script runs",
     )
 
 

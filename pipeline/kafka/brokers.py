@@ -22,11 +22,13 @@ def add_broker_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options --bootstrap-servers and --kafka-config."""
     parser.add_argument(
         "--bootstrap-servers",
+        "--bootstrap-server",
         metavar="HOST:PORT,…",
         help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})",
     )
     parser.add_argument(
         "--kafka-config",
+        "--command-config",
         type=location,
         metavar="FILE",
         help="properties of a Kafka client, such as security.protocol and sasl.jaas.config",

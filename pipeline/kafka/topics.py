@@ -99,8 +99,8 @@ class Topic(Broker):
         name = table.rstrip("/").rpartition("/")[2]
         return self.properties.get("group.id", f"pipeline-{name}")
 
-    def wait(self, seconds: float, create: bool = False, stopping: StopFlag | None = None) -> None:
-        """Returns when the topic exists or `stopping` is set. `create`: creates the topic if it does not exist.
+    def wait(self, seconds: float, create: int = 0, stopping: StopFlag | None = None) -> None:
+        """Returns when the topic exists or `stopping` is set. `create`: creates a missing topic with so many partitions.
 
         Raises PipelineError if there is no broker or no topic within so many seconds.
         """
@@ -115,8 +115,8 @@ class Topic(Broker):
                     note(f"{problem} Waiting up to {seconds:g} s for it …")
                 (stopping.wait if stopping else time.sleep)(0.5)
 
-    def _require(self, create: bool) -> None:
-        """Raises NoBrokerError or NoTopicError if either is missing. `create`: creates the topic."""
+    def _require(self, create: int) -> None:
+        """Raises NoBrokerError or NoTopicError if either is missing. `create`: see `wait`."""
 
         def look(admin: Admin) -> None:
             if self.name in admin.list_topics():
@@ -131,7 +131,7 @@ class Topic(Broker):
                     f"--replication-factor 1."
                 )
             try:
-                self._create(admin, CONFIGS)
+                self._create(admin, create, CONFIGS)
             except TopicAlreadyExistsError:
                 raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
             except BrokerResponseError as error:
@@ -142,21 +142,20 @@ class Topic(Broker):
                     f"Kafka refuses to make {self} ({type(error).__name__}). Choose another --topic, or have it made by "
                     f"somebody who may."
                 ) from error
-            say(f'Created the topic "{self.name}" with {PARTITIONS} partitions.')
+            say(f'Created the topic "{self.name}" with {create} partition{"s" * (create > 1)}.')
 
         self.ask(look)
 
-    def _create(self, admin: Admin, configs: dict[str, str]) -> None:
+    def _create(self, admin: Admin, partitions: int, configs: dict[str, str]) -> None:
         try:
-            admin.create_topics(
-                {self.name: {"num_partitions": PARTITIONS, "replication_factor": 1, "configs": configs}},
-                wait_for_metadata=True,
-            )
+            # -1 stands for the brokers' default.
+            topic = {"num_partitions": partitions, "replication_factor": -1, "configs": configs}
+            admin.create_topics({self.name: topic}, wait_for_metadata=True)
         except (InvalidConfigurationError, PolicyViolationError):
             # Brokers before 3.6 don't know message.timestamp.after.max.ms, and others may not allow it.
             if not configs:
                 raise
-            self._create(admin, {})
+            self._create(admin, partitions, {})
 
     @cached_property
     def _admin(self) -> Admin:

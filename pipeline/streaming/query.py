@@ -69,7 +69,9 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: 
         metavar='"N seconds"',
         help='how often a batch starts; "0 seconds": as soon as the last one is done',
     )
-    parser.add_argument("--once", action="store_true", help="process what is there now, then exit")
+    parser.add_argument(
+        "--once", "--available-now", action="store_true", help="process everything available, then exit"
+    )
     parser.add_argument(
         "--metrics-port",
         type=port_number,

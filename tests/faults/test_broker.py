@@ -120,7 +120,7 @@ def test_partitions_whose_broker_is_away_are_waited_for(own_broker, tmp_path, st
     start_broker, address = own_broker
     start_broker()
     topic = Topic(address, "readings")
-    topic.wait(PATIENCE, create=True)
+    topic.wait(PATIENCE, create=3)
     [server] = processes(tmp_path, "kafka")
     settings = javaproperties.loads(Path(server.cmdline()[-1]).read_text())
     ports = free_ports(2)

@@ -48,7 +48,10 @@ class Admin(KafkaAdminClient):  # type: ignore[misc]  # kafka-python has no type
             min_version=4,
             max_version=12,
         )
-        response = self._manager.run(self._manager.send, request, leader).responses[0].partitions[0]
+        response = self._manager.run(self._manager.send, request, leader)
         if response.error_code:
             raise for_code(response.error_code)()
-        return bytes(response.records or b"")
+        [[answer]] = [found.partitions for found in response.responses]
+        if answer.error_code:
+            raise for_code(answer.error_code)()
+        return bytes(answer.records or b"")

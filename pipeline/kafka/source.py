@@ -236,9 +236,17 @@ class KafkaSource(Source):
         self._name_unusual(found, gaps)
         records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
         records = records.withColumn("timestamp", F.when(is_time, F.timestamp_millis("timestamp")))
-        for gap in gaps:
-            missing = spark.range(gap.begin, gap.end).selectExpr(
-                f"{gap.partition} AS partition", "id AS offset", f"{MAX_RECORD_BYTES + 1} AS serializedValueSize"
+        if gaps:
+            # Some 100,000 offsets in each row at most, because a sequence is an array in memory.
+            rows = [
+                (gap.partition, begin, min(begin + 100_000, gap.end))
+                for gap in gaps
+                for begin in range(gap.begin, gap.end, 100_000)
+            ]
+            missing = spark.createDataFrame(rows, "partition INT, begin BIGINT, end BIGINT").selectExpr(
+                "partition",
+                "explode(sequence(begin, end - 1)) AS offset",
+                f"{MAX_RECORD_BYTES + 1} AS serializedValueSize",
             )
             records = records.unionByName(missing, allowMissingColumns=True)
         return records_of(records, self.topic.name, F.timestamp_millis(F.lit(batch_time_ms(batch))))

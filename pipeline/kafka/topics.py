@@ -26,6 +26,7 @@ from kafka.errors import (
     NoError,
     PolicyViolationError,
     TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
     for_code,
 )
 from kafka.protocol.consumer.offsets import IsolationLevel
@@ -123,6 +124,11 @@ class Topic(Broker):
                 [topic] = admin.describe_topics([self.name])
                 if any(partition["leader_id"] < 0 for partition in topic["partitions"]):
                     raise NoBrokerError(f"The broker of some partitions of {self} is away.")
+                # Asks each leader itself: the cluster may not know yet that one can't be reached, or not from here.
+                partitions = [
+                    TopicPartition(self.name, partition["partition_index"]) for partition in topic["partitions"]
+                ]
+                admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
                 return
             if not create:
                 raise NoTopicError(
@@ -210,8 +216,10 @@ class Topic(Broker):
     def messages(self, partition: int, offset: int) -> bytes:
         """Raw record batches, beginning with the batch that contains `offset` (see `Admin.messages`)."""
         [topic] = self._admin.describe_topics([self.name])
-        [leader] = [each["leader_id"] for each in topic["partitions"] if each["partition_index"] == partition]
-        return self._admin.messages(leader, self.name, partition, offset)
+        leaders = {each["partition_index"]: each["leader_id"] for each in topic["partitions"]}
+        if partition not in leaders:
+            raise UnknownTopicOrPartitionError(f"{self.name}, partition {partition}")
+        return self._admin.messages(leaders[partition], self.name, partition, offset)
 
     @cached_property
     def _notes(self) -> Admin:

@@ -310,7 +310,8 @@ def test_a_script_whose_output_nobody_reads_any_more_does_not_end_as_if_all_were
     script.write_text(f"""if True:
         import sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from pipeline.terminal.arguments import run, say
+        from pipeline.terminal.messages import say
+        from pipeline.terminal.script import run
         run(lambda: [say("line") for _ in iter(int, 1)])
     """)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -335,9 +336,9 @@ def test_a_signal_in_the_midst_of_a_call_ends_a_script_without_a_word(setup, cal
         import os, random, signal, sys, threading, time
         from contextlib import suppress
         sys.path.insert(0, {str(REPOSITORY)!r})
-        from pipeline.terminal.arguments import run
-        from pipeline.terminal.signals import Interrupt
         from pipeline.readers.latest import READER_JVM, build_spark
+        from pipeline.terminal.signals import Interrupt
+        from pipeline.terminal.script import run
 
         def sleep(_):
             time.sleep(0.005)

@@ -613,12 +613,13 @@ def test_a_record_is_in_one_table_where_only_the_second_reading_of_its_batch_fin
     readings = itertools.count()
 
     class OutOfMemory(TableWriter):
-        def _rejected(self, judged, *others):
-            if not next(readings):
+        def _rejected(self, judged, found, *others):
+            if found["rejected"] == 1 and not next(readings):
                 judged.sparkSession._jvm.java.nio.ByteBuffer.allocate(2**31 - 1)
-            return super()._rejected(judged, *others)
+            return super()._rejected(judged, found, *others)
 
-    assert world.consume(OutOfMemory) == (2, 1)
+    # Where the first reading really runs out of memory, the record behind the large one is not read either.
+    assert world.consume(OutOfMemory) in [(2, 1), (1, 2)]
     assert sorted(offset for rows in world.rows() for _, offset in rows) == [0, 1, 2]
 
 

@@ -54,8 +54,14 @@ class StopFlag:
 
     def wait(self, seconds: float) -> bool:
         """Waits until the flag is set, but at most so many seconds. Returns whether it is set."""
-        select.select([self._reader], [], [], max(0, seconds))
+        pipe = select.poll()
+        pipe.register(self._reader, select.POLLIN)
+        pipe.poll(max(0, seconds) * 1000)
         return self._is_set
+
+    def __del__(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
 
 
 class Stopped(Exception):

@@ -6,7 +6,7 @@
 
 Without a name, it measures everything except the soak and takes 40 minutes; --full adds the soak, another hour. Each
 measurement prints its rows when it is done. Ratios can be compared between machines, times cannot. The docstring of
-each function says what it measures and against what.
+each function describes the measurement and the comparison.
 """
 
 import itertools
@@ -51,7 +51,7 @@ def main() -> None:
         type=at_least(0.1, float),
         default=1,
         metavar="F",
-        help="records, seconds and batches, as a multiple of what the lines of the table say",
+        help="multiplies the records, seconds and batches of every measurement",
     )
     parser.add_argument("--full", action="store_true", help="the soak, too")
     options = parser.parse_args()
@@ -216,8 +216,8 @@ def idle_percent(bench: Bench, command: list) -> float:
 
 
 def files(bench: Bench) -> Iterator[tuple]:
-    """Large files and small files, from the start of the process, against Spark's shortest job on files; then the CPU
-    usage of an idle stream on the folder of small files, all of which it has read.
+    """Large and small files, timed from the start of the process, compared with Spark's shortest job on files; then the CPU
+    usage of an idle stream that has read all files of the folder.
     """
     for what, count, size, rounds, goal in (
         ("1 GB of JSON lines in 1,000 files", 1000, 1_000_000, 2, 1.0),

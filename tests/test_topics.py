@@ -13,7 +13,8 @@ from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.delta.tables import bronze_tables, silver_tables
 from pipeline.kafka.lookup import kafka_options
 from pipeline.kafka.private import KafkaReader, kafka_offsets
-from pipeline.kafka.source import KafkaSource, records_of
+from pipeline.kafka.records import records_of
+from pipeline.kafka.source import KafkaSource
 from pipeline.kafka.stream import streams_of
 from pipeline.kafka.topics import Topic
 from pipeline.paths import quarantine_of

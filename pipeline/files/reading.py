@@ -62,7 +62,7 @@ def read_lines(
 def read_values(
     spark: SparkSession, files: list[Row], faults: dict[str, str], max_unpacked: int, careful: bool
 ) -> DataFrame:
-    """One record per object of `files`, each of which holds an object or an array of objects; see `read_files`.
+    """One record per object. Each of the `files` holds one object or an array of objects; see `read_files`.
 
     A file counts as one record if its array is broken, contains null or strings, is nested more than 200 levels deep or has
     more than 400,000 elements.

@@ -86,8 +86,8 @@ class FileSource(Source):
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         warn(
-            "Files of this batch were read twice, with different results: some of them have changed in between. Put what is missing into "
-            "files of other names."
+            "Files of this batch were read twice, with different results, because some of them changed in between. Put missing "
+            "records into files with new names."
         )
         return super().rejected_otherwise(judged, written)
 

@@ -83,8 +83,8 @@ class TakenFiles:
                 self.last_entry = number
 
     def check_folder(self) -> None:
-        """Raises PipelineError if none of the files is in the folder but some are there under a different path, by which they would
-        be read again; for a URI, regardless of the folder's content.
+        """Raises PipelineError if the folder has the same files under a different path, so that they would be read again. For a
+        URI, the content of the folder does not matter.
         """
         begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
         folder = self.folder.rstrip("/") + "/"

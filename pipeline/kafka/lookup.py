@@ -28,7 +28,7 @@ MAX_MESSAGE_RECORD_BYTES = 2 * MAX_RECORD_BYTES
 # Options of a consumer that unpacks a record only on request, and nothing of the next message.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 SEVERAL = {"kafka.max.poll.records": 500}
-NEAR_OFFSETS = 2 * SEVERAL["kafka.max.poll.records"]  # offsets, some of which may hold no record
+NEAR_OFFSETS = 2 * SEVERAL["kafka.max.poll.records"]  # twice a poll, because some offsets may hold no record
 
 Result = TypeVar("Result")
 Offsets = dict[int, tuple[int, int]]  # by partition: the first offset, and the one after the last

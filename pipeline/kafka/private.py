@@ -145,7 +145,7 @@ class KafkaReader:
                 looked_at = [place.partition() for place in records.partitions()]
             except Py4JJavaError as error:
                 if java_class(error) == OUT_OF_MEMORY:
-                    self._consumer.unsubscribe()  # and discards the fetched data, part of which is consumed
+                    self._consumer.unsubscribe()  # discards the rest of the fetched data
                     break
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise

@@ -1,6 +1,5 @@
 """The topic as the source of a stream: lost records, the backlog, and outages of Kafka."""
 
-import hashlib
 import json
 import re
 import time
@@ -21,6 +20,19 @@ from pipeline.kafka.lookup import (
     kafka_options,
 )
 from pipeline.kafka.private import KafkaReader, forget_fetched_records, kafka_offsets
+from pipeline.kafka.records import (
+    GREGORIAN_START_MS,
+    MAX_TIMESTAMP_MS,
+    differs,
+    hash_of,
+    is_oversized,
+    is_same_sql,
+    known_time,
+    md5_sql,
+    record_columns,
+    records_of,
+    time_sql,
+)
 from pipeline.kafka.topics import Topic
 from pipeline.streaming.batches import done_in
 from pipeline.streaming.private import batch_time_ms, query_of
@@ -37,10 +49,6 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 GOES_ON = "it goes on with the records that are left"
-# 15 October 1582: Spark's reader takes earlier times for times of the Julian calendar.
-GREGORIAN_START_MS = -12_219_292_800_000
-LOG_APPEND_TIME = 1  # a value of Spark's timestampType
-MAX_TIMESTAMP_MS = 2**63 // 1000  # the latest time that a TIMESTAMP can hold
 EARLIEST = -2  # Spark's number for the earliest offset
 REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold no record
 # Offsets searched first for the last record that was read, or that Kafka and the tables have in common.
@@ -48,78 +56,6 @@ FIRST_SEARCH_OFFSETS = 100_000
 ELECTION_SECONDS = 3  # seconds after an election until the end of a partition is that of all its replicas again
 # Properties of a table: the topic that it is written from.
 TOPIC_ID, TOPIC_NAME = ("pipeline.topic.id", "pipeline.topic.name")
-
-
-def _time(milliseconds: str) -> str:
-    """SQL: Kafka's time if both ways of reading (`KafkaSource.read_again`) return the same, else null."""
-    return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN_START_MS} AND {MAX_TIMESTAMP_MS} THEN {milliseconds} END"
-
-
-def _known_time(milliseconds: int) -> int | None:
-    """Like `_time`, for a single record."""
-    return milliseconds if GREGORIAN_START_MS <= milliseconds <= MAX_TIMESTAMP_MS else None
-
-
-def _hash(value: bytes | None) -> str | None:
-    """Like `_md5`, for a single record."""
-    return None if value is None else hashlib.md5(value, usedforsecurity=False).hexdigest()
-
-
-def _differs(known: tuple[int | None, str | None], found: tuple[int | None, str | None]) -> bool:
-    """Whether two readings of an offset (time and hash each) are certainly of different records."""
-    (known_time, known_md5), (time, md5) = known, found
-    return known_time is not None and known_time != time or None not in (known_md5, md5) and known_md5 != md5
-
-
-def _values(tables: TablePair) -> dict[str, str]:
-    """The column that holds the record, by table."""
-    return {tables.table: "raw_json", tables.quarantine: "raw"}
-
-
-def _is_oversized(kafka: DataFrame) -> Column:
-    """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
-    sizes = (
-        [F.col("serializedKeySize"), F.col("serializedValueSize")]
-        if "serializedValueSize" in kafka.columns
-        else [F.octet_length("key"), F.octet_length("value")]
-    )
-    return F.coalesce(F.greatest(*sizes) > MAX_RECORD_BYTES, F.lit(False))
-
-
-def _md5(value: str) -> str:
-    """SQL: a hash for comparing records; null for records that are not always read (`KafkaSource.read_again`)."""
-    return f"CASE WHEN octet_length({value}) <= {MAX_RECORD_BYTES} THEN md5({value}) END"
-
-
-def _is_same(value: str) -> str:
-    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `KafkaSource._in_kafka`."""
-    return (
-        f"row.partition = record.partition AND row.offset = record.offset AND {_md5(f'row.{value}')} <=> record.md5 "
-        f"AND {_time('unix_millis(row.kafka_timestamp)')} <=> record.time"
-    )
-
-
-def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
-    """The records in a stream's format, from the columns of Spark's Kafka source.
-
-    Out: the value as `raw` and `raw_json`, the columns that say where it came from, `ingest_time`, `arrival_time` (null if the
-    broker does not record it), and a `reject_reason` for records that are too large.
-    """
-    return kafka.select(
-        F.when(_is_oversized(kafka), OVERSIZED).alias("reject_reason"),
-        F.col("value").alias("raw"),
-        F.col("value").cast("string").alias("raw_json"),
-        F.lit(topic).alias("topic"),
-        "partition",
-        "offset",
-        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN_START_MS)), F.col("timestamp")).alias(
-            "kafka_timestamp"
-        ),
-        F.col("key").alias("kafka_key"),
-        ingest_time.alias("ingest_time"),
-        # With CreateTime, the producer sets the time.
-        F.when(F.col("timestampType") == LOG_APPEND_TIME, F.col("timestamp")).alias("arrival_time"),
-    )
 
 
 class KafkaSource(Source):
@@ -173,9 +109,9 @@ class KafkaSource(Source):
             *(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends))))
         )
         is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED_OFFSETS
-        time = F.expr(_time("unix_millis(kafka_timestamp)")).alias("time")
+        time = F.expr(time_sql("unix_millis(kafka_timestamp)")).alias("time")
         records = F.collect_list(
-            F.when(is_last, F.struct("partition", "offset", time, F.expr(_md5("raw")).alias("md5")))
+            F.when(is_last, F.struct("partition", "offset", time, F.expr(md5_sql("raw")).alias("md5")))
         )
         return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
 
@@ -227,7 +163,7 @@ class KafkaSource(Source):
         is_time = F.col("timestamp").between(GREGORIAN_START_MS, MAX_TIMESTAMP_MS)
 
         def unusual(records: DataFrame) -> list[Row]:
-            records = records.withColumn("is_oversized", _is_oversized(records)).where(~is_time | F.col("is_oversized"))
+            records = records.withColumn("is_oversized", is_oversized(records)).where(~is_time | F.col("is_oversized"))
             figures = F.count("*").alias("records"), F.min(F.struct("offset", "timestamp")).alias("first")
             return records.groupBy("partition", "is_oversized").agg(*figures).sort("partition").collect()
 
@@ -287,8 +223,8 @@ class KafkaSource(Source):
             return False
         start = unread.get(self.topic.name) or "its beginning"
         self._lose(
-            f"{self.topic} was deleted and recreated since the table was written: what the old one had from {start} on "
-            f"(partition: offset) is gone.",
+            f"{self.topic} was deleted and recreated since the table was written: the unread records of the old topic, from {start} on "
+            f"(partition: offset), are gone.",
             "the new topic is read from its beginning",
             is_accepted=not self.has_started,
         )
@@ -380,8 +316,8 @@ class KafkaSource(Source):
         others = [
             f"partition {partition} offset {newest[partition]['offset']}"
             for partition, (time, value) in there.items()
-            if _differs(
-                (newest[partition].get("time"), newest[partition].get("md5")), (_known_time(time), _hash(value))
+            if differs(
+                (newest[partition].get("time"), newest[partition].get("md5")), (known_time(time), hash_of(value))
             )
         ]
         if others:
@@ -424,7 +360,7 @@ class KafkaSource(Source):
         others = {
             partition
             for partition, offset, time, md5 in self._few_in_kafka(spark, ranges)
-            if offset > last[partition] or _differs(known.get((partition, offset), (time, md5)), (time, md5))
+            if offset > last[partition] or differs(known.get((partition, offset), (time, md5)), (time, md5))
         }
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
@@ -460,9 +396,9 @@ class KafkaSource(Source):
                 spark.read.format("delta")
                 .load(table)
                 .alias("row")
-                .join(records, F.expr(_is_same(value)))
+                .join(records, F.expr(is_same_sql(value)))
                 .select("record.offset")
-                for table, value in _values(tables).items()
+                for table, value in record_columns(tables).items()
             ]
             [[offset]] = same[0].union(same[1]).agg(F.max("offset")).collect()
             return offset
@@ -488,9 +424,9 @@ class KafkaSource(Source):
         }
 
         def delete(records: DataFrame) -> None:
-            for table, value in _values(tables).items():
+            for table, value in record_columns(tables).items():
                 DeltaTable.forPath(spark, table).alias("row").merge(
-                    records, _is_same(value)
+                    records, is_same_sql(value)
                 ).whenMatchedDelete().execute()
 
         self._in_kafka(spark, ranges, delete)
@@ -502,19 +438,19 @@ class KafkaSource(Source):
             found = self.reader.records_between(self.topic.name, offsets, MAX_WAIT_SECONDS, MAX_RECORD_BYTES)
             if found is None:
                 return [tuple(row) for row in self._in_kafka(spark, offsets, DataFrame.collect)]
-        return [(partition, offset, _known_time(time), _hash(value)) for partition, offset, time, value in found]
+        return [(partition, offset, known_time(time), hash_of(value)) for partition, offset, time, value in found]
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
         """Returns the answer of `question` to the records that Kafka has at these offsets, aliased as "record": `partition`,
-        `offset`, `time` (`_time`) and `md5` (`_md5`) of the value.
+        `offset`, `time` (`time_sql`) and `md5` (`md5_sql`) of the value.
         """
         return self.lookup.ask(
             spark,
             offsets,
             lambda records: question(
-                records.selectExpr("partition", "offset", f"{_time('timestamp')} AS time", "md5(value) AS md5").alias(
-                    "record"
-                )
+                records.selectExpr(
+                    "partition", "offset", f"{time_sql('timestamp')} AS time", "md5(value) AS md5"
+                ).alias("record")
             ),
         )
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.kafka.lookup import kafka_options
-from pipeline.kafka.source import KafkaSource, records_of
+from pipeline.kafka.records import records_of
+from pipeline.kafka.source import KafkaSource
 from pipeline.streaming.query import AVAILABLE_NOW, trigger_of
 
 from pyspark.sql import DataFrame, SparkSession

@@ -106,8 +106,8 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     wait_for_more(broker, topic, read, 1)
 
     complaint = re.escape(
-        f'"{topic}" on {broker} was deleted and recreated since the table was written: what the old one had from '
-        f"{{'0': {read[0]}}} on (partition: offset) is gone. Nothing was skipped. With --accept-data-loss"
+        f'"{topic}" on {broker} was deleted and recreated since the table was written: the unread records of the old topic, from '
+        f"{{'0': {read[0]}}} on (partition: offset), are gone. Nothing was skipped. With --accept-data-loss"
     )
     with pytest.raises(PipelineError, match=complaint):
         world.consume()

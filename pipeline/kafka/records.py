@@ -1,0 +1,86 @@
+"""Kafka's records as columns: in a stream's format, and for comparing those in the tables with those in Kafka."""
+
+import hashlib
+
+from pipeline.contract.contract import MAX_RECORD_BYTES, OVERSIZED
+from pipeline.delta.tables import TablePair
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+# 15 October 1582: Spark's reader takes earlier times for times of the Julian calendar.
+GREGORIAN_START_MS = -12_219_292_800_000
+LOG_APPEND_TIME = 1  # a value of Spark's timestampType
+MAX_TIMESTAMP_MS = 2**63 // 1000  # the latest time that a TIMESTAMP can hold
+
+
+def time_sql(milliseconds: str) -> str:
+    """SQL: Kafka's time if both ways of reading (`KafkaSource.read_again`) return the same, else null."""
+    return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN_START_MS} AND {MAX_TIMESTAMP_MS} THEN {milliseconds} END"
+
+
+def known_time(milliseconds: int) -> int | None:
+    """Like `time_sql`, for a single record."""
+    return milliseconds if GREGORIAN_START_MS <= milliseconds <= MAX_TIMESTAMP_MS else None
+
+
+def hash_of(value: bytes | None) -> str | None:
+    """Like `md5_sql`, for a single record."""
+    return None if value is None else hashlib.md5(value, usedforsecurity=False).hexdigest()
+
+
+def differs(known: tuple[int | None, str | None], found: tuple[int | None, str | None]) -> bool:
+    """Whether two readings of an offset (time and hash each) are certainly of different records."""
+    (known_time, known_md5), (time, md5) = known, found
+    return known_time is not None and known_time != time or None not in (known_md5, md5) and known_md5 != md5
+
+
+def record_columns(tables: TablePair) -> dict[str, str]:
+    """The column that holds the record, by table."""
+    return {tables.table: "raw_json", tables.quarantine: "raw"}
+
+
+def is_oversized(kafka: DataFrame) -> Column:
+    """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
+    sizes = (
+        [F.col("serializedKeySize"), F.col("serializedValueSize")]
+        if "serializedValueSize" in kafka.columns
+        else [F.octet_length("key"), F.octet_length("value")]
+    )
+    return F.coalesce(F.greatest(*sizes) > MAX_RECORD_BYTES, F.lit(False))
+
+
+def md5_sql(value: str) -> str:
+    """SQL: a hash for comparing records; null for records that are not always read (`KafkaSource.read_again`)."""
+    return f"CASE WHEN octet_length({value}) <= {MAX_RECORD_BYTES} THEN md5({value}) END"
+
+
+def is_same_sql(value: str) -> str:
+    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `KafkaSource._in_kafka`."""
+    return (
+        f"row.partition = record.partition AND row.offset = record.offset AND {md5_sql(f'row.{value}')} <=> record.md5 "
+        f"AND {time_sql('unix_millis(row.kafka_timestamp)')} <=> record.time"
+    )
+
+
+def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
+    """The records in a stream's format, from the columns of Spark's Kafka source.
+
+    Out: the value as `raw` and `raw_json`, the columns that say where it came from, `ingest_time`, `arrival_time` (null if the
+    broker does not record it), and a `reject_reason` for records that are too large.
+    """
+    return kafka.select(
+        F.when(is_oversized(kafka), OVERSIZED).alias("reject_reason"),
+        F.col("value").alias("raw"),
+        F.col("value").cast("string").alias("raw_json"),
+        F.lit(topic).alias("topic"),
+        "partition",
+        "offset",
+        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN_START_MS)), F.col("timestamp")).alias(
+            "kafka_timestamp"
+        ),
+        F.col("key").alias("kafka_key"),
+        ingest_time.alias("ingest_time"),
+        # With CreateTime, the producer sets the time.
+        F.when(F.col("timestampType") == LOG_APPEND_TIME, F.col("timestamp")).alias("arrival_time"),
+    )

@@ -23,7 +23,7 @@ from pipeline.delta.commits import sync_commits
 from pipeline.delta.locks import with_retries, write_lock
 from pipeline.delta.private import newest_state
 from pipeline.delta.tables import clean_up, time_travel
-from pipeline.paths import LAKE, local_path
+from pipeline.paths import LAKE, local_path, tables_in
 from pipeline.readers.printing import add_reader_options, read_table, show
 from pipeline.spark.file_system import FileSystem
 from pipeline.spark.session import READER_JVM, build_spark
@@ -97,23 +97,39 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
     """The rows of --sql, which knows each table of the lake by its path, as `folder.table`."""
     with tempfile.TemporaryDirectory() as folder:  # a database needs a location, although nothing is written there
         place = re.sub(r"(['\\])", r"\\\1", folder)
-        for name, path in lake_tables(spark, options.lake).items():
-            # Names in Spark may contain only letters, digits and "_".
-            database, table = (re.sub(r"\W", "_", part, flags=re.ASCII) for part in os.path.split(name))
-            database = database or "default"
-            spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}` LOCATION '{place}'")
-            with in_the_lake(path):
-                spark.catalog.createTable(f"`{database}`.`{table}`", path, source="delta")
+        tables = lake_tables(spark, options.lake)
+        # Names in Spark may contain only letters, digits and "_". Tables that have such a name keep it.
+        paths = sorted(tables, key=lambda path: (bool(re.search(r"[^\w/]", path, re.ASCII)), path))
+        split = [[re.sub(r"\W", "_", part, flags=re.ASCII) for part in os.path.split(path)] for path in paths]
+        names = [f"`{database or 'default'}`.{table}" for database, table in split]
+        for path, name, given in zip(paths, names, unique(names)):
+            database, _, table = given.partition(".")
+            spark.sql(f"CREATE DATABASE IF NOT EXISTS {database} LOCATION '{place}'")
+            with in_the_lake(tables[path]):
+                spark.catalog.createTable(f"{database}.`{table}`", tables[path], source="delta")
+            if given != name:
+                warn(
+                    f"In --sql, {tables[path]} is {given.replace('`', '')}, because another table is {name.replace('`', '')}."
+                )
     try:
         rows = spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")
     except PySparkException as error:
         problem = re.sub(r"^\[\w+\.?\w*\] |\.? SQLSTATE.*", "", first_line(str(error).strip()))
         raise PipelineError(f"--sql takes one query, and Spark can't run this one: {problem}.") from error
-    names: list[str] = []
-    for name in rows.columns:  # a join may have two columns with the same name
-        times = [each.lower() for each in rows.columns[: len(names)]].count(name.lower())
-        names.append(f"{name}_{times + 1}" if times else name)
-    return rows.toDF(*names)
+    return rows.toDF(*unique(rows.columns))  # a join may have two columns with the same name
+
+
+def unique(names: list[str]) -> list[str]:
+    """The names; those that repeat an earlier one, in whatever capitals, get a number."""
+    given: dict[str, str] = {}
+    for name in names:
+        new = next(
+            each
+            for each in (name, *(f"{name}_{number}" for number in range(2, len(names) + 2)))
+            if each.lower() not in given
+        )
+        given[new.lower()] = new
+    return list(given.values())
 
 
 @contextmanager
@@ -178,6 +194,8 @@ def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
     """The Delta tables under the folder `lake`, on any file system that Spark reaches: their paths by those below
     `lake`.
     """
+    if (local := local_path(lake)) is not None:
+        return tables_in(local)
     # The slash is needed for a whole bucket: s3a://bucket alone would be the user's home folder in it.
     files = FileSystem(spark, f"{lake}/")
 

@@ -23,9 +23,9 @@ from pipeline.delta.tables import silver_tables
 from pipeline.kafka.source import KafkaSource
 from pipeline.kafka.stream import streams_of
 from pipeline.kafka.topics import Topic, add_topic_options
-from pipeline.paths import REPOSITORY, SILVER
+from pipeline.paths import SILVER
 from pipeline.spark.session import build_spark
-from pipeline.streaming.query import add_stream_options, run_until_stopped
+from pipeline.streaming.query import add_stream_options, parse_stream_options, run_until_stopped
 from pipeline.terminal.arguments import argument_parser, at_least
 from pipeline.terminal.script import run
 
@@ -50,7 +50,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_topic_options(parser)
-    add_stream_options(parser, SILVER, str(REPOSITORY / "checkpoints" / "silver_sensor_data"), trigger="2 seconds")
+    add_stream_options(parser, SILVER, trigger="2 seconds")
     parser.add_argument(
         "--max-offsets-per-trigger",
         type=at_least(1),
@@ -70,7 +70,7 @@ def parse_options() -> argparse.Namespace:
         help="go on though Kafka has lost records that were not read, or has a new topic of this name; what it "
         "loses later stops the stream again",
     )
-    return parser.parse_args()
+    return parse_stream_options(parser)
 
 
 if __name__ == "__main__":

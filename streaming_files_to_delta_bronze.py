@@ -26,7 +26,7 @@ from pipeline.files.folder import list_new_files
 from pipeline.files.source import FileSource
 from pipeline.paths import BRONZE, REPOSITORY
 from pipeline.spark.session import build_spark
-from pipeline.streaming.query import add_stream_options, run_until_stopped, trigger_of
+from pipeline.streaming.query import add_stream_options, parse_stream_options, run_until_stopped, trigger_of
 from pipeline.terminal.arguments import argument_parser, at_least, location
 from pipeline.terminal.script import run
 
@@ -62,7 +62,7 @@ def parse_options() -> argparse.Namespace:
         metavar="FOLDER",
         help="move files there, under their whole path, some time after their records are in the tables",
     )
-    add_stream_options(parser, BRONZE, str(REPOSITORY / "checkpoints" / "bronze_sensor"), trigger="5 seconds")
+    add_stream_options(parser, BRONZE, trigger="5 seconds")
     parser.add_argument(
         "--max-files-per-trigger",
         type=at_least(1),
@@ -77,7 +77,7 @@ def parse_options() -> argparse.Namespace:
         default=1000,
         help="size of a .gz file, unpacked, beyond which it goes to the quarantine as unreadable_file",
     )
-    return parser.parse_args()
+    return parse_stream_options(parser)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Two of its settings are needed: `last_seen: epoch`, and `include_device_information: true`, which adds the object `device`.
 The names: https://www.zigbee2mqtt.io/guide/usage/mqtt_topics_and_messages.html
 
-    python3 streaming_files_to_delta_bronze.py --readings examples/zigbee2mqtt.py --input examples/zigbee2mqtt --table lake/bronze/zigbee2mqtt --checkpoint checkpoints/bronze_zigbee2mqtt
-    python3 spark_kafka_consumer.py --readings examples/zigbee2mqtt.py --topic zigbee2mqtt --table lake/silver/zigbee2mqtt --checkpoint checkpoints/silver_zigbee2mqtt
+    python3 streaming_files_to_delta_bronze.py --readings examples/zigbee2mqtt.py --input examples/zigbee2mqtt --table lake/bronze/zigbee2mqtt
+    python3 spark_kafka_consumer.py --readings examples/zigbee2mqtt.py --topic zigbee2mqtt --table lake/silver/zigbee2mqtt
 """
 
 from pipeline.contract import Boolean, Contract, Integer, Number, Text, Timestamp

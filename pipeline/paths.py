@@ -1,5 +1,6 @@
-"""Where things are: the repository, the tables of the lake, and local paths."""
+"""Where things are: the repository, the tables of the lake, their checkpoints, and local paths."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,3 +21,28 @@ SILVER = str(LAKE / "silver" / "sensor_data")
 def quarantine_of(table: str) -> str:
     """The path of the quarantine that belongs to `table`."""
     return table.rstrip("/") + "_quarantine"
+
+
+def checkpoint_of(table: str) -> str:
+    """The path of the checkpoint for the stream that writes `table`: in checkpoints/ for the tables of the lake, otherwise next
+    to the table.
+    """
+    if table == BRONZE:
+        return str(REPOSITORY / "checkpoints" / "bronze_sensor")
+    if LAKE in Path(table).parents:
+        return str(REPOSITORY / "checkpoints" / "_".join(Path(table).relative_to(LAKE).parts))
+    return table.rstrip("/") + "_checkpoint"
+
+
+def tables_in(lake: str) -> dict[str, str]:
+    """The paths of the Delta tables in the local folder `lake`, by their names relative to it, sorted."""
+    tables, visited = {}, set()
+    for folder, subfolders, _ in os.walk(lake, followlinks=True):  # a table may lie on another disk
+        real = os.path.realpath(folder)
+        if "_delta_log" in subfolders:
+            tables[os.path.relpath(folder, lake)] = folder
+        if "_delta_log" in subfolders or real in visited:  # a link may lead back to a parent folder
+            subfolders.clear()
+        visited.add(real)
+        subfolders.sort()
+    return tables

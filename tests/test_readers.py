@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 from pipeline.delta.tables import WRITER, bronze_tables, create_table, silver_tables
-from pipeline.readers.printing import csv_line, lines
+from pipeline.paths import tables_in
+from pipeline.readers.printing import as_table, csv_line, lines
 from pipeline.streaming.writer import TableWriter
 
 import pytest
 from pyspark.sql import functions as F
+from rich.console import Console
 
 from helpers.processes import on_terminal, run_script
 from helpers.records import reading
@@ -135,6 +137,41 @@ def test_a_table_fits_the_terminal_and_what_is_left_out_is_named(lake):
         assert all(name in text for name in names) and ("No room for" in text) == (width == 80), text
         rows = [line for line in text.splitlines() if "d20" in line or "device_id" in line]
         assert len(rows) == 2 and max(map(len, rows)) <= width, text
+
+
+@pytest.mark.parametrize("origin", ["Kafka's", "a file's"])
+def test_a_raw_record_is_shown_whole_beside_its_origin(spark, origin):
+    record = '{"timestamp": "2026-11-20T08:00:00Z", "device_id": "d1", "value": 21.5, "building": "A", "floor": 1}'
+    sources = {
+        "Kafka's": "'sensor_data' AS topic, 2 AS partition, 12345678901 AS offset, CAST('k' AS BINARY) AS kafka_key",
+        "a file's": f"'file:/data/{'long/' * 20}x.json' AS source_file",
+    }
+    rows = spark.sql(
+        f"SELECT 'missing_type' AS reject_reason, CAST('{record}' AS BINARY) AS raw, {sources[origin]}, "
+        "TIMESTAMP '2026-11-20 08:00:01.5' AS ingest_time"
+    )
+    console = Console(width=80, file=io.StringIO())
+    console.print(as_table(rows, 80, whole=True)[0])
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) < 10, lines
+    split = lines[0].index("raw")
+    left, right = ([line[part].strip() for line in lines] for part in (slice(split), slice(split, None)))
+    assert "".join(right).replace("raw", "", 1).strip("─").replace(" ", "") == record.replace(" ", "")
+    assert "2026-11-20 08:00:01" in left and "missing_type" in left
+    assert origin == "a file's" or "sensor_data 2 12345678901" in left
+
+
+def test_a_link_back_to_the_lake_does_not_repeat_its_tables(lake, tmp_path, run_here):
+    (tmp_path / "lake").mkdir()
+    (tmp_path / "lake" / "silver").symlink_to(lake / "silver")
+    (tmp_path / "lake" / "again").symlink_to(tmp_path / "lake")
+    (tmp_path / "lake" / "silver" / "up").symlink_to(tmp_path / "lake")
+    try:
+        names = ["silver/sensor_data", "silver/sensor_data_quarantine"]
+        assert sorted(tables_in(str(tmp_path / "lake"))) == names
+        assert column(run_here("read_delta.py", "--lake", tmp_path / "lake", "--format", "json"), "table") == names
+    finally:
+        (tmp_path / "lake" / "silver" / "up").unlink()
 
 
 def append(spark, table, arrived: str = "now()", prefix: str = "new", **others: str) -> None:
@@ -333,7 +370,19 @@ def test_tables_of_any_name_can_be_asked_and_a_broken_one_is_named(spark, tmp_pa
     assert (run.returncode, run.stdout) == (0, "n,N2,n_2,N2_2\n0,0,0,0\n1,1,1,1\n")
     run = run_here("read_delta.py", "--lake", tmp_path, "--format", "json")
     assert run.returncode == 0 and json.loads(run.stdout)["table"] == "2nd floor é/door-sensors"
-    assert run.stderr.startswith(f"file:{tmp_path}/2nd floor é/broken can't be read: ") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"{tmp_path}/2nd floor é/broken can't be read: ") and run.stderr.count("\n") == 1
+
+
+def test_tables_whose_names_differ_in_signs_only_can_all_be_asked(spark, tmp_path, run_here):
+    for number, name in enumerate(("x/a-b", "x/a b", "x/A_B", "x/c", "x/a_b_2")):
+        spark.range(number, number + 1).write.format("delta").save(str(tmp_path / name))
+    sql = "SELECT a.id, b.id, c.id, d.id FROM x.a_b a, x.a_b_3 b, x.a_b_4 c, x.a_b_2 d"
+    run = run_here("read_delta.py", "--lake", tmp_path, "--format", "csv", "--sql", sql)
+    assert run.stdout.splitlines()[1:] == ["2,1,0,4"], run
+    assert run.stderr == (
+        f"In --sql, {tmp_path}/x/a b is x.a_b_3, because another table is x.a_b.\n"
+        f"In --sql, {tmp_path}/x/a-b is x.a_b_4, because another table is x.a_b.\n"
+    )
 
 
 def test_read_delta_sorts_and_travels_in_time(lake, run_here):

@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 
+from pipeline.paths import BRONZE, SILVER, checkpoint_of
 from pipeline.terminal.ports import free_ports
 
 import pytest
@@ -57,6 +58,18 @@ def test_a_bad_option_ends_with_exit_code_2_and_names_it(command, run_here):
     run = run_here(*command)
     assert run.returncode == 2
     assert f"{command[0]}: error:" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_checkpoint_follows_from_its_table():
+    for table, checkpoint in (
+        (BRONZE, REPOSITORY / "checkpoints" / "bronze_sensor"),
+        (SILVER, REPOSITORY / "checkpoints" / "silver_sensor_data"),
+        (REPOSITORY / "lake" / "silver" / "zigbee2mqtt", REPOSITORY / "checkpoints" / "silver_zigbee2mqtt"),
+        ("/data/readings", "/data/readings_checkpoint"),
+        (REPOSITORY / "lake", REPOSITORY / "lake_checkpoint"),
+        ("s3a://bucket/silver/readings/", "s3a://bucket/silver/readings_checkpoint"),
+    ):
+        assert checkpoint_of(str(table)) == str(checkpoint)
 
 
 def assert_is_one_sentence(run, *words: str) -> None:

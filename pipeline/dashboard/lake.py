@@ -2,7 +2,6 @@
 refers to the arrival of records.
 """
 
-import os
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -36,17 +35,6 @@ class Choice:
     series: str | None
     charts: str | None
     time: str  # when a record was made or, if the contract has no such field, when it arrived
-
-
-def find_tables(lake: str) -> dict[str, str]:
-    """The paths of the Delta tables in the folder `lake`, by their names relative to it, sorted."""
-    found = {}
-    for folder, subfolders, _ in os.walk(lake, followlinks=True):  # a table may lie on another disk
-        if "_delta_log" in subfolders:
-            found[os.path.relpath(folder, lake)] = folder
-            subfolders.clear()
-        subfolders.sort()
-    return found
 
 
 class Lake:

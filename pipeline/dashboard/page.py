@@ -6,9 +6,9 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from pipeline.contract.columns import RESERVED_COLUMNS
-from pipeline.dashboard.lake import MAX_SERIES, MIN_REFRESH_SECONDS, POINTS, Choice, Lake, find_tables, overview
+from pipeline.dashboard.lake import MAX_SERIES, MIN_REFRESH_SECONDS, POINTS, Choice, Lake, overview
 from pipeline.kafka.topics import Topic
-from pipeline.paths import quarantine_of
+from pipeline.paths import quarantine_of, tables_in
 from pipeline.terminal.errors import PipelineError, first_line
 
 import altair as alt
@@ -30,7 +30,7 @@ def show_page(options: argparse.Namespace) -> None:
     """Draws the page for one visitor. `options`: `lake`, and the broker's `bootstrap_servers` and `kafka_config`."""
     st.set_page_config("Sensor pipeline", layout="wide")
     st.title("Sensor pipeline")
-    tables = find_tables(options.lake)
+    tables = tables_in(options.lake)
     readings = {name: path for name, path in tables.items() if not name.endswith(quarantine_of(""))}
     if not readings:
         st.info("No table yet. Tables appear with the first records that a stream writes. This page waits for them.")
@@ -42,7 +42,7 @@ def show_page(options: argparse.Namespace) -> None:
 
     @st.fragment(run_every=seconds)
     def live() -> None:
-        if find_tables(options.lake) != tables:
+        if tables_in(options.lake) != tables:
             st.rerun()
         begun = time.monotonic()
         try:

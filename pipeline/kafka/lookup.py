@@ -3,18 +3,17 @@
 A compressed batch of a few kilobytes can expand to a gigabyte. Kafka's consumer decompresses a record when it comes to it.
 """
 
-import functools
-import json
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.contract.contract import MAX_RECORD_BYTES
-from pipeline.kafka.private import KAFKA_RECORD, forget_fetched_records, kafka_records, large_records
+from pipeline.kafka.private import forget_fetched_records, kafka_records, large_records
 from pipeline.kafka.properties import spark_options
 from pipeline.kafka.topics import Topic
 from pipeline.spark.private import OUT_OF_MEMORY
 from pipeline.terminal.errors import java_class, root_cause
+from pipeline.terminal.messages import say
 
 from kafka.errors import KafkaTimeoutError
 from py4j.protocol import Py4JJavaError
@@ -28,6 +27,7 @@ MAX_MESSAGE_RECORD_BYTES = 2 * MAX_RECORD_BYTES
 # Options of a consumer that unpacks a record only on request, and nothing of the next message.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 SEVERAL = {"kafka.max.poll.records": 500}
+OF_TASK = 20_000  # offsets
 NEAR_OFFSETS = 2 * SEVERAL["kafka.max.poll.records"]  # twice a poll, because some offsets may hold no record
 
 Result = TypeVar("Result")
@@ -98,42 +98,34 @@ class RecordLookup:
 
     def records(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool = False) -> DataFrame:
         """The records at these offsets, without the known gaps, in the format of `kafka_records`."""
-        pieces: dict[tuple[int, bool], Offsets] = {}  # Spark reads at most one range per partition at a time
+        far, near = [], []
         for partition, (begin, end) in offsets.items():
-            for number, gap in enumerate([*self.gaps({partition: (begin, end)}), Gap(partition, end, end, end)]):
-                near = max(begin, gap.after - self._one_by_one)
-                for is_near, (first, last) in enumerate([(begin, near), (near, gap.after)]):
-                    if first < last:
-                        pieces.setdefault((number, bool(is_near)), {})[partition] = first, last
+            for gap in [*self.gaps({partition: (begin, end)}), Gap(partition, end, end, end)]:
+                middle = max(begin, gap.after - self._one_by_one)
+                far += [(partition, first, min(first + OF_TASK, middle)) for first in range(begin, middle, OF_TASK)]
+                near += [
+                    (partition, first, min(first + OF_TASK, gap.after)) for first in range(middle, gap.after, OF_TASK)
+                ]
                 begin = gap.end
-        kinds = KAFKA_RECORD | {"timestampType": "INT"}
-        parts = [self._read(spark, piece, is_near, fail_on_data_loss) for (_, is_near), piece in pieces.items()]
-        if not parts:
-            return spark.createDataFrame([], ", ".join(map(" ".join, kinds.items())))
-        return functools.reduce(DataFrame.union, parts)
-
-    def _read(self, spark: SparkSession, offsets: Offsets, is_near: bool, fail_on_data_loss: bool) -> DataFrame:
-        begin, end = (
-            json.dumps({self.topic.name: {partition: each[which] for partition, each in offsets.items()}})
-            for which in (0, 1)
-        )
-        return kafka_records(
-            spark.read.format("kafka")
-            .options(**kafka_options(self.topic) | (ONE_BY_ONE if is_near else SEVERAL))
-            .option("assign", json.dumps({self.topic.name: list(offsets)}))
-            .option("startingOffsets", begin)
-            .option("endingOffsets", end)
-            .option("failOnDataLoss", fail_on_data_loss)
-            .option("maxRecordsPerPartition", 20_000)
-            .load(),
-            MAX_RECORD_BYTES,
-        )
+        read = [
+            kafka_records(
+                spark,
+                kafka_options(self.topic) | options,
+                self.topic.name,
+                ranges,
+                fail_on_data_loss,
+                MAX_RECORD_BYTES,
+            )
+            for ranges, options in ((far, SEVERAL), (near, ONE_BY_ONE))
+        ]
+        return read[0].union(read[1])
 
     def _find_gaps(self, spark: SparkSession, offsets: Offsets, one_by_one: int) -> None:
         """Finds the records at these offsets that are too large.
 
         `one_by_one`: how many offsets before each of them, and before the end, are read one record at a time from now on.
         """
+        say(f"A record of {self.topic} doesn't fit into memory. The batch is searched for such records …")
         self._one_by_one = one_by_one
         self._gaps = []
         forget_fetched_records(spark, and_consumers=True)

@@ -4,6 +4,7 @@ Without them, a stream could neither get past records that Spark can't read, nor
 """
 
 import time
+import uuid
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -23,16 +24,25 @@ KAFKA_RECORD = {
     "serializedKeySize": "INT",
     "serializedValueSize": "INT",
 }
+POLL_TIMEOUT_MS = 120_000  # Spark's default
 
 
-def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
-    """The records that `rows` (a `spark.read` from Kafka) would return, with their original timestamps, and null for keys and
-    values larger than `max_bytes`.
+def kafka_records(
+    spark: SparkSession,
+    options: dict[str, Any],
+    topic: str,
+    ranges: list[tuple[int, int, int]],
+    fail_on_data_loss: bool,
+    max_bytes: int,
+) -> DataFrame:
+    """The records of a topic in these ranges of offsets (partition, begin and end), with their original timestamps, and null
+    for keys and values larger than `max_bytes`.
 
-    Spark's own reader fails on a time outside the range of a TIMESTAMP, and copies every value, however large.
+    Spark's own reader fails on a time outside the range of a TIMESTAMP, copies every value, however large, and takes one
+    range of each partition.
+    `options`: those of Spark's Kafka source. Each range is a task.
     Out: the columns of `KAFKA_RECORD` (`timestamp` in milliseconds; sizes in bytes, -1 for null) and Spark's `timestampType`.
     """
-    spark = rows.sparkSession
     java = _java(spark)
     sql, expressions = java.org.apache.spark.sql, java.org.apache.spark.sql.catalyst.expressions
     none = _scala_seq(spark, [])
@@ -61,14 +71,34 @@ def kafka_records(rows: DataFrame, max_bytes: int) -> DataFrame:
         columns.append(column(value, name))
     timestamp_type = method(record, "timestampType", sql.types.ObjectType(an_object.timestampType().getClass()))
     columns.append(column(method(timestamp_type, "ordinal", sql.types.DataType.fromDDL("INT")), "timestampType"))
-    rdd = rows._jdf.queryExecution().toRdd()
-    while rdd.getClass().getSimpleName() != "KafkaSourceRDD":
-        rdd = rdd.dependencies().head().rdd()
+    kafka, none_preferred = java.org.apache.spark.sql.kafka010, java.scala.Option.empty()
+    parts = [
+        kafka.KafkaOffsetRange(
+            java.org.apache.kafka.common.TopicPartition(topic, partition), begin, end, none_preferred
+        )
+        for partition, begin, end in ranges
+    ]
+    # Spark keeps consumers for other readings by the name of their group; these have options of their own.
+    group = f"pipeline-lookup-{uuid.uuid4()}"
+    params = kafka.KafkaSourceProvider.kafkaParamsForExecutors(
+        java.org.apache.spark.api.python.PythonUtils.toScalaMap(_settings(spark, options)), group
+    )
+    rdd = kafka.KafkaSourceRDD(
+        spark.sparkContext._jsc.sc(), params, _scala_seq(spark, parts), POLL_TIMEOUT_MS, fail_on_data_loss
+    )
     plan = java.org.apache.spark.sql.catalyst.plans.logical.SerializeFromObject(
         _scala_seq(spark, columns), sql.execution.ExternalRDD(rows_of_one, rdd, spark._jsparkSession)
     )
     read = DataFrame(sql.classic.Dataset.ofRows(spark._jsparkSession, plan), spark)
     return read.withColumn("timestampType", read.timestampType - 1)  # the first constant, for no type, is -1
+
+
+def _settings(spark: SparkSession, options: dict[str, Any]) -> Any:
+    """The settings of Java's client from the options of Spark's Kafka source."""
+    settings = _java(spark).java.util.HashMap()
+    for name, value in options.items():
+        settings.put(name.removeprefix("kafka."), str(value))
+    return settings
 
 
 def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
@@ -105,9 +135,7 @@ class KafkaReader:
 
     def __init__(self, spark: SparkSession, options: dict[str, Any]):
         java = self._java = _java(spark)
-        settings = java.java.util.HashMap()
-        for name, value in options.items():
-            settings.put(name.removeprefix("kafka."), value)
+        settings = _settings(spark, options)
         # Never commit offsets, and never jump elsewhere if an offset is gone.
         for name, value in {
             "enable.auto.commit": "false",
@@ -222,24 +250,39 @@ def large_records(
     """
     java = _java(spark)
     collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common
-    iterators, comparison = collections.IteratorUtils, collections.functors.ComparatorPredicate
-    is_large = collections.PredicateUtils.transformedPredicate(
-        collections.TransformerUtils.invokerTransformer("sizeInBytes"),
-        comparison.comparatorPredicate(
-            max_bytes, collections.ComparatorUtils.naturalComparator(), comparison.Criterion.LESS
-        ),
+    iterators, predicates, invoker = (
+        collections.IteratorUtils,
+        collections.PredicateUtils,
+        collections.TransformerUtils.invokerTransformer,
     )
-    end, large = None, []
-    for message in (
-        kafka.record.MemoryRecords.readableRecords(java.java.nio.ByteBuffer.wrap(messages)).batches().iterator()
-    ):
-        after, end = end or begin, message.lastOffset() + 1
-        if not message.isCompressed() or message.magic() < 2:  # the format before Kafka 0.11
-            continue
-        with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
+
+    def is_larger_than(size: int) -> Any:
+        comparison = collections.functors.ComparatorPredicate
+        smaller = comparison.comparatorPredicate(
+            size, collections.ComparatorUtils.naturalComparator(), comparison.Criterion.LESS
+        )
+        return predicates.transformedPredicate(invoker("sizeInBytes"), smaller)
+
+    is_large = is_larger_than(max_bytes)
+    may_have_large = predicates.andPredicate(
+        predicates.andPredicate(
+            predicates.instanceofPredicate(kafka.record.DefaultRecordBatch._java_lang_class),  # since Kafka 0.11
+            predicates.asPredicate(invoker("isCompressed")),
+        ),
+        # The best compression packs 128 KiB into 4 bytes: RFC 8878, 3.1.1.2.2 (RLE_Block).
+        is_larger_than(max_bytes // 2**17 * 4),
+    )
+    buffer = java.java.nio.ByteBuffer.wrap(messages)
+    batches = iterators.toList(kafka.record.MemoryRecords.readableRecords(buffer).batches().iterator())
+    large, no_cache = [], kafka.utils.BufferSupplier.NO_CACHING
+    # A call from Python takes longer than Kafka needs for a small batch.
+    for message in iterators.filteredIterator(batches.iterator(), may_have_large):
+        with closing(message.skipKeyValueIterator(no_cache)) as records:
             before = iterators.indexOf(records, is_large)
         if before >= 0:
-            with closing(message.skipKeyValueIterator(kafka.utils.BufferSupplier.NO_CACHING)) as records:
+            number = batches.indexOf(message)
+            after = batches[number - 1].lastOffset() + 1 if number else begin
+            with closing(message.skipKeyValueIterator(no_cache)) as records:
                 after = iterators.get(records, before - 1).offset() + 1 if before else after
-                large.append(LargeRecord(after, records.next().offset(), end))
-    return end, large
+                large.append(LargeRecord(after, records.next().offset(), message.lastOffset() + 1))
+    return batches[len(batches) - 1].lastOffset() + 1 if len(batches) else None, large

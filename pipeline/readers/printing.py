@@ -38,6 +38,7 @@ LEAST_NEEDED = (
     "offset",
     "ingest_time",
 )
+RAW = {"raw_json", "raw"}  # the columns that hold the record as it came
 ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
 
@@ -175,9 +176,19 @@ def _cell(name: str, kind: str, whole: bool) -> Column:
 
 
 def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, list[str]]:
-    """The rows as a table of at most `width` terminal columns, and the names of the columns that do not fit."""
-    kinds = dict(rows.dtypes)
-    cells = rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).collect()
+    """The rows as a table of at most `width` terminal columns, and the names of the columns that do not fit.
+
+    `whole`: of rows that have the record as it came, that record beside its origin.
+    """
+    columns = {name: _cell(name, kind, whole) for name, kind in rows.dtypes}
+    if whole and (raw := RAW & columns.keys()):
+        lines = [("ingest_time",), ("topic", "partition", "offset", "source_file"), ("reject_reason",)]
+        origin = [
+            F.concat_ws(" ", *there) for line in lines if (there := [columns[name] for name in line if name in columns])
+        ]
+        columns = {"from": F.concat_ws("\n", *origin)} | {name: columns[name] for name in raw}
+    kinds = dict.fromkeys(columns, "string") | {name: kind for name, kind in rows.dtypes if name in columns}
+    cells = rows.select(*(value.alias(name) for name, value in columns.items())).collect()
     widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in cells)))) for name in kinds}
     shown = list(kinds)
     for name in () if whole else (*filter(kinds.__contains__, LEAST_NEEDED), *reversed(kinds)):

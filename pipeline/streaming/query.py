@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.contract.contract import Contract, add_readings_option, in_file
 from pipeline.delta.locks import CONFLICTS
 from pipeline.delta.tables import TablePair
+from pipeline.paths import checkpoint_of
 from pipeline.spark.private import OUT_OF_MEMORY, protect_callbacks
 from pipeline.streaming.batches import Batches
 from pipeline.streaming.checkpoints import (
@@ -47,8 +48,8 @@ class ClockSetBackError(Exception):
     """The clock was set back. Spark would start no batch until it has caught up."""
 
 
-def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: str, trigger: str) -> None:
-    """Adds the options of both streams: --readings, --table, --checkpoint, --trigger, --once, --metrics-port."""
+def add_stream_options(parser: argparse.ArgumentParser, table: str, trigger: str) -> None:
+    """Adds the options of both streams, of which --checkpoint is still to be set (`parse_stream_options`)."""
     add_readings_option(parser)
     parser.add_argument(
         "--table",
@@ -59,8 +60,8 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: 
     parser.add_argument(
         "--checkpoint",
         type=location,
-        default=checkpoint,
-        help="where the stream remembers what it has read; belongs to the table",
+        help="where the stream remembers what it has read; belongs to the table (default: in checkpoints/ for a table of "
+        "lake/, otherwise TABLE_checkpoint)",
     )
     parser.add_argument(
         "--trigger",
@@ -81,6 +82,13 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, checkpoint: 
     parser.add_argument(
         "--metrics-host", metavar="HOST", default="127.0.0.1", help="address of this machine that they are served on"
     )
+
+
+def parse_stream_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options on the command line of a stream."""
+    options = parser.parse_args()
+    options.checkpoint = options.checkpoint or checkpoint_of(options.table)
+    return options
 
 
 def _interval(value: str) -> str:

@@ -56,7 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_topic_options(parser)
     parser.add_argument(
-        "--to-folder", type=local_folder, metavar="FOLDER", help="write files of JSON lines there, not to Kafka"
+        "--to-folder", type=local_folder, metavar="FOLDER", help="write JSON files there instead of sending to Kafka"
     )
     add_readings_option(parser)
     parser.add_argument(
@@ -64,13 +64,13 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--count", type=at_least(0), metavar="N", help="stop after N messages")
     parser.add_argument("--devices", type=at_least(1), default=12, metavar="N", help="number of simulated devices")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes devices and values the same in each run")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same devices and values")
     parser.add_argument(
         "--invalid-fraction",
         type=fraction,
         default=0,
         metavar="F",
-        help="share of messages, 0 to 1, that break a rule, each kind of break in turn",
+        help="share of invalid messages, from 0 to 1; they break one rule after the other",
     )
     parser.add_argument("--create-topic", action="store_true", help="create the topic if it does not exist")
     parser.add_argument(
@@ -78,7 +78,7 @@ def parse_options() -> argparse.Namespace:
         type=at_least(1),
         metavar="N",
         default=PARTITIONS,
-        help="number of partitions with which --create-topic creates the topic",
+        help="partitions of the topic that --create-topic creates",
     )
     return parser.parse_args()
 
@@ -198,7 +198,7 @@ def send(
     if delivery.failure:
         raise PipelineError(
             f"{delivery.sent - delivery.acknowledged:,} of {delivery.sent:,} messages could not be delivered to "
-            f"{topic}: {delivery.failure}. Check that Kafka runs and has the topic, then start again."
+            f"{topic}: {delivery.failure}. Check that Kafka is running and has the topic, then start again."
         )
 
 

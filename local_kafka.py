@@ -169,7 +169,7 @@ class Server:
         if self.process.poll() is None:
             return
         if self.process.returncode < 0:
-            reason = f"something killed it with signal {-self.process.returncode}"
+            reason = f"it was killed by signal {-self.process.returncode}"
         else:
             lines = self.log.read_bytes()[self.log_begins :].decode(errors="replace").splitlines()
             reason = next((line for line in lines if "ERROR" in line or "xception" in line), "it gave no reason")

@@ -62,8 +62,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--sql",
         metavar="QUERY",
-        help='a query over all tables of the lake, as FOLDER.TABLE, with "_" for "-" and the like; it can read any file '
-        "that you can, and call Java, so run none of a stranger",
+        help='a query over all tables of the lake, named FOLDER.TABLE, with "_" for "-" and the like; it can read any '
+        "file that you can read, and call Java, so run only queries that you trust",
     )
     parser.add_argument("--sort-by", metavar="COLUMN", help="largest value first")
     parser.add_argument("--history", action="store_true", help="the table's commits, newest first")
@@ -76,7 +76,7 @@ def parse_options() -> argparse.Namespace:
     moment = parser.add_mutually_exclusive_group()
     moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
     moment.add_argument("--timestamp", metavar="T", help='the table as of this time, UTC: "2026-11-20 08:00:00"')
-    parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, without TABLE")
+    parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, if no TABLE is given")
     add_reader_options(parser)
     options = parser.parse_args()
     if options.table is None and (

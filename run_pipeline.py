@@ -96,7 +96,7 @@ def parse_options() -> argparse.Namespace:
         help="share of the producer's messages that break a rule",
     )
     parser.add_argument("--port", type=port_number, default=9092, help="local port that Kafka listens on")
-    parser.add_argument("--plain", action="store_true", help="print the parts' lines even on a terminal, as in a pipe")
+    parser.add_argument("--plain", action="store_true", help="print the parts' output line by line, even on a terminal")
     return parser.parse_args()
 
 
@@ -234,7 +234,7 @@ def require_alive(parts: list[Part]) -> None:
                 part.tell(part.lines)
             raise PipelineError(
                 f"{part.name} has ended with exit code {part.process.returncode}; its output is "
-                f"above. The other parts are stopped."
+                f"above. The other parts are being stopped."
             )
 
 

@@ -56,19 +56,18 @@ def parse_options() -> argparse.Namespace:
         type=at_least(1),
         metavar="N",
         default=2_000_000,
-        help="the most records that one batch takes",
+        help="maximum number of records per batch",
     )
     parser.add_argument(
         "--group-id",
         metavar="NAME",
-        help="consumer group under which Kafka's own tools show how far the stream is; it never reads that itself "
+        help="consumer group that the stream commits its offsets to, for Kafka's own tools; it never reads them itself "
         "(default: group.id of --kafka-config, or pipeline- and the table's name)",
     )
     parser.add_argument(
         "--accept-data-loss",
         action="store_true",
-        help="go on though Kafka has lost records that were not read, or has a new topic of this name; what it "
-        "loses later stops the stream again",
+        help="continue although Kafka has lost unread records or the topic was recreated; a later loss stops the stream again",
     )
     return parse_stream_options(parser)
 

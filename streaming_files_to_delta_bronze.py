@@ -53,14 +53,14 @@ def parse_options() -> argparse.Namespace:
         "--input",
         type=location,
         default=str(REPOSITORY / "input" / "sensor_data"),
-        help="folder that the files are put into",
+        help="folder to read new files from",
     )
     parser.add_argument("--multiline", action="store_true", help="a file is one JSON value, an object or an array")
     parser.add_argument(
         "--archive",
         type=location,
         metavar="FOLDER",
-        help="move files there, under their whole path, some time after their records are in the tables",
+        help="move files there, keeping their full path, some time after their records were written",
     )
     add_stream_options(parser, BRONZE, trigger="5 seconds")
     parser.add_argument(
@@ -68,14 +68,14 @@ def parse_options() -> argparse.Namespace:
         type=at_least(1),
         metavar="N",
         default=1000,
-        help="the most files that one batch takes",
+        help="maximum number of files per batch",
     )
     parser.add_argument(
         "--max-unpacked",
         type=at_least(1),
         metavar="MB",
         default=1000,
-        help="size of a .gz file, unpacked, beyond which it goes to the quarantine as unreadable_file",
+        help="maximum size of an unpacked .gz file; a larger one goes to the quarantine as unreadable_file",
     )
     return parse_stream_options(parser)
 

@@ -389,7 +389,7 @@ def test_drafts_are_not_read_whatever_their_names_hold(ingest, tmp_path, capsys)
 
 
 def changed(folder, name: str) -> str:
-    return f"{folder}/{name} has changed since it was taken"
+    return f"{folder}/{name} has changed since it was read"
 
 
 ODD_NAMES = [
@@ -428,7 +428,7 @@ def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, 
         os.utime(folder / f"{number}.json", (1, 1))
     assert run() == (0, 0)
     said = capsys.readouterr().err.split("\n")[:-1]
-    assert len(said) == 11 and said[-1] == "So it is with 9 more files."
+    assert len(said) == 11 and said[-1] == "The same applies to 9 more files."
 
 
 def test_files_that_change_before_they_are_read_and_after_they_are_archived(ingest, tmp_path, monkeypatch, capsys):
@@ -643,7 +643,7 @@ def test_a_file_that_grows_or_goes_between_a_crash_and_the_restart_is_named(inge
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and "were read twice, with different results" in said[2]
     assert said[0].startswith(changed(folder, "grows.json"))
-    assert said[1].startswith(f"{folder}/goes.json was there, and is gone before it was read")
+    assert said[1].startswith(f"{folder}/goes.json was there, and disappeared before it was read")
 
 
 def test_a_file_that_goes_while_its_batch_is_read_is_named(ingest, monkeypatch, capsys):
@@ -659,7 +659,7 @@ def test_a_file_that_goes_while_its_batch_is_read_is_named(ingest, monkeypatch, 
 
     monkeypatch.setattr(FileSource, "read_batch", read_and_remove)
     assert run() == (1, 0)
-    assert f"{folder}/goes.json was there, and is gone before it was read" in capsys.readouterr().err
+    assert f"{folder}/goes.json was there, and disappeared before it was read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mount", ["", "site"])

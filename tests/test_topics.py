@@ -372,7 +372,7 @@ def test_a_topic_whose_name_is_that_of_another_to_kafka_is_refused_with_the_reas
     other = topic[3].replace("_", ".")
     run = run_here(PRODUCER, *topic[:3], other, "--create-topic", "--count", 0)
     assert run.returncode == 1 and run.stderr.startswith(
-        f'error: Kafka refuses to make the topic "{other}" on {broker} (InvalidTopic'
+        f'error: Kafka refuses to create the topic "{other}" on {broker} (InvalidTopic'
     )
 
 
@@ -698,9 +698,9 @@ def test_the_broker_says_when_a_record_has_arrived_where_the_topic_asks_it_to(
     seen = []
 
     class Looking(TableWriter):
-        def _write_accepted(self, records, *others):
+        def _judge(self, records):
             seen.append(records.where(f"NOT arrival_time <=> {arrival}").count())
-            return super()._write_accepted(records, *others)
+            return super()._judge(records)
 
     if way == "read_again":
 

@@ -68,7 +68,7 @@ class Contract:
             if not (isinstance(reason, str) and reason.strip() and isinstance(sql, str)):
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
             if reason in (*self.reasons[: -len(self.rules)], *OTHER_REASONS):
-                raise ContractError(f"the rule {reason} has the name of another reason; give it one of its own")
+                raise ContractError(f"the rule {reason} has the name of an existing reason; rename it")
 
     @property
     def columns(self) -> dict[str, str]:

@@ -57,8 +57,8 @@ class Field(ABC):
             )
         if self.column.lower() in RESERVED_COLUMNS:
             raise ContractError(
-                f"the field {self.name} can't have the column {self.column}, which the tables need for "
-                f'themselves; name another with column="…"'
+                f"the field {self.name} can't have the column {self.column}, which is reserved for the "
+                f'tables; name another with column="…"'
             )
 
     @property

@@ -105,7 +105,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
         set_properties(spark, path, owner)
     elif writer != owner[WRITER]:
         raise PipelineError(
-            f"Another stream has created the table {path} meanwhile. Give this one a --table and a "
+            f"Another stream has created the table {path} in the meantime. Give this one a --table and a "
             f"--checkpoint of its own."
         )
 

@@ -110,7 +110,7 @@ def paths_in(folder: str) -> Iterator[str]:
             path = os.path.join(place, name)
             if is_loop(path, folder):
                 raise PipelineError(
-                    f"{path} is a link that leads back to {folder}, where Spark would follow it round and round. Remove it."
+                    f"{path} is a link that leads back to {folder}, so Spark would follow it forever. Remove it."
                 )
             if os.path.islink(path) and (further := next(links_in(path), None)):
                 raise PipelineError(

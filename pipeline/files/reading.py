@@ -267,6 +267,6 @@ def unreadable_file_of(error: Exception) -> str | None:
 def away(path: str, error: Exception) -> str:
     """What to do about a file that can't be read through no fault of its own."""
     return (
-        f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost: see to its storage or its permissions, "
-        f"or move it out of the folder, and start again."
+        f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost: fix its storage or "
+        "permissions, or move it out of the folder, and start again."
     )

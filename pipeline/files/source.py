@@ -143,7 +143,7 @@ class FileSource(Source):
     def watch(self) -> None:
         self.taken.watch()
 
-    def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
+    def report(self, progress: dict[str, Any], rows: int) -> Backlog | None:
         return (
             Backlog(self.waiting, f"file{'s' * (self.waiting > 1)} left", len(self.files)) if self.waiting > 0 else None
         )

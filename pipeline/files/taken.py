@@ -135,8 +135,9 @@ class TakenFiles:
         """Reports each of these files once, as changed after it was read."""
         self._name(
             paths,
-            "has changed since it was taken, and a file is read only once: later additions may be in no table. Put records "
-            "that the tables lack (see source_file) into a file of another name. Write files under a name that begins with "
+            "has changed since it was read, and a file is read only once, so later additions may be missing from "
+            "the tables. Put missing records (see source_file) into a file with a new name. Write files under a "
+            "name that begins with "
             '"_", and rename them when they are complete.',
         )
 
@@ -145,8 +146,7 @@ class TakenFiles:
         paths = list(paths)
         self._name(
             paths,
-            "was there, and is gone before it was read. If nobody has renamed it, and it is no row's source_file, put it "
-            "back under another name.",
+            "disappeared before it was read. If it was not renamed, and no row has it as its source_file, put it back under another name.",
             at_most=len(paths),
         )
 
@@ -209,7 +209,7 @@ class TakenFiles:
         for path in new[:at_most]:
             warn(f"{path} {what}")
         if len(new) > at_most:
-            warn(f"So it is with {len(new) - at_most:,} more files.")
+            warn(f"The same applies to {len(new) - at_most:,} more files.")
 
     def _names(self) -> list[str]:
         folder = local_path(self.checkpoint)
@@ -233,7 +233,7 @@ class TakenFiles:
                 if entry["batchId"] > self.last_entry
             }
         except (ValueError, KeyError) as error:
-            raise PipelineError(damaged_message(self.checkpoint, f"{file} is not as Spark writes it")) from error
+            raise PipelineError(damaged_message(self.checkpoint, f"{file} does not have Spark's format")) from error
         self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
 
     def _modified(self, path: str) -> int | None:

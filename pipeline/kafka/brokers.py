@@ -24,7 +24,7 @@ def add_broker_options(parser: argparse.ArgumentParser) -> None:
         "--bootstrap-servers",
         "--bootstrap-server",
         metavar="HOST:PORT,…",
-        help=f"Kafka's brokers (default: what --kafka-config says, or {SERVERS})",
+        help=f"addresses of Kafka's brokers (default: those in --kafka-config, or {SERVERS})",
     )
     parser.add_argument(
         "--kafka-config",
@@ -88,7 +88,7 @@ class Broker:
                 self.addresses.append((parts[1] or parts[2], int(parts[3])))
             else:
                 raise PipelineError(
-                    f"{server!r} is not the address of a Kafka broker, which is HOST:PORT. Correct --bootstrap-servers or "
+                    f"{server!r} is not the address of a Kafka broker (HOST:PORT). Correct --bootstrap-servers or "
                     f"bootstrap.servers in --kafka-config."
                 )
         # Reports unsupported properties now, before waiting for Kafka.
@@ -112,7 +112,7 @@ class Broker:
             if found := refusals.found or [error] * isinstance(error, AuthorizationError):
                 raise self.refused(str(found[0])) from error
             if refusals.has_hung_up and "SASL" in security_protocol(self.properties):
-                raise NoBrokerError(str(self.refused("the broker hung up during the login"))) from error
+                raise NoBrokerError(str(self.refused("the broker closed the connection during the login"))) from error
             is_local = all(host in ("localhost", "127.0.0.1", "::1") for host, _ in self.addresses)
             raise NoBrokerError(
                 f"No Kafka broker answers on {self.servers} ({type(error).__name__}). "

@@ -43,9 +43,9 @@ def read_properties(path: str) -> dict[str, str]:
                 warn(f"Every user of this machine can read the password in {path}: chmod o= {path}")
             return properties
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no properties file in UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "it is not a properties file in UTF-8"
         raise PipelineError(
-            f"The Kafka properties {path} can't be read: {reason}. A line of it is name=value."
+            f"The Kafka properties {path} can't be read: {reason}. Its lines have the form name=value."
         ) from None
 
 
@@ -92,7 +92,7 @@ def check_security(properties: dict[str, str]) -> None:
         if similar or re.search("sasl|ssl|jaas|secur|(key|trust)store", name, re.IGNORECASE):
             raise PipelineError(
                 f"The Kafka property {name} is not one that both clients, Java's and kafka-python, can follow. "
-                + (f"Do you mean {similar[0]}? " if similar else "")
+                + (f"Did you mean {similar[0]}? " if similar else "")
                 + f"They know {', '.join(SECURITY_NAMES)}."
             )
     protocol = security_protocol(properties)
@@ -121,7 +121,7 @@ def _as_type_of(default: object, value: str, name: str) -> Any:
         try:
             return value if value == "all" else int(value)
         except ValueError:
-            raise PipelineError(f"The Kafka property {name} needs a whole number.") from None
+            raise PipelineError(f"The Kafka property {name} must be a whole number.") from None
     return value
 
 
@@ -144,7 +144,7 @@ def _ssl_context(properties: dict[str, str]) -> ssl.SSLContext:
         if f"ssl.{store}.location" in properties and properties.get(f"ssl.{store}.type") != "PEM":
             raise PipelineError(
                 f"The Kafka property ssl.{store}.type has to be PEM, and ssl.{store}.location a PEM file: "
-                f"kafka-python reads no other. keytool -exportcert -rfc writes one."
+                f"kafka-python reads no other format. keytool -exportcert -rfc writes one."
             )
     try:
         context = ssl.create_default_context(

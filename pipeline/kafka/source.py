@@ -48,7 +48,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-GOES_ON = "it goes on with the records that are left"
+GOES_ON = "the stream continues with the remaining records"
 EARLIEST = -2  # Spark's number for the earliest offset
 REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold no record
 # Offsets searched first for the last record that was read, or that Kafka and the tables have in common.
@@ -140,8 +140,9 @@ class KafkaSource(Source):
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         warn(
-            f"A batch of {self.topic} was read twice, with different results: a rule is not the same for the same record, or Kafka has "
-            f"other records than before. Those that the tables lack are in the quarantine, as {INCONSISTENT} where they are valid."
+            f"A batch of {self.topic} was read twice, with different results: a rule gives different results for "
+            "the same record, or Kafka has different records than before. Those that the tables lack are in the "
+            f"quarantine, the valid ones as {INCONSISTENT}."
         )
         row, record = written.alias("row"), judged.alias("record")
         # For a record that is not read (`Gap`), Kafka's time is unknown.
@@ -195,8 +196,8 @@ class KafkaSource(Source):
         ]
         if strange:
             warn(
-                f"Producers of {self.topic} set times of records that are no milliseconds since 1970: {', '.join(strange)}. The records "
-                f"are read as any others, and their kafka_timestamp is null."
+                f"Producers of {self.topic} set record timestamps that are not milliseconds since 1970: "
+                f"{', '.join(strange)}. The records are read like any others, but their kafka_timestamp is null."
             )
         oversized = [
             f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}"
@@ -262,8 +263,7 @@ class KafkaSource(Source):
             lost, too_far = self.topic.lost(next_offsets) if unread else "", self.topic.read_too_far(next_offsets)
         if lost:
             self._lose(
-                f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Its retention removed them, "
-                f"or something else did.",
+                f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Perhaps its retention has removed them.",
                 GOES_ON,
             )
         if too_far:  # checked first, because records of an open transaction can't be read for the comparison
@@ -293,8 +293,14 @@ class KafkaSource(Source):
                 return end
             time.sleep(0.5)
 
-    def require_read_records(self, spark: SparkSession) -> None:
-        """Compares the last record of each partition read before this batch with the one that Kafka has now."""
+    def require_unchanged(self, spark: SparkSession, identity: dict[str, str]) -> None:
+        """Compares the topic, and the last record of each partition read before this batch with the one that Kafka has now."""
+        # An empty identity (deleted, or no permission to ask) does not count as a different one.
+        if (now := self.identity()) and identity and now != identity:
+            raise PipelineError(
+                f"While it was being read, somebody deleted and recreated {self}. Start again: the start names the "
+                "lost records, and removes those of the new topic from the tables."
+            )
         newest = {
             int(partition): max(records, key=lambda record: record["offset"])
             for partition, records in self.remembered.items()
@@ -376,9 +382,9 @@ class KafkaSource(Source):
             for partition, place in places.items()
         )
         self._lose(
-            f"Kafka has lost records of {self.topic} that were read, and has others in their place, or will have: {lost}. Perhaps "
-            f"its disk or an older copy of it came back.",
-            "the others are read, too",
+            f"Kafka has lost records of {self.topic} that were already read, and has others in their place, or will "
+            f"have: {lost}. Perhaps an older copy of its data was restored.",
+            "the new records are read, too",
             is_accepted=not self.has_started,
         )
         self.remembered = {
@@ -490,26 +496,22 @@ class KafkaSource(Source):
             return
         self.topic.wait_until_available(error.__cause__ if isinstance(error.__cause__, KafkaError) else error, stopping)
 
-    def commit_offsets(self, progress: dict[str, Any]) -> None:
+    def report(self, progress: dict[str, Any], rows: int) -> Backlog | None:
+        """Commits the batch's offsets to Kafka."""
         self.has_failed = False
+        end, latest = (self._offsets(progress, which) for which in ("endOffset", "latestOffset"))
         try:
-            self.topic.commit_offsets(self.group, self._offsets(progress, "endOffset"))
+            self.topic.commit_offsets(self.group, end)
         except Exception as error:  # no error here is a reason to stop
             if not self.has_warned:
                 warn(
-                    f"Kafka does not note how far the stream is ({type(error).__name__}), so that its tools can't show the lag of the "
-                    f"group {self.group}. The stream goes on without. It needs permission to read that group, which can have no "
-                    f"other member; --group-id names another one."
+                    f"Kafka does not accept the stream's offsets ({type(error).__name__}), so that its tools can't show the lag of the "
+                    f"group {self.group}. The stream continues without this. It needs permission to read that "
+                    "group, which must have no other member; --group-id names another one."
                 )
             self.has_warned = True
-
-    def lag(self, progress: dict[str, Any]) -> dict[int, int]:
-        end, latest = (self._offsets(progress, which) for which in ("endOffset", "latestOffset"))
-        return {partition: max(0, offset - end.get(partition, offset)) for partition, offset in latest.items()}
-
-    def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
-        lag = self.lag(progress)
-        return Backlog(sum(lag.values()), "behind", rows) if lag else None
+        lag = {partition: max(0, offset - end.get(partition, offset)) for partition, offset in latest.items()}
+        return Backlog(sum(lag.values()), "behind", rows, lag) if lag else None
 
     def _offsets(self, progress: dict[str, Any], which: str) -> dict[int, int]:
         """The offsets by partition that Spark reports for a batch under this name; {} if there are none."""

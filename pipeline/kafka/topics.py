@@ -145,8 +145,7 @@ class Topic(Broker):
                 if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
                     raise
                 raise PipelineError(
-                    f"Kafka refuses to make {self} ({type(error).__name__}). Choose another --topic, or have it made by "
-                    f"somebody who may."
+                    f"Kafka refuses to create {self} ({type(error).__name__}). Choose another --topic, or ask somebody who may create it."
                 ) from error
             say(f'Created the topic "{self.name}" with {create} partition{"s" * (create > 1)}.')
 
@@ -292,8 +291,8 @@ class Topic(Broker):
             self.wait(10 if has_no_topic else MAX_OUTAGE_SECONDS, stopping=stopping)
         except NoTopicError:
             raise PipelineError(
-                f"{self} is gone, with what was not read yet, or this user may no longer see it. To go on with a "
-                f"new one, make it and start with --accept-data-loss.".replace("the", "The", 1)
+                f"{self} is gone, including any unread records, or this user may no longer see it. To continue with a "
+                f"new topic, create it and start with --accept-data-loss.".replace("the", "The", 1)
             ) from error
         except NoBrokerError:
             if not has_no_topic:

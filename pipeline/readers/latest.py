@@ -14,11 +14,11 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     parser = argument_parser(manual)
     parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
     parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
-    parser.add_argument("--raw", action="store_true", help="show the records as they came, whole")
+    parser.add_argument("--raw", action="store_true", help="show whole records, as they arrived")
     parser.add_argument(
         "--follow",
         action="store_true",
-        help="go on: on a terminal the newest rows in place, else each new row as a line; Ctrl+C ends it",
+        help="keep running: on a terminal, show the newest rows in place; otherwise, print each new row as a line",
     )
     add_reader_options(parser)
     options = parser.parse_args()

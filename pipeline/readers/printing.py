@@ -71,7 +71,7 @@ def add_reader_options(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("table", "json", "csv"),
         default="table",
-        help="a table for people, or for programs all columns: json, an object per line, or csv",
+        help="table for people; for programs, with all columns, json (an object per line) or csv",
     )
 
 

@@ -82,7 +82,7 @@ def require_own(folder: Path | str, option: str) -> None:
     else:
         return
     raise PipelineError(
-        f"The folder {folder} {problem}, who could have this script run or overwrite other files. Name another folder "
+        f"The folder {folder} {problem}, who could make this script run other code or overwrite other files. Name another folder "
         f"with {option}, or give it to this user alone (chown, chmod)."
     )
 

@@ -50,16 +50,12 @@ class Batches:
 
     def report(self, query: StreamingQuery) -> None:
         """Prints a line for each batch that has finished since the last call."""
-        newest = None
         for progress in done_in(query) if self.reports else ():
-            batch = self.reports.pop(progress["batchId"], None)
-            newest = progress if batch else newest
-            if batch and batch.rows:
-                source = self.writer.source
-                say(batch_line(batch, progress, source.backlog(progress, sum(batch.rows.values()))))
-                self.metrics.batch(batch, progress, source.lag(progress))
-        if newest:
-            self.writer.source.commit_offsets(newest)
+            if batch := self.reports.pop(progress["batchId"], None):
+                left = self.writer.source.report(progress, sum(batch.rows.values()))
+                if batch.rows:
+                    say(batch_line(batch, progress, left))
+                    self.metrics.batch(batch, progress, left)
 
     def wait_for_commit(self, query: StreamingQuery, seconds: float = 5) -> None:
         """Waits for the running batch to end, and for the query to mark it as done in the checkpoint."""

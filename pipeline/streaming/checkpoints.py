@@ -40,7 +40,7 @@ from pyspark.sql import SparkSession
 
 LAST_BATCH = "_last_batch.json"  # in the checkpoint, next to Spark's own files; a file stream ignores such names
 ID = "metadata"  # Spark's file with the stream's id
-READ_AGAIN = "read all that is still there into a new --table with a new --checkpoint"
+READ_AGAIN = "read everything that is still available into a new --table with a new --checkpoint"
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def require_separate_places(options: argparse.Namespace) -> None:
             is_table = str(table) in ours or (table / "_delta_log").is_dir()
             if is_table and inner.relative_to(table).parts[0][0] not in "._":  # VACUUM leaves such names alone
                 raise PipelineError(
-                    f"--{option} {place} must not be in the table {table}, which deletes what does not belong to it. "
+                    f"--{option} {place} must not be in the table {table}, whose clean-up deletes other files. "
                     f"Name another place."
                 )
 
@@ -179,7 +179,7 @@ class Checkpoint:
         if self._is_whole(file):
             return False
         say(
-            f"{self.path}/{file} is cut, perhaps by a power cut. Its batch is begun again; nothing is lost or written twice."
+            f"{self.path}/{file} is incomplete, perhaps because of a power cut. Its batch starts over; nothing is lost or written twice."
         )
         self.files.delete(f"{self.path}/{file}")
         return True
@@ -396,7 +396,7 @@ def _check_tables(
             raise PipelineError(
                 f"The {'table' if is_older else 'checkpoint'} is an older copy: {table} has batch {written} of the "
                 f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. Going on would lose records. "
-                f"Put back both and the quarantine as they were at one moment, or {READ_AGAIN}."
+                f"Restore both and the quarantine as of the same moment, or {READ_AGAIN}."
             )
         if properties is not None:
             _check_commits(
@@ -419,8 +419,8 @@ def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
     if commits.newest < written:
         raise PipelineError(
             f"The table is an older copy: {commits.table} has version {commits.newest}, but the checkpoint "
-            f"{checkpoint.path} belongs to version {written}. Going on would lose records. Put back both tables and "
-            f"the checkpoint as they were at one moment, or {READ_AGAIN}."
+            f"{checkpoint.path} belongs to version {written}. Going on would lose records. Restore both tables and "
+            f"the checkpoint as of the same moment, or {READ_AGAIN}."
         )
     if role == "table" and "batch" in note:
         planned = checkpoint.end_of(note["batch"])
@@ -433,8 +433,8 @@ def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: in
     """Raises PipelineError if the table has a batch with this number but other contents, written by a copy of the checkpoint."""
     if commits.contents_of(checkpoint.id() or "", batch_id) not in (None, contents):
         raise PipelineError(
-            f"The batch {batch_id} in {commits.table} holds other records than in the checkpoint {checkpoint.path}, of "
-            f"which somebody has started a copy. Going on would lose records. Go on with the other copy, or "
+            f"The batch {batch_id} in {commits.table} holds other records than in the checkpoint {checkpoint.path}, "
+            "because somebody has started a copy of it. Going on would lose records. Go on with the other copy, or "
             f"{READ_AGAIN}."
         )
 
@@ -454,8 +454,8 @@ def _fit_table(
         > checkpoint.last_done
     ):
         raise PipelineError(
-            f"The last batch of {tables.table} is not done, and was begun by another contract or read in another "
-            f"way than now ({start.read_by[MODE]}). Start once as before (--readings FILE --once), then as now."
+            f"The last batch of {tables.table} is not done, and was begun with another contract or in another mode "
+            f"than now ({start.read_by[MODE]}). Run it once as before (--readings FILE --once), then as now."
         )
     add_missing_columns(spark, tables.table, tables.columns)
     known = start.identity | properties | start.read_by  # an earlier start may not have known the identity

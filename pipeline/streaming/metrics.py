@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pipeline.streaming.source import Backlog
 from pipeline.streaming.writer import BatchReport, NoMetrics
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import say
@@ -57,13 +58,13 @@ class Metrics(NoMetrics):
     def working(self, works: bool) -> None:
         self.works = works
 
-    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[int, int]) -> None:
+    def batch(self, report: BatchReport, progress: dict[str, Any], left: Backlog | None) -> None:
         self.accepted.inc(report.rows.get(None, 0))
         for reason, rows in report.rows.items():
             if reason:
                 self.rejected.labels(reason).inc(rows)
         self.seconds.observe(progress["batchDuration"] / 1000)
-        for partition, records in lag.items():
+        for partition, records in (left.by_partition if left else {}).items():
             self.lag.labels(partition).set(records)
         if report.newest is not None:
             self.newest_at = max(self.newest_at, report.newest / 1e6)

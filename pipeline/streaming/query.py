@@ -68,7 +68,7 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, trigger: str
         type=_interval,
         default=trigger,
         metavar='"N seconds"',
-        help='how often a batch starts; "0 seconds": as soon as the last one is done',
+        help='how often a batch starts; "0 seconds": as soon as the previous one is done',
     )
     parser.add_argument(
         "--once", "--available-now", action="store_true", help="process everything available, then exit"
@@ -79,9 +79,7 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, trigger: str
         metavar="N",
         help="serve Prometheus' metrics at http://HOST:N/metrics, and /healthz",
     )
-    parser.add_argument(
-        "--metrics-host", metavar="HOST", default="127.0.0.1", help="address of this machine that they are served on"
-    )
+    parser.add_argument("--metrics-host", metavar="HOST", default="127.0.0.1", help="address to serve the metrics on")
 
 
 def parse_stream_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -224,13 +222,13 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     message = first_line(root_cause(error))
     if java_class(error) == OUT_OF_MEMORY:
         return (
-            f"The memory of Spark's JVM does not suffice for a batch ({message}). Give it more, as docs/operations.md says under "
-            f"Not enough memory, and start again. {NEXT_START}"
+            f"Spark's JVM does not have enough memory for a batch ({message}). Give it more (docs/operations.md, "
+            f"Not enough memory) and start again. {NEXT_START}"
         )
     if isinstance(error, CONFLICTS):
         return (
-            f"Others changed {table} or its quarantine each time that a batch was to be written ({message}). Stop them while the "
-            f"stream runs, then start again. {NEXT_START}"
+            f"Something else changed {table} or its quarantine each time a batch was about to be written "
+            f"({message}). Stop it while the stream runs, then start again. {NEXT_START}"
         )
     if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
         return in_use_message(checkpoint)

@@ -19,6 +19,7 @@ class Backlog(NamedTuple):
     amount: int
     kind: str
     of_batch: int
+    by_partition: dict[int, int] = {}
 
 
 class Source:
@@ -95,8 +96,10 @@ class Source:
         """
         return None
 
-    def require_read_records(self, spark: SparkSession) -> None:
-        """Raises PipelineError if the records read last before the running batch have been replaced by others in the source."""
+    def require_unchanged(self, spark: SparkSession, identity: dict[str, str]) -> None:
+        """Raises PipelineError if the records of the running batch may come from another source than the one with this `identity`,
+        or if those read last before it have been replaced by others.
+        """
 
     def begin_at(self, place: str) -> None:
         """Sets where a stream without a checkpoint begins: the result of `require_unread_records`, or "" for the beginning."""
@@ -120,13 +123,8 @@ class Source:
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Warns the user about a finished batch. `reasons`: why records were rejected; `quarantine`: the table that has them."""
 
-    def commit_offsets(self, progress: dict[str, Any]) -> None:
-        """Reports the progress of the stream to the source, for other tools to see. `progress`: Spark's report of the last batch."""
-
-    def lag(self, progress: dict[str, Any]) -> dict[int, int]:
-        """Records still to be read, by partition, after a batch for which Spark reports `progress`. {} if unknown."""
-        return {}
-
-    def backlog(self, progress: dict[str, Any], rows: int) -> Backlog | None:
-        """The backlog after a batch of `rows` rows for which Spark reports `progress`. None if unknown."""
+    def report(self, progress: dict[str, Any], rows: int) -> Backlog | None:
+        """Reports a batch of `rows` rows, for which Spark reports `progress`, to the source, for other tools to see. Returns the
+        backlog after it, None if it is unknown.
+        """
         return None

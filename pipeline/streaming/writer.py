@@ -12,7 +12,7 @@ from pipeline.delta.private import version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table
 from pipeline.spark.private import dataframe_of, number_of_tasks, observed
 from pipeline.streaming.checkpoints import Start, require_same_contents
-from pipeline.streaming.source import Source
+from pipeline.streaming.source import Backlog, Source
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
 from pipeline.terminal.messages import warn
 
@@ -37,14 +37,24 @@ class BatchReport(NamedTuple):
 
     `rows`: row counts by reject_reason (None: accepted). `with_unknown`: accepted records with fields outside the contract;
     `unknown`: the names of those fields. `newest`: the latest of the records' times (microseconds since 1970), None without
-    one. `last_records`: what the source observed of the last records.
+    one.
     """
 
     rows: dict[str | None, int]
     with_unknown: int
     unknown: list[str]
     newest: int | None
-    last_records: str | None = None
+
+
+class Batch(NamedTuple):
+    """A micro-batch of the query whose id is `stream`. `contents`: what it holds, as described by the source. `end`: where it ends,
+    in the source's format.
+    """
+
+    stream: str
+    number: int
+    contents: dict[str, Any]
+    end: dict[str, Any]
 
 
 class NoMetrics:
@@ -53,8 +63,8 @@ class NoMetrics:
     def working(self, works: bool) -> None:
         """Records whether the query is running."""
 
-    def batch(self, report: BatchReport, progress: dict[str, Any], lag: dict[int, int]) -> None:
-        """Records a batch for which Spark reports `progress`. `lag`: records still to be read, by partition."""
+    def batch(self, report: BatchReport, progress: dict[str, Any], left: Backlog | None) -> None:
+        """Records a batch for which Spark reports `progress`. `left`: what is still to be read."""
 
 
 class TableWriter:
@@ -65,54 +75,39 @@ class TableWriter:
         self.appended_to: set[str] = set()  # which of the two tables this process has written to
         self.synced: dict[str, int] = {}  # the version up to which each table is synced to the disk
 
-    def write(self, batch: DataFrame, batch_id: int, stream: str) -> BatchReport:
-        """Writes one batch of the query whose id is `stream`."""
+    def write(self, batch: DataFrame, number: int, stream: str) -> BatchReport:
+        """Writes the batch with this number of the query whose id is `stream`."""
+        this = self._begin(batch, number, stream)
+        # Spark reads a batch only while it is written.
+        try:
+            judged = self._judge(self.source.read_batch(batch))
+            found = self._append_valid(judged, this)
+        except (PySparkException, Py4JJavaError) as error:
+            judged = self._judge(self.source.read_again(batch, error))
+            found = self._append_valid(judged, this)
+        self._quarantine_rejected(judged, found, this)
+        return self._report(batch, judged, found, this)
+
+    def _begin(self, batch: DataFrame, number: int, stream: str) -> Batch:
+        """Creates the tables before the first batch. Raises PipelineError if another batch was written under this number."""
         spark, tables, checkpoint = batch.sparkSession, self.tables, self.start.checkpoint
-        end = checkpoint.end_of(batch_id)
-        checkpoint.sync(batch_id, end)
-        if batch_id == 0:
+        end = checkpoint.end_of(number)
+        checkpoint.sync(number, end)
+        if number == 0:
             owner = {WRITER: stream} | self.start.identity
             create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
             # Created last, so that nothing counts as written until this table names the stream.
             create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
             checkpoint.write_last_batch({"versions": self._synced_versions(spark, stream)})
         contents = self.source.contents(batch, end)
-        before, last_batch = version_and_last_batch(spark, tables.table, stream)
-        if batch_id <= last_batch:
-            require_same_contents(Commits(spark, tables.table, before), checkpoint, batch_id, contents)
-        try:
-            report, rejected = self._write_accepted(self.source.read_batch(batch), batch_id, stream, contents)
-        except (PySparkException, Py4JJavaError) as error:
-            report, rejected = self._write_accepted(self.source.read_again(batch, error), batch_id, stream, contents)
-        # If the source is still the same, all of these records came from it. An empty identity (deleted, or no
-        # permission to ask) does not count as a different one.
-        if (identity := self.source.identity()) and self.start.identity and identity != self.start.identity:
-            raise PipelineError(
-                f"While it was read, somebody deleted and recreated {self.source}. Start again: the start names "
-                f"the lost records, and takes back those of the new one."
-            )
-        self.source.require_read_records(spark)
-        if rejected is not None:
-            has_changed, rows = rejected
-            # The quarantine may already have the batch from an earlier reading.
-            writer = f"{stream}{AGAIN}" if has_changed else stream
-            self._append(rows, tables.quarantine, tables.quarantine_columns, batch_id, writer, contents)
-            rows.unpersist()
-        self.source.after_batch(batch, {reason for reason in report.rows if reason}, tables.quarantine)
-        # Delta would otherwise work this out when the next batch begins; here, the records of this batch are already
-        # visible.
-        checkpoint.write_last_batch(
-            {
-                "batch": batch_id,
-                "end": end,
-                "contents": contents,
-                "versions": self._synced_versions(spark, stream),
-                "last_records": self.source.remember(spark, report.last_records),
-            }
-        )
-        if batch_id % CLEAN_UP_EVERY == CLEAN_UP_EVERY - 1:
-            self._clean_up(spark)  # after the replacements of the old files are synced to the disk
-        return report
+        version, last_batch = version_and_last_batch(spark, tables.table, stream)
+        if number <= last_batch:
+            require_same_contents(Commits(spark, tables.table, version), checkpoint, number, contents)
+        return Batch(stream, number, contents, end)
+
+    def _judge(self, records: DataFrame) -> DataFrame:
+        cores = records.sparkSession.sparkContext.defaultParallelism
+        return parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
         """Returns the versions of both tables after syncing them to the disk."""
@@ -138,27 +133,22 @@ class TableWriter:
                 # The records are written; the clean-up is tried again after the next thousand batches.
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 
-    def _write_accepted(
-        self, records: DataFrame, batch_id: int, stream: str, contents: dict[str, Any]
-    ) -> tuple[BatchReport, tuple[bool, DataFrame] | None]:
-        """Appends the valid `records` to the table, unless the batch is already there.
+    def _append_valid(self, judged: DataFrame, this: Batch) -> dict[str, Any]:
+        """Appends the valid records to the table, unless the batch is already there. Returns the figures of this reading (see
+        `_observed`), and what the table has now: `in_table`.
 
-        Returns the report and the result of `_rejected`. A single pass over the records does all of this: few records are
-        rejected as a rule, and they are kept in memory.
+        A single pass over the records does all of this: few records are rejected as a rule, and they are kept in memory.
         """
-        spark = records.sparkSession
+        spark = judged.sparkSession
         cores = spark.sparkContext.defaultParallelism
-        judged = parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
         rows, seen = self._observed(judged, kept_by_task=min(100_000, MAX_KEPT_ROWS // cores))
         # The batch was written before a crash.
-        is_repeated = batch_id <= version_and_last_batch(spark, self.tables.table, stream)[1]
+        is_repeated = this.number <= version_and_last_batch(spark, self.tables.table, this.stream)[1]
         with _code_generation(spark):
             if is_repeated:
                 rows.where(_is_valid()).write.format("noop").mode("overwrite").save()
             else:
-                self._append(
-                    rows.where(_is_valid()), self.tables.table, self.tables.columns, batch_id, stream, contents
-                )
+                self._append(rows.where(_is_valid()), self.tables.table, self.tables.columns, this)
         found = observed(spark, seen, OBSERVATION_SECONDS)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
             raise PipelineError("A concurrent stream has written the batch.")
@@ -166,15 +156,14 @@ class TableWriter:
             everything, seen = self._observed(judged)
             everything.write.format("noop").mode("overwrite").save()
             found = observed(spark, seen, OBSERVATION_SECONDS) or {}
-        version, _ = version_and_last_batch(spark, self.tables.table, stream)
+        version, _ = version_and_last_batch(spark, self.tables.table, this.stream)
         # Rows that somebody has deliberately deleted since then do not count as rejected by a second reading.
         is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
-            stream, batch_id
+            this.stream, this.number
         )
-        of_table = self._accepted(spark, found, is_compared)
-        return self._report(found, judged), self._rejected(judged, found, of_table)
+        return found | {"in_table": self._in_table(spark, found, is_compared)}
 
-    def _accepted(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
+    def _in_table(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
         """Returns how many of the batch's records are in the table, and their fingerprint. Reads the table only if `is_compared`;
         otherwise the figures of this reading are those of the table.
         """
@@ -192,16 +181,23 @@ class TableWriter:
             *self.tables.origin
         )
 
-    def _rejected(
-        self, judged: DataFrame, found: dict[str, Any], of_table: tuple[int, int]
-    ) -> tuple[bool, DataFrame] | None:
-        """Returns whether the rejected records differ from those of an earlier reading, and the records with the quarantine's
-        columns; None if there are none.
+    def _quarantine_rejected(self, judged: DataFrame, found: dict[str, Any], this: Batch) -> None:
+        """Appends the rejected records to the quarantine, unless the batch is already there."""
+        rejected = self._rejected(judged, found)
+        self.source.require_unchanged(judged.sparkSession, self.start.identity)
+        if rejected is not None:
+            has_changed, rows = rejected
+            # The quarantine may already have the batch from an earlier reading.
+            this = this._replace(stream=f"{this.stream}{AGAIN}") if has_changed else this
+            self._append(rows, self.tables.quarantine, self.tables.quarantine_columns, this)
+            rows.unpersist()
 
-        `found`: the figures of a reading. `of_table`: the result of `_accepted`.
+    def _rejected(self, judged: DataFrame, found: dict[str, Any]) -> tuple[bool, DataFrame] | None:
+        """Returns whether the rejected records differ from those of an earlier reading, and the records with the quarantine's
+        columns; None if there are none. `found`: the result of `_append_valid`.
         """
         columns = list(self.tables.quarantine_columns)
-        is_same = (found["accepted"], found["fingerprint"]) == of_table
+        is_same = (found["accepted"], found["fingerprint"]) == found["in_table"]
         if is_same and not found["rejected"]:
             return None
         if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
@@ -213,7 +209,7 @@ class TableWriter:
             # A cache would hold a batch of rows in memory.
             rejected = again.where(~_is_valid()).select(*columns).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
         figures = observed(judged.sparkSession, seen, OBSERVATION_SECONDS) or {}
-        if (figures.get("accepted"), figures.get("fingerprint")) == of_table:
+        if (figures.get("accepted"), figures.get("fingerprint")) == found["in_table"]:
             return False, rejected
         rejected.unpersist()
         written = [
@@ -254,31 +250,42 @@ class TableWriter:
         """An aggregate whose value depends on which records are valid, by their origin."""
         return F.coalesce(F.sum(F.when(is_valid, F.xxhash64(*self.tables.origin))), F.lit(0))
 
-    def _report(self, found: dict[str, Any], judged: DataFrame) -> BatchReport:
+    def _report(self, batch: DataFrame, judged: DataFrame, found: dict[str, Any], this: Batch) -> BatchReport:
+        """Notes the batch in the checkpoint, and now and then removes old files. Returns the outcome of the batch."""
+        spark, rows = judged.sparkSession, self._rows_by_reason(judged, found)
+        self.source.after_batch(batch, {reason for reason in rows if reason}, self.tables.quarantine)
+        # Delta would otherwise work the versions out when the next batch begins; here, the records of this batch are
+        # already visible.
+        self.start.checkpoint.write_last_batch(
+            {
+                "batch": this.number,
+                "end": this.end,
+                "contents": this.contents,
+                "versions": self._synced_versions(spark, this.stream),
+                "last_records": self.source.remember(spark, found["last_records"]),
+            }
+        )
+        if this.number % CLEAN_UP_EVERY == CLEAN_UP_EVERY - 1:
+            self._clean_up(spark)  # after the replacements of the old files are synced to the disk
+        unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
+        return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"])
+
+    def _rows_by_reason(self, judged: DataFrame, found: dict[str, Any]) -> dict[str | None, int]:
         rows = {row.get(0): row.get(1) for row in found["reasons"]}
         if sum(rows.values()) != found["accepted"] + found["rejected"]:  # there are too many reasons for approx_top_k
             rows = dict(map(tuple, judged.groupBy("reject_reason").count().collect()))
-        unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
-        return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"], found["last_records"])
+        return rows
 
-    def _append(
-        self,
-        records: DataFrame,
-        table: str,
-        columns: dict[str, str],
-        batch_id: int,
-        stream: str,
-        contents: dict[str, Any],
-    ) -> None:
-        """Appends `records` to `table`, with the batch's `contents` in the commit. Does nothing if the table's log shows that this
+    def _append(self, records: DataFrame, table: str, columns: dict[str, str], this: Batch) -> None:
+        """Appends `records` to `table`, with the batch's contents in the commit. Does nothing if the table's log shows that this
         stream has written the batch before a crash.
 
         Raises PipelineError if the table is gone; Delta would silently create it again.
         """
         if not DeltaTable.isDeltaTable(records.sparkSession, table):
             raise PipelineError(
-                f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the start "
-                f"says what is missing."
+                f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the "
+                "next start says what is missing."
             )
         # Delta counts the small files that this process writes. At the first commit, it also merges those of earlier
         # processes, which takes the count below zero. By default, it would then merge at every commit, until the files
@@ -291,7 +298,7 @@ class TableWriter:
             records.select(*(f"`{column}`" for column in columns))
             .write.format("delta")
             .mode("append")
-            .options(txnAppId=stream, txnVersion=batch_id, userMetadata=contents_note(stream, batch_id, contents))
+            .options(txnAppId=this.stream, txnVersion=this.number, userMetadata=contents_note(*this[:3]))
             .save(table)
         )
 

@@ -46,7 +46,7 @@ def run(main: Callable[[], None]) -> None:
         message = str(error)
         if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
             message = (
-                "Spark's JVM has died; perhaps the system killed it, or its memory did not suffice. Nothing is lost: "
+                "Spark's JVM has died; perhaps it ran out of memory, or the system killed it. Nothing is lost: "
                 "start again. --verbose shows what it said last."
             )
         elif not isinstance(error, PipelineError):

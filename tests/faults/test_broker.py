@@ -77,10 +77,10 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     consumer.wait_for("batch", times=2)
 
     kill(tmp_path, "kafka")
-    kafka.wait_for("Kafka has ended: something killed it with signal 9")
+    kafka.wait_for("Kafka has ended: it was killed by signal 9")
     consumer.wait_for("batch", times=consumer.output.count("batch") + 4)
     kill(tmp_path, "zookeeper")
-    kafka.wait_for("ZooKeeper has ended: something killed it with signal 9")
+    kafka.wait_for("ZooKeeper has ended: it was killed by signal 9")
     consumer.wait_for("batch", times=consumer.output.count("batch") + 4)
 
     kafka.process.kill()  # from now on, nothing restarts them

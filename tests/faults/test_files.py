@@ -49,7 +49,7 @@ def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(s
     put(folder, "replaced.json", RECORD)
     writer.start()
     try:
-        stream.wait_for("growing.json has changed since it was taken")
+        stream.wait_for("growing.json has changed since it was read")
         stream.wait_for("batch")
     finally:
         grown.set()
@@ -59,7 +59,7 @@ def test_files_that_change_while_they_are_taken_are_named_and_hurt_nobody_else(s
     os.rename(folder / "whole.json", folder / "renamed.json")
     batches = stream.output.count("batch")
     stream.wait_for("batch", times=batches + 1)
-    stream.wait_for("replaced.json has changed since it was taken")  # within about a minute
+    stream.wait_for("replaced.json has changed since it was read")  # within about a minute
     assert stream.output.count("replaced.json has changed") == 1
     assert stream.stop() == 0 and "Traceback" not in stream.output
 

@@ -227,7 +227,7 @@ def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(ingest, t
         plan(run)
         (tmp_path / "checkpoint" / entry / str(number)).write_text(cut)
         assert run() == (1, 1)
-    assert capsys.readouterr().out.count("is cut, perhaps by a power cut") == 3
+    assert capsys.readouterr().out.count("is incomplete, perhaps because of a power cut") == 3
     assert run() == (0, 0)
 
 
@@ -262,7 +262,7 @@ def test_a_first_batch_that_was_planned_and_lost_by_kafka_is_not_planned_again_i
     world.make(1)
     world.send(*[reading()] * 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TableWriter, "_write_accepted", lambda *_: 1 / 0)  # the tables exist and are empty
+        patch.setattr(TableWriter, "_append_valid", lambda *_: 1 / 0)  # the tables exist and are empty
         with pytest.raises(ZeroDivisionError):
             world.consume()
     with KafkaAdminClient(bootstrap_servers=broker) as admin:

@@ -100,7 +100,7 @@ def test_a_log_that_lost_its_tail_stops_the_job_and_what_it_has_instead_is_read_
     rewrite(world, log, [*range(1000, 1050), *range(2000, 2010)])
     lost = f"in their place, or will have: partition 0 offsets {place} to 99. .*"
     with pytest.raises(
-        PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss the others are read, too"
+        PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss the new records are read, too"
     ):
         world.consume()
     assert arrived(world) == [*range(100), *range(1000, 1050)]
@@ -272,7 +272,7 @@ def test_an_accepted_loss_is_remembered_until_the_first_batch_after_it_is_done(r
     world = read_hundred
     rewrite(world, [*range(80), *range(200, 240)], range(1000, 1050))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TableWriter, "_write_accepted", lambda *_: 1 / 0)
+        patch.setattr(TableWriter, "_append_valid", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             world.consume(accept_data_loss=True)
     rewrite(world, [*range(80), *range(200, 205)], range(1000, 1050))

@@ -247,7 +247,7 @@ def test_what_the_user_may_not_do_is_said_and_is_no_reason_to_stop_where_it_need
     run = run_here(CONSUMER, *options)
     assert run.returncode == 0 and "10 rows in" in run.stdout
     assert re.fullmatch(
-        r"Kafka does not note how far the stream is \(GroupAuthorizationFailedError\), .* the group closed\. .*\n",
+        r"Kafka does not accept the stream's offsets \(GroupAuthorizationFailedError\), .* the group closed\. .*\n",
         run.stderr,
     )
     forbid(ResourceType.TOPIC, topic[-1])
@@ -348,7 +348,7 @@ def test_every_script_refuses_it(script, tmp_path):
     file = tmp_path / "kafka.properties"
     file.write_text("securtiy.protocol=SSL\n")
     run = run_script(script, "--kafka-config", file)
-    assert (run.returncode, run.stdout) == (1, "") and "Do you mean security.protocol?" in run.stderr, run.stderr
+    assert (run.returncode, run.stdout) == (1, "") and "Did you mean security.protocol?" in run.stderr, run.stderr
 
 
 @pytest.mark.parametrize("config, complaint", CONFIGS, ids=[complaint for _, complaint in CONFIGS])
@@ -374,7 +374,7 @@ def test_a_config_file_that_cannot_be_read_is_said(tmp_path, run_here):
     assert (run.returncode, run.stderr) == (
         1,
         f"error: The Kafka properties {tmp_path}/none can't be read: No such file or "
-        f"directory. A line of it is name=value.\n",
+        f"directory. Its lines have the form name=value.\n",
     )
 
 

@@ -50,13 +50,11 @@ def main() -> None:
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
     say(f"http://127.0.0.1:{options.port} shows {options.lake}. Ctrl+C stops.")
     on_stop_signal(lambda: os._exit(0))  # until Streamlit has its own handlers, nothing needs an orderly shutdown
-    from streamlit import net_util
+    from pipeline.dashboard.private import keep_to_this_machine
+
     from streamlit.web.cli import main as streamlit
 
-    # Streamlit would accept pages from this machine's addresses, and ask an external server, unencrypted, for the
-    # public address (1.67).
-    net_util._external_ip = net_util._internal_ip = "127.0.0.1"
-
+    keep_to_this_machine()
     settings = [
         f"--{name}={value}"
         for name, values in (STREAMLIT | {"server.port": options.port}).items()

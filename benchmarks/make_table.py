@@ -8,8 +8,9 @@ import time
 
 from pipeline.delta.tables import silver_tables
 from pipeline.spark.session import build_spark
-from pipeline.streaming.checkpoints import Checkpoint, Start
+from pipeline.streaming.private import Checkpoint
 from pipeline.streaming.source import Source
+from pipeline.streaming.start import Start
 from pipeline.streaming.writer import TableWriter
 
 from pyspark.sql import functions as F

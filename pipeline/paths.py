@@ -13,6 +13,11 @@ def local_path(path: str) -> str | None:
     return None if "://" in path else path
 
 
+def plain(path: str) -> str:
+    """The path of a local file in Python's notation; other URIs unchanged."""
+    return local_path(path) or path
+
+
 LAKE = REPOSITORY / "lake"
 BRONZE = str(LAKE / "bronze" / "sensor_data")
 SILVER = str(LAKE / "silver" / "sensor_data")

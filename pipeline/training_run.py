@@ -19,8 +19,9 @@ from pipeline.readers.printing import newest_since, read_table, show
 from pipeline.simulator import Simulator
 from pipeline.spark.private import jvm_of
 from pipeline.spark.session import build_spark
-from pipeline.streaming.checkpoints import Checkpoint, Start
+from pipeline.streaming.private import Checkpoint
 from pipeline.streaming.query import AVAILABLE_NOW, run_query
+from pipeline.streaming.start import Start
 from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.signals import StopFlag
 

@@ -10,7 +10,7 @@ from pipeline.contract.contract import Contract, load_contract
 from pipeline.contract.fields import Boolean, ContractError, Integer, Number, Text, Timestamp
 from pipeline.contract.judge import parse
 from pipeline.simulator import Simulator
-from pipeline.streaming.checkpoints import check_start
+from pipeline.streaming.start import check_start
 from pipeline.terminal.errors import PipelineError
 
 import pytest
@@ -683,7 +683,7 @@ def batch_of(spark, *raws: str):
 def test_a_table_that_was_killed_while_it_gained_a_column_goes_on(spark, tmp_path, monkeypatch):
     begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.streaming.checkpoints.set_properties", lambda *_: 1 / 0)
+        patch.setattr("pipeline.streaming.start.set_properties", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             begin(spark, tmp_path, NEW, 1)
     begin(spark, tmp_path, NEW, 1).write(batch_of(spark, '{"a": 2, "b": 3}'), 1, "test")

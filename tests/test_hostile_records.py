@@ -13,8 +13,7 @@ from collections import Counter
 from pipeline.contract.contract import load_contract
 from pipeline.contract.judge import parse
 from pipeline.paths import quarantine_of
-from pipeline.spark.private import jvm_of
-from pipeline.streaming.writer import _code_generation
+from pipeline.spark.private import code_generation, jvm_of
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -209,7 +208,7 @@ def seconds_for(spark, contract, folder, raws: list[bytes]) -> float:
         )
 
     before = used()
-    with _code_generation(spark):  # as TableWriter does
+    with code_generation(spark):  # as TableWriter does
         parse(records, contract).write.format("noop").mode("overwrite").save()
     return used() - before
 

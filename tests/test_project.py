@@ -93,6 +93,22 @@ def test_imports_between_rooms_go_one_way_and_no_script_imports_another():
                 assert ROOMS.index(other) < ROOMS.index(room) and {room, other} not in STRANGERS, (place, name)
 
 
+def test_private_parts_of_libraries_are_used_in_private_modules_only():
+    """Further exceptions: pipeline/spark/session.py, which starts Spark, and documented names that begin with "_"."""
+    documented = {"_asdict", "_exit", "_get_help_string", "_replace"}
+    for file in (*REPOSITORY.glob("*.py"), *(REPOSITORY / "pipeline").rglob("*.py")):
+        if file.name in ("private.py", "admin.py", "session.py"):
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} | documented
+        used = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+        }
+        assert not {name for name in used - own if re.match("_[^_]", name)}, file
+
+
 def test_the_pages_have_every_reason_and_every_column():
     reasons = re.findall(
         r"^\| (`.*?) \|", READINGS.split("## Why a record is rejected")[1].split("##")[0], re.MULTILINE

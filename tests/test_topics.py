@@ -19,8 +19,9 @@ from pipeline.kafka.stream import streams_of
 from pipeline.kafka.topics import Topic
 from pipeline.paths import quarantine_of
 from pipeline.streaming import query as streams
-from pipeline.streaming.checkpoints import Checkpoint, Start
+from pipeline.streaming.private import Checkpoint
 from pipeline.streaming.query import run_query
+from pipeline.streaming.start import Start
 from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.signals import StopFlag

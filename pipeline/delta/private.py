@@ -92,3 +92,13 @@ def remove_old_log_entries(spark: SparkSession, table: str) -> None:
     log, none = _delta_log(spark, table), _java(spark).scala.Option.empty()
     by_the_minute = _java(spark).org.apache.spark.sql.delta.TruncationGranularity.MINUTE()
     log.cleanUpExpiredLogs(log.unsafeVolatileSnapshot(), none, none, by_the_minute)
+
+
+def compact_own_files(spark: SparkSession, is_first_commit: bool) -> None:
+    """Prepares auto compaction for a commit to a table. `is_first_commit`: of this process to this table.
+
+    Delta counts the small files that this process writes. At the first commit, it also merges those of earlier processes,
+    which takes the count below zero. By default, it would then merge at every commit, until the files have become one large
+    file.
+    """
+    spark.conf.set("spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled", is_first_commit)

@@ -11,7 +11,8 @@ from pipeline.delta.tables import TablePair
 from pipeline.files.folder import count_waiting, is_behind_link
 from pipeline.files.private import planned_files
 from pipeline.files.reading import away, files_in, find_multiline, is_there, read_lines, read_values, unreadable_file_of
-from pipeline.files.taken import TakenFiles, is_draft, plain
+from pipeline.files.taken import TakenFiles, is_draft
+from pipeline.paths import plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
 from pipeline.streaming.source import Backlog, Source, SourceAwayError
 from pipeline.terminal.errors import PipelineError

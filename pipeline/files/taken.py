@@ -1,19 +1,13 @@
 """The files that a stream has read, as recorded by Spark in its checkpoint, and those that have changed since."""
 
 import itertools
-import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import unquote
 
-from pipeline.paths import local_path
-from pipeline.spark.file_system import FileSystem
-from pipeline.streaming.checkpoints import damaged_message
+from pipeline.files.private import FileLog, TakenFile
+from pipeline.paths import local_path, plain
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import warn
 
@@ -22,18 +16,6 @@ from pyspark.sql import SparkSession
 MAX_NAMED_FILES = 10  # files named at once; of the rest, only the number is given
 ROUND_SECONDS = 60  # seconds
 AT_ONCE = 1000  # files that one call of `watch` checks, in a few milliseconds
-
-
-class TakenFile(NamedTuple):
-    """`entry`: the number of the log entry that lists the file. `modified`: its modification time in milliseconds since 1970."""
-
-    entry: int
-    modified: int
-
-
-def plain(path: str) -> str:
-    """The path of a local file in Python's notation (for file:/data and file:///data); other URIs unchanged."""
-    return local_path(path) or path
 
 
 def is_draft(path: str, folder: str = "") -> bool:
@@ -50,14 +32,10 @@ def _are_on_one_disk(*paths: str) -> bool:
 
 
 class TakenFiles:
-    """The files that a stream has read, by path (see `plain`).
-
-    Spark logs them in the checkpoint (CompactibleFileStreamLog in its source): one entry per batch in the file N. Every tenth
-    entry is the file N.compact instead, which also contains all earlier entries.
-    """
+    """The files that a stream has read, by path (see `plain`), from Spark's log of them."""
 
     def __init__(self, spark: SparkSession, checkpoint: str, folder: str, archive: str | None):
-        self.spark, self.checkpoint, self.folder = spark, checkpoint, plain(folder)
+        self.log, self.checkpoint, self.folder = FileLog(spark, checkpoint), checkpoint, plain(folder)
         # A file that is moved to another disk is copied, and gets a new modification time.
         self.archive = local_path(archive) if archive and _are_on_one_disk(archive, folder) else None
         self.files: dict[str, TakenFile] = {}
@@ -70,17 +48,8 @@ class TakenFiles:
 
     def read_log(self) -> None:
         """Reads new entries of the log. Drafts are listed there, but the stream skips them, and so they are left out."""
-        names = {
-            int(match[1]): match[0]
-            for name in sorted(self._names())
-            if (match := re.fullmatch(r"(\d+)(\.compact)?", name))
-        }
-        new = sorted(number for number in names if number > self.last_entry)
-        compact = max((number for number in new if names[number].endswith(".compact")), default=-1)
-        for number in new:
-            if number >= compact:
-                self._read(names[number])
-                self.last_entry = number
+        self.last_entry, new = self.log.after(self.last_entry)
+        self.files |= {path: file for path, file in new.items() if not is_draft(path, self.folder)}
 
     def check_folder(self) -> None:
         """Raises PipelineError if the folder has the same files under a different path, so that they would be read again. For a
@@ -210,31 +179,6 @@ class TakenFiles:
             warn(f"{path} {what}")
         if len(new) > at_most:
             warn(f"The same applies to {len(new) - at_most:,} more files.")
-
-    def _names(self) -> list[str]:
-        folder = local_path(self.checkpoint)
-        if folder is None:
-            return FileSystem(self.spark, self.checkpoint).names_in(f"{self.checkpoint}/sources/0")
-        return os.listdir(f"{folder}/sources/0") if os.path.isdir(f"{folder}/sources/0") else []
-
-    def _read(self, name: str) -> None:
-        file, folder = f"sources/0/{name}", local_path(self.checkpoint)
-        text = (
-            FileSystem(self.spark, self.checkpoint).read(f"{self.checkpoint}/{file}") or ""
-            if folder is None
-            else Path(folder, file).read_text(encoding="utf-8")
-        )
-        try:
-            # Not splitlines(): a name may contain a Unicode line separator.
-            entries: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[1:]]
-            taken = {
-                plain(unquote(entry["path"])): TakenFile(entry["batchId"], entry["timestamp"])
-                for entry in entries
-                if entry["batchId"] > self.last_entry
-            }
-        except (ValueError, KeyError) as error:
-            raise PipelineError(damaged_message(self.checkpoint, f"{file} does not have Spark's format")) from error
-        self.files |= {path: file for path, file in taken.items() if not is_draft(path, self.folder)}
 
     def _modified(self, path: str) -> int | None:
         """The modification time of a local file or of its archived copy (milliseconds since 1970); None if there is neither."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.spark.private import _java
+from pipeline.spark.private import _java, hadoop_settings
 from pipeline.terminal.errors import java_causes, root_cause
 
 from py4j.protocol import Py4JJavaError
@@ -20,7 +20,7 @@ class FileSystem:
 
     def __init__(self, spark: SparkSession, path: str, **settings: str):
         self._java = _java(spark)
-        hadoop = self._java.org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
+        hadoop = hadoop_settings(spark)
         for name, value in settings.items():
             hadoop.set(name, value)
         self._files = self._path(path).getFileSystem(hadoop)
@@ -70,7 +70,7 @@ class FileSystem:
                 )
             except Py4JJavaError as error:
                 # Hadoop turns a disk error into a Java Error, which is not an IOException.
-                is_io = self._java.java.io.IOException._java_lang_class.isInstance
+                is_io = self._java.java.lang.Class.forName("java.io.IOException").isInstance
                 if any(packed.isCauseOf(cause) or not is_io(cause) for cause in java_causes(error)):
                     raise
                 raise BrokenFileError(root_cause(error)) from error

@@ -3,6 +3,8 @@
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from py4j.java_gateway import JavaObject
@@ -32,6 +34,11 @@ without_pandas("pyspark.testing.utils")
 def _java(spark: SparkSession) -> Any:
     """The classes of the session's JVM, by name. PySpark has no public access to them."""
     return spark._jvm
+
+
+def hadoop_settings(spark: SparkSession) -> Any:
+    """A copy of the settings with which the session opens file systems."""
+    return _java(spark).org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
 
 
 OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
@@ -96,3 +103,17 @@ def in_memory(rows: DataFrame) -> DataFrame:
 def dataframe_of(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
     """A DataFrame of Java's `rows` with the columns of `like`, without a detour through Python."""
     return DataFrame(spark._jsparkSession.createDataFrame(rows, like._jdf.schema()), spark)
+
+
+@contextmanager
+def code_generation(spark: SparkSession) -> Iterator[None]:
+    """Enables code generation within the context, as is Spark's default. pipeline/spark/session.py disables it by this internal
+    setting.
+    """
+    setting = "spark.sql.codegen.factoryMode"
+    usual = spark.conf.get(setting) or "FALLBACK"
+    spark.conf.set(setting, "FALLBACK")
+    try:
+        yield
+    finally:
+        spark.conf.set(setting, usual)

@@ -16,15 +16,15 @@ from pipeline.delta.tables import TablePair
 from pipeline.paths import checkpoint_of
 from pipeline.spark.private import OUT_OF_MEMORY, protect_callbacks
 from pipeline.streaming.batches import Batches
-from pipeline.streaming.checkpoints import (
+from pipeline.streaming.private import damaged_message
+from pipeline.streaming.source import Source, SourceAwayError
+from pipeline.streaming.start import (
     Start,
     check_start,
-    damaged_message,
     in_use_message,
     lock_checkpoint,
     require_separate_places,
 )
-from pipeline.streaming.source import Source, SourceAwayError
 from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.arguments import location, port_number, table_location
 from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause

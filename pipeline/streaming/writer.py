@@ -1,18 +1,16 @@
 """Writing a micro-batch: every record to the table or to its quarantine, exactly once."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pipeline.contract.contract import Contract
 from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
-from pipeline.delta.private import version_and_last_batch
+from pipeline.delta.private import compact_own_files, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table
-from pipeline.spark.private import dataframe_of, number_of_tasks, observed
-from pipeline.streaming.checkpoints import Start, require_same_contents
+from pipeline.spark.private import code_generation, dataframe_of, number_of_tasks, observed
 from pipeline.streaming.source import Backlog, Source
+from pipeline.streaming.start import Start, require_same_contents
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
 from pipeline.terminal.messages import warn
 
@@ -37,13 +35,14 @@ class BatchReport(NamedTuple):
 
     `rows`: row counts by reject_reason (None: accepted). `with_unknown`: accepted records with fields outside the contract;
     `unknown`: the names of those fields. `newest`: the latest of the records' times (microseconds since 1970), None without
-    one.
+    one. `last_records`: what the source observed of the last records.
     """
 
     rows: dict[str | None, int]
     with_unknown: int
     unknown: list[str]
     newest: int | None
+    last_records: str | None = None
 
 
 class Batch(NamedTuple):
@@ -78,15 +77,19 @@ class TableWriter:
     def write(self, batch: DataFrame, number: int, stream: str) -> BatchReport:
         """Writes the batch with this number of the query whose id is `stream`."""
         this = self._begin(batch, number, stream)
-        # Spark reads a batch only while it is written.
+
+        def write(records: DataFrame) -> BatchReport:
+            judged = self._judge(records)
+            found = self._append_valid(judged, this)
+            self._quarantine_rejected(judged, found, this)
+            return self._report(judged, found)
+
         try:
-            judged = self._judge(self.source.read_batch(batch))
-            found = self._append_valid(judged, this)
-        except (PySparkException, Py4JJavaError) as error:
-            judged = self._judge(self.source.read_again(batch, error))
-            found = self._append_valid(judged, this)
-        self._quarantine_rejected(judged, found, this)
-        return self._report(batch, judged, found, this)
+            report = write(self.source.read_batch(batch))
+        except (PySparkException, Py4JJavaError) as error:  # Spark reads a batch only while it is written
+            report = write(self.source.read_again(batch, error))
+        self._finish(batch, report, this)
+        return report
 
     def _begin(self, batch: DataFrame, number: int, stream: str) -> Batch:
         """Creates the tables before the first batch. Raises PipelineError if another batch was written under this number."""
@@ -144,7 +147,7 @@ class TableWriter:
         rows, seen = self._observed(judged, kept_by_task=min(100_000, MAX_KEPT_ROWS // cores))
         # The batch was written before a crash.
         is_repeated = this.number <= version_and_last_batch(spark, self.tables.table, this.stream)[1]
-        with _code_generation(spark):
+        with code_generation(spark):
             if is_repeated:
                 rows.where(_is_valid()).write.format("noop").mode("overwrite").save()
             else:
@@ -205,7 +208,7 @@ class TableWriter:
         # The records are judged again. This must not rely on reaching the same verdicts: otherwise, a record could end
         # up in both tables, or in none.
         again, seen = self._observed(judged)
-        with _code_generation(judged.sparkSession):
+        with code_generation(judged.sparkSession):
             # A cache would hold a batch of rows in memory.
             rejected = again.where(~_is_valid()).select(*columns).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
         figures = observed(judged.sparkSession, seen, OBSERVATION_SECONDS) or {}
@@ -250,10 +253,17 @@ class TableWriter:
         """An aggregate whose value depends on which records are valid, by their origin."""
         return F.coalesce(F.sum(F.when(is_valid, F.xxhash64(*self.tables.origin))), F.lit(0))
 
-    def _report(self, batch: DataFrame, judged: DataFrame, found: dict[str, Any], this: Batch) -> BatchReport:
-        """Notes the batch in the checkpoint, and now and then removes old files. Returns the outcome of the batch."""
-        spark, rows = judged.sparkSession, self._rows_by_reason(judged, found)
-        self.source.after_batch(batch, {reason for reason in rows if reason}, self.tables.quarantine)
+    def _report(self, judged: DataFrame, found: dict[str, Any]) -> BatchReport:
+        rows = {row.get(0): row.get(1) for row in found["reasons"]}
+        if sum(rows.values()) != found["accepted"] + found["rejected"]:  # there are too many reasons for approx_top_k
+            rows = dict(map(tuple, judged.groupBy("reject_reason").count().collect()))
+        unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
+        return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"], found["last_records"])
+
+    def _finish(self, batch: DataFrame, report: BatchReport, this: Batch) -> None:
+        """Notes the batch in the checkpoint, and now and then removes old files."""
+        spark = batch.sparkSession
+        self.source.after_batch(batch, {reason for reason in report.rows if reason}, self.tables.quarantine)
         # Delta would otherwise work the versions out when the next batch begins; here, the records of this batch are
         # already visible.
         self.start.checkpoint.write_last_batch(
@@ -262,19 +272,11 @@ class TableWriter:
                 "end": this.end,
                 "contents": this.contents,
                 "versions": self._synced_versions(spark, this.stream),
-                "last_records": self.source.remember(spark, found["last_records"]),
+                "last_records": self.source.remember(spark, report.last_records),
             }
         )
         if this.number % CLEAN_UP_EVERY == CLEAN_UP_EVERY - 1:
             self._clean_up(spark)  # after the replacements of the old files are synced to the disk
-        unknown = {name for row in found["unknown"] if row.get(0) for name in json.loads(row.get(0))}
-        return BatchReport(rows, found["with_unknown"], sorted(unknown), found["newest"])
-
-    def _rows_by_reason(self, judged: DataFrame, found: dict[str, Any]) -> dict[str | None, int]:
-        rows = {row.get(0): row.get(1) for row in found["reasons"]}
-        if sum(rows.values()) != found["accepted"] + found["rejected"]:  # there are too many reasons for approx_top_k
-            rows = dict(map(tuple, judged.groupBy("reject_reason").count().collect()))
-        return rows
 
     def _append(self, records: DataFrame, table: str, columns: dict[str, str], this: Batch) -> None:
         """Appends `records` to `table`, with the batch's contents in the commit. Does nothing if the table's log shows that this
@@ -287,12 +289,7 @@ class TableWriter:
                 f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the "
                 "next start says what is missing."
             )
-        # Delta counts the small files that this process writes. At the first commit, it also merges those of earlier
-        # processes, which takes the count below zero. By default, it would then merge at every commit, until the files
-        # have become one large file.
-        records.sparkSession.conf.set(
-            "spark.databricks.delta.autoCompact.modifiedPartitionsOnly.enabled", table not in self.appended_to
-        )
+        compact_own_files(records.sparkSession, is_first_commit=table not in self.appended_to)
         self.appended_to.add(table)
         (
             records.select(*(f"`{column}`" for column in columns))
@@ -305,15 +302,3 @@ class TableWriter:
 
 def _is_valid() -> Column:
     return F.col("reject_reason").isNull()
-
-
-@contextmanager
-def _code_generation(spark: SparkSession) -> Iterator[None]:
-    """Enables code generation within the context, as is Spark's default."""
-    setting = "spark.sql.codegen.factoryMode"
-    usual = spark.conf.get(setting) or "FALLBACK"
-    spark.conf.set(setting, "FALLBACK")
-    try:
-        yield
-    finally:
-        spark.conf.set(setting, usual)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.terminal.private import java_exception
+
 
 class PipelineError(Exception):
     """An error that the user can fix. The message says what happened, where, and what to do next."""
@@ -10,7 +12,7 @@ class PipelineError(Exception):
 
 def java_causes(error: BaseException) -> Iterator[Any]:
     """A Java error as py4j provides it, followed by its causes, the innermost last. Empty for Python errors."""
-    java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
+    java = java_exception(error)
     while java is not None:
         yield java
         java = java.getCause()

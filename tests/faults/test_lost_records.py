@@ -8,7 +8,8 @@ from contextlib import suppress
 from pipeline.delta.tables import silver_tables
 from pipeline.kafka.source import KafkaSource
 from pipeline.kafka.topics import Topic
-from pipeline.streaming.checkpoints import Checkpoint, Start
+from pipeline.streaming.private import Checkpoint
+from pipeline.streaming.start import Start
 from pipeline.streaming.writer import TableWriter
 from pipeline.terminal.errors import PipelineError, root_cause
 from pipeline.terminal.signals import StopFlag

@@ -11,7 +11,8 @@ from pipeline.contract.contract import INCONSISTENT, Contract
 from pipeline.contract.fields import Number
 from pipeline.delta.tables import silver_tables
 from pipeline.kafka.source import KafkaSource
-from pipeline.streaming.checkpoints import LAST_BATCH, Checkpoint, Start
+from pipeline.streaming.private import LAST_BATCH, Checkpoint
+from pipeline.streaming.start import Start
 from pipeline.streaming.writer import MAX_KEPT_BYTES, TableWriter
 from pipeline.terminal.errors import PipelineError
 

@@ -10,7 +10,7 @@ from pipeline.kafka.source import KafkaSource
 from pipeline.kafka.topics import Topic
 from pipeline.paths import quarantine_of
 from pipeline.streaming import checkpoints
-from pipeline.streaming.checkpoints import LAST_BATCH, Checkpoint
+from pipeline.streaming.private import LAST_BATCH, Checkpoint
 from pipeline.streaming.writer import TableWriter
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports

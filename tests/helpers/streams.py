@@ -5,9 +5,10 @@ from pathlib import Path
 
 from pipeline.delta.tables import bronze_tables
 from pipeline.kafka.source import KafkaSource
-from pipeline.streaming.checkpoints import Checkpoint, Start, check_start
+from pipeline.streaming.private import Checkpoint
 from pipeline.streaming.query import run_query
 from pipeline.streaming.source import Source
+from pipeline.streaming.start import Start, check_start
 from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.signals import StopFlag
 

@@ -70,7 +70,7 @@ def parse_options() -> argparse.Namespace:
         type=fraction,
         default=0,
         metavar="F",
-        help="share of invalid messages, from 0 to 1; they break one rule after the other",
+        help="share of invalid messages, from 0 to 1; they break each rule in turn",
     )
     parser.add_argument("--create-topic", action="store_true", help="create the topic if it does not exist")
     parser.add_argument(
@@ -99,7 +99,7 @@ def write_files(
 ) -> None:
     """Writes `messages` at the rate and up to the count asked for, or until `stopping` is set, as files of JSON lines.
 
-    Once complete, a file gets its name: the time. A message without a value is no line. Raises PipelineError.
+    Once complete, a file gets its name: the time. A message without a value is skipped. Raises PipelineError.
     """
     files = records = 0
     lines: list[bytes] = []
@@ -133,16 +133,14 @@ def write_files(
 
 
 class Producer(KafkaProducer):
-    """One that `send` closes, whatever happens. kafka-python's own would flush again at its end, and print that this
-    fails.
-    """
+    """A producer that `send` always closes. kafka-python's own would flush again when deleted, and print the error."""
 
     def __del__(self) -> None:
         pass
 
 
 class Delivery:
-    """What became of the messages that were sent. The first that can't be delivered sets `stopping`."""
+    """The fate of the messages sent. The first that can't be delivered sets `stopping`."""
 
     def __init__(self, stopping: StopFlag):
         self.sent = self.acknowledged = 0

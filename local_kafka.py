@@ -107,8 +107,8 @@ def kafka_version(image: str) -> str:
     version = re.search(r":(\d+\.\d+)", image)
     if not version or version[1] not in KAFKA_IN_CONFLUENT:
         raise PipelineError(
-            f"{COMPOSE_FILE.name} has the image {image}, but local_kafka.py knows the Kafka of Confluent "
-            f"{', '.join(KAFKA_IN_CONFLUENT)} only. Add it to KAFKA_IN_CONFLUENT."
+            f"{COMPOSE_FILE.name} has the image {image}, but local_kafka.py knows only Confluent "
+            f"{', '.join(KAFKA_IN_CONFLUENT)}. Add it to KAFKA_IN_CONFLUENT."
         )
     return KAFKA_IN_CONFLUENT[version[1]]
 

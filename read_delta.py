@@ -71,7 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--vacuum",
         action="store_true",
-        help="remove files and log entries that are older than the table's time travel now",
+        help="remove files and log entries that time travel no longer needs",
     )
     moment = parser.add_mutually_exclusive_group()
     moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
@@ -120,7 +120,7 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
 
 
 def unique(names: list[str]) -> list[str]:
-    """The names; those that repeat an earlier one, in whatever capitals, get a number."""
+    """The names; those that repeat an earlier one, ignoring case, get a number."""
     given: dict[str, str] = {}
     for name in names:
         new = next(
@@ -134,7 +134,7 @@ def unique(names: list[str]) -> list[str]:
 
 @contextmanager
 def in_the_lake(path: str) -> Iterator[None]:
-    """Names a table that can't be read, which is no reason not to show the others."""
+    """Warns of a table that can't be read, so that the others are still shown."""
     try:
         yield
     except (PySparkException, Py4JJavaError) as error:

@@ -6,7 +6,7 @@ Each field is one line: Text, Number, Integer (64 bits unless bits=32), Boolean,
 "epoch_ms"). `required=False` makes it optional, `column=` names its column, and a dotted name such as "device.id" leads into
 nested objects. Records are read fastest if they have their fields in the order listed here.
 
-A rule consists of a reason and of SQL that is true for records to be rejected for it, over the columns and `ingest_time` (when
+A rule consists of a reason and SQL that is true for the records it rejects, over the columns and `ingest_time` (when
 the record arrived). The first rule that is true is the reason.
 """
 
@@ -30,7 +30,7 @@ SENSOR_TYPES = {
 
 
 def for_its_type(condition: str) -> str:
-    """SQL that is true where `condition`, filled with the SensorType of the reading's own type, is true."""
+    """SQL: `condition`, filled in with the SensorType of the reading's own type."""
     return " OR ".join(
         f"type = '{name}' AND {condition.format(**sensor_type._asdict())}" for name, sensor_type in SENSOR_TYPES.items()
     )

@@ -101,7 +101,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool) -> Iterator["Part"]:
-    """Starts the parts one after the other, as far as it gets before `stopping` is set."""
+    """Starts the parts one after another, until `stopping` is set."""
     if not answers(options.port):
         yield (kafka := Part("local_kafka.py", "--port", str(options.port), is_quiet=in_place))
         while not answers(options.port) and not stopping.wait(0.5):
@@ -124,8 +124,8 @@ def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool)
 
 
 class Part:
-    """A script of the pipeline as a process of its own. Each line of its output is printed with its name, unless it
-    `is_quiet`: then it is what `overview` shows.
+    """A script of the pipeline as a process of its own. Prints each line of its output with its name or, if `is_quiet`, leaves
+    it to `overview`.
     """
 
     def __init__(self, script: str, *arguments: str, is_quiet: bool):
@@ -182,7 +182,7 @@ class Part:
         return "stopped" if self.process.returncode == 0 else f"exit code {self.process.returncode}"
 
     def rate(self) -> str:
-        """Records a second, by the last two lines that had a number of them; "" if none has come for long."""
+        """Records a second, from the last two lines with a count; "" if there was none recently."""
         return f"{self.per_second:,.1f}" if self.total and time.monotonic() - self.counted_at < QUIET_SECONDS else ""
 
     def wait_for_output(self) -> None:
@@ -195,17 +195,17 @@ class Part:
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            tell(f"{self.name} did not stop within {STOP_SECONDS} s and was killed; its next start goes on from there.")
+            tell(f"{self.name} did not stop within {STOP_SECONDS} s and was killed; its next start resumes from there.")
             self.process.kill()
         self.wait_for_output()
 
 
 def overview(parts: list[Part]) -> Group:
-    """What the parts do, what each of them said last, and their errors, to be shown in place."""
+    """The parts' states, last messages and errors, to be shown in place."""
     table = Table(
         "part",
         "state",
-        Column("a second", justify="right"),
+        Column("rows/s", justify="right"),
         Column("behind", justify="right"),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -221,7 +221,7 @@ def overview(parts: list[Part]) -> Group:
 
 
 def tell(line: str) -> None:
-    """Prints a line, unless what reads it (`| head`) has gone: the parts are read on and stopped all the same."""
+    """Prints a line, unless its reader (`| head`) has gone; the parts are still read and stopped."""
     with suppress(BrokenPipeError):
         say(line)
 

@@ -10,7 +10,7 @@ of the two, exactly once, no matter what is killed. A broken .gz, or a file with
 --multiline, a file of more than 8 MB), is named and goes to the quarantine as a whole (unreadable_file); the stream
 continues with the other files. An error of the disk or the store stops the stream, and the next start reads the file.
 
-A file is read once, and is identified by its name. Content added later is not read, but the file is named. So write a
+A file is read once, and is identified by its name. Content added later is not read, but is reported. So write a
 file elsewhere, or under a name or in a folder that begins with "." or "_", and rename it once it is complete.
 
     python3 streaming_files_to_delta_bronze.py

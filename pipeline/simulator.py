@@ -85,7 +85,7 @@ class Simulator:
 
 
 def is_of(field: Field, value: Any) -> bool:
-    """Whether the field can have this value, which a device uses as its name."""
+    """Whether the field can have this value, found under its name."""
     kinds = ((Text, str), (Integer, int), (Number, (int, float)))
     return any(isinstance(field, kind) and isinstance(value, types) for kind, types in kinds)
 
@@ -116,7 +116,7 @@ def to_json(reading: dict[str, Any]) -> bytes:
 
 
 def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], bytes]:
-    """A way to break a reading: replaces the field's value by the result of `change`."""
+    """A way to break a reading: applies `change` to the field's value."""
 
     def break_reading(reading: dict[str, Any]) -> bytes:
         broken = copy.deepcopy(reading)

@@ -132,10 +132,10 @@ def java_that_says(folder, modules: str) -> dict[str, str]:
     [
         ("java.base@11.0.2\njdk.incubator.vector@11.0.2", "is Java 11, but Spark needs Java 17, 21 or 25"),
         ("java.base@18.0.2\njdk.incubator.vector@18.0.2", "is Java 18, but Spark needs Java 17, 21 or 25"),
-        ("java.base@25\njdk.incubator.vector@25", "is Java 25, which can corrupt data. Take 25.0.3 or later"),
+        ("java.base@25\njdk.incubator.vector@25", "is Java 25, which can corrupt data. Use 25.0.3 or later"),
         (
             "java.base@25.0.2\njdk.incubator.vector@25.0.2",
-            "is Java 25.0.2, which can corrupt data. Take 25.0.3 or later",
+            "is Java 25.0.2, which can corrupt data. Use 25.0.3 or later",
         ),
         ("java.base@25.0.3\njava.sql@25.0.3", "lacks the module jdk.incubator.vector"),
         ("java.base@17.0.15\njava.sql@17.0.15", "lacks the module jdk.incubator.vector"),

@@ -56,8 +56,8 @@ class Contract:
                 raise ContractError(f"the field {each.name} appears twice")
             if other := columns.get(each.column.lower()):
                 raise ContractError(
-                    f"the fields {other.name} and {each.name} have one column, {each.column} (capitals make no "
-                    f'difference); name another for one of them with column="…"'
+                    f"the fields {other.name} and {each.name} share a column, {each.column} (case is "
+                    f'ignored); name another for one of them with column="…"'
                 )
             columns[each.column.lower()] = each
         for outer in self.fields:
@@ -106,13 +106,13 @@ class Contract:
             try:
                 if not is_of_one_row(empty, condition):
                     raise ContractError(
-                        f"the rule {reason} reads more than the record itself, which may be something else when a batch "
-                        f"is repeated; it can only use {', '.join(columns)}: {told}"
+                        f"the rule {reason} depends on more than the record, and may change when a batch is "
+                        f"repeated; it can only use {', '.join(columns)}: {told}"
                     )
                 if not is_deterministic(empty, condition):
                     raise ContractError(
-                        f"the rule {reason} can give different results for the same record, which a repeated batch "
-                        f"would see; the present time is ingest_time: {told}"
+                        f"the rule {reason} can give different results when a batch is repeated; for the current "
+                        f"time, use ingest_time: {told}"
                     )
             except PySparkException as error:
                 problem = re.sub(r"\.? SQLSTATE.*", "", first_line(str(error)).strip())

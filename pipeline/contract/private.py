@@ -1,4 +1,4 @@
-"""Private parts of Spark's analyzer and optimizer: they tell whether a contract's rules can be trusted.
+"""Private APIs of Spark's analyzer and optimizer: they tell whether a contract's rules can be trusted.
 
 Without them, a rule that reads the clock or another row would be accepted, and lose records.
 """
@@ -25,7 +25,7 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
     """Whether SQL over the columns of `rows` always gives the same result for the same row: it uses no random numbers and does
     not read the clock.
 
-    Spark replaces 'now', 'today' and the like by the current time when it parses a query (`DATE 'today'`) or optimizes it,
+    Spark turns 'now', 'today' and the like into the current time when it parses a query (`DATE 'today'`) or optimizes it,
     wherever constant text is cast to a time (`t > trim('now')`). Only the optimizer's rule FinishAnalysis finds all of these.
     In two time zones, such a time differs both as an instant and as a local time; a constant differs in only one of the two.
     """

@@ -64,7 +64,7 @@ def show_page(options: argparse.Namespace) -> None:
 
 
 def refresh_every(span: int | None, took: float) -> int:
-    """The seconds between two refreshes for a period of so many seconds, if drawing took so long: the page rests four times as
+    """The seconds between two refreshes, given the period and the drawing time in seconds: the page rests four times as
     long as it works.
     """
     usual = MAX_REFRESH_SECONDS if span is None else min(max(MIN_REFRESH_SECONDS, span // POINTS), MAX_REFRESH_SECONDS)
@@ -115,7 +115,7 @@ def show_readings(lake: Lake, options: argparse.Namespace) -> None:
         st.subheader("Records that arrived")
         st.altair_chart(chart(lake.arrivals(), "records", "verdict").mark_bar())
     with right:
-        st.subheader("Seconds that a batch took")
+        st.subheader("Seconds per batch")
         st.altair_chart(chart(batches, "seconds").mark_line(point=True))
     if rejected:
         st.subheader("Rejected, and why")

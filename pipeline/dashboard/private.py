@@ -1,4 +1,4 @@
-"""Private parts of Streamlit.
+"""Private APIs of Streamlit.
 
 Without them, the page would be open to this machine's other addresses, and an external server would learn its public one.
 """

@@ -108,8 +108,8 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream
             return
         what_follows = "created again" if is_all else f"put back to version {damaged - 1}"
         say(
-            f"{problem[0].upper()}{problem[1:]}, perhaps by a power cut. {table} is {what_follows}; the batch is written again, so "
-            f"nothing is lost."
+            f"{problem[0].upper()}{problem[1:]}, perhaps after a power cut. {table} is {what_follows}; the batch is "
+            "rewritten, so nothing is lost."
         )
         (log / "_last_checkpoint").unlink(missing_ok=True)  # only a hint, which may point to a renamed version
         for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):

@@ -1,4 +1,4 @@
-"""Private parts of Delta: its view of a table's log.
+"""Private APIs of Delta: its view of a table's log.
 
 Without them, a writer would have to list the whole log for every batch, and `--follow` could not read a single commit.
 """

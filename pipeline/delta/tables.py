@@ -119,7 +119,7 @@ def add_missing_columns(spark: SparkSession, path: str, columns: dict[str, str])
     for name, kind in columns.items():
         if there.get(name.lower(), kind) != kind:
             raise PipelineError(
-                f"The column {name} of {path} is {there[name.lower()]}, and the contract makes it {kind}. Name "
+                f"The column {name} of {path} is {there[name.lower()]}, but the contract says {kind}. Name "
                 f"another column for the field, or give the stream a --table and a --checkpoint of its own."
             )
     new = ", ".join(f"`{name}` {kind}" for name, kind in columns.items() if name.lower() not in there)

@@ -69,8 +69,8 @@ def check_archive(archive: str, folder: str) -> None:
     one, other = (f"/{each.path.strip('/')}".rstrip("/") + "/" for each in (place, source))
     if place[:2] != source[:2] or one.startswith(other) or other.startswith(one):
         raise PipelineError(
-            f"{archive} can't be the archive of {folder}: it has to be a folder of the same store, and neither of the "
-            f"two may be in the other. Name another with --archive."
+            f"{archive} can't be the archive of {folder}: it has to be a folder in the same store, and neither may "
+            "contain the other. Name another with --archive."
         )
     if not place.scheme:
         with suppress(OSError):  # if it can't be created, the check below reports it
@@ -101,7 +101,7 @@ def paths_in(folder: str) -> Iterator[str]:
     """
 
     def refuse(error: OSError) -> None:
-        if isinstance(error, PermissionError):  # a folder that has just disappeared is no error
+        if isinstance(error, PermissionError):  # a folder that has just disappeared is fine
             raise PipelineError(unreadable_folder_message(error.filename)) from error
 
     for place, folders, names in os.walk(local_path(folder) or "", onerror=refuse):

@@ -1,6 +1,6 @@
-"""Private parts of Spark's file stream: the files planned for a micro-batch, and its log of the files that it has read.
+"""Private APIs of Spark's file stream: the files planned for a micro-batch, and its log of the files that it has read.
 
-Without them, a file that vanishes while its batch is running, or that changes later, would not be missed.
+Without them, a file that vanishes while its batch is running, or that changes later, would go unnoticed.
 """
 
 import json

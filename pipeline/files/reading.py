@@ -21,7 +21,7 @@ IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it 
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
 # either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 MAX_DEPTH = 200
-MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill the memory
+MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(MAX_DEPTH), "")
 ELEMENT = rf'\G[\[,]\s*+([\[{{]{_INNER}[\]}}]|{_TEXT}|[^\[\]{{}}",\s]++)\s*+'
@@ -174,9 +174,7 @@ def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> Dat
 
 
 def source_file() -> Column:
-    """The path of the file that a row of `read_text` came from. Spark provides a URI, in which url_decode would turn "+" into a
-    blank.
-    """
+    """The path of the file that a row of `read_text` came from. Spark provides a URI, in which url_decode would turn "+" into a space."""
     uri = F.col("file_path")
     return F.when(uri.contains("%"), F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B")))).otherwise(uri)
 
@@ -190,7 +188,7 @@ def find_unreadable(
     text_options: dict[str, Any],
 ) -> None:
     """Adds those of `files` that can't be read because of their own content to `faults`, by path, and names them on stderr: a
-    broken .gz, one that expands to more than `max_unpacked` bytes, or a line too large for the memory.
+    broken .gz, one that expands to more than `max_unpacked` bytes, or a line too large for memory.
 
     `careful`: also checks small .gz files, after Spark has failed to read the files. Raises SourceAwayError if a file can't be
     read for another reason.
@@ -201,7 +199,7 @@ def find_unreadable(
             try:
                 sizes[file.path] = unpacked_size(spark, file, max_unpacked, careful)
                 if file.path.lower().endswith(".gz") and sizes[file.path] > max_unpacked:
-                    found[file.path] = f"unpacked, it has more than {max_unpacked // 10**6:,} MB (see --max-unpacked)"
+                    found[file.path] = f"it unpacks to more than {max_unpacked // 10**6:,} MB (see --max-unpacked)"
             except BrokenFileError as error:
                 found[file.path] = str(error)
     is_multiline = "wholetext" in text_options

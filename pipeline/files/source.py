@@ -111,7 +111,7 @@ class FileSource(Source):
         for folder, path in {os.path.dirname(path): path for path in reversed(paths) if path.startswith("/")}.items():
             if not os.path.isdir(folder) or not os.listdir(folder):
                 raise SourceAwayError(
-                    f"The folder {folder} is empty or gone, and with it files of this batch, {path} among them. If its "
+                    f"The folder {folder} is empty or gone, so files of this batch are missing, such as {path}. If its "
                     f"disk is not mounted, mount it and start again. If somebody has removed the files, put any other "
                     f"file there: the stream goes on without them."
                 )

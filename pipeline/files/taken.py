@@ -132,7 +132,7 @@ class TakenFiles:
         """Reports each of these drafts once, as about to be archived unread."""
         self._name(
             paths,
-            'is a draft, which is not read, but --archive moves it: Spark takes a folder with "=" in its name for no draft. '
+            'is a draft and not read, but --archive moves it: Spark does not skip a folder with "=" in its name. '
             "Rename the folder.",
         )
 

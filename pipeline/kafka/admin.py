@@ -1,4 +1,4 @@
-"""kafka-python's admin client, with private parts of it.
+"""kafka-python's admin client, with private APIs.
 
 Without them, each attempt to reach an absent broker would leave a thread behind, and large messages could only be read
 by unpacking them.

@@ -1,6 +1,6 @@
-"""Looking up records of a topic by offset, also in the neighbourhood of records that do not fit into memory.
+"""Looking up records of a topic by offset, even near records that do not fit into memory.
 
-A compressed batch of a few kilobytes can expand to a gigabyte. Kafka's consumer decompresses a record when it comes to it.
+A compressed batch of a few kilobytes can expand to a gigabyte. Kafka's consumer decompresses a record on reaching it.
 """
 
 import sys

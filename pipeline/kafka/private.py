@@ -1,4 +1,4 @@
-"""Private parts of Spark's Kafka source, and Java's Kafka client by way of Spark's JVM.
+"""Private APIs of Spark's Kafka source, and Java's Kafka client by way of Spark's JVM.
 
 Without them, a stream could neither get past records that Spark can't read, nor see that Kafka has lost its log.
 """

@@ -91,7 +91,7 @@ def check_security(properties: dict[str, str]) -> None:
         similar = difflib.get_close_matches(re.sub("[_-]", ".", name.lower()), SECURITY_NAMES, 1, cutoff=0.75)
         if similar or re.search("sasl|ssl|jaas|secur|(key|trust)store", name, re.IGNORECASE):
             raise PipelineError(
-                f"The Kafka property {name} is not one that both clients, Java's and kafka-python, can follow. "
+                f"The Kafka property {name} is not supported by both clients (Java's and kafka-python). "
                 + (f"Did you mean {similar[0]}? " if similar else "")
                 + f"They know {', '.join(SECURITY_NAMES)}."
             )

@@ -53,7 +53,7 @@ EARLIEST = -2  # Spark's number for the earliest offset
 REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold no record
 # Offsets searched first for the last record that was read, or that Kafka and the tables have in common.
 FIRST_SEARCH_OFFSETS = 100_000
-ELECTION_SECONDS = 3  # seconds after an election until the end of a partition is that of all its replicas again
+ELECTION_SECONDS = 3  # seconds after an election until all replicas agree on the end of a partition
 # Properties of a table: the topic that it is written from.
 TOPIC_ID, TOPIC_NAME = ("pipeline.topic.id", "pipeline.topic.name")
 
@@ -61,7 +61,7 @@ TOPIC_ID, TOPIC_NAME = ("pipeline.topic.id", "pipeline.topic.name")
 class KafkaSource(Source):
     """The topic as the source of a stream (streaming/source.py).
 
-    `accept_data_loss`: skips records that are lost by now. `group`: the consumer group to commit offsets to.
+    `accept_data_loss`: skips records already lost. `group`: the consumer group to commit offsets to.
     """
 
     knows_records = True
@@ -207,8 +207,9 @@ class KafkaSource(Source):
         oversized += [f"partition {gap.partition} offsets {gap.begin} to {gap.end - 1}" for gap in gaps]
         if oversized:
             warn(
-                f"Some records of {self.topic} have more than {MAX_RECORD_BYTES:,} bytes, unpacked, or are packed together with one that "
-                f"has: {', '.join(oversized)}. They are in the quarantine as {OVERSIZED}, without their content."
+                f"Some records of {self.topic} unpack to more than {MAX_RECORD_BYTES:,} bytes, or are packed "
+                f"together with one that does: {', '.join(oversized)}. They are in the quarantine as {OVERSIZED}, "
+                "without their content."
             )
 
     def identity(self) -> dict[str, str]:
@@ -263,7 +264,7 @@ class KafkaSource(Source):
             lost, too_far = self.topic.lost(next_offsets) if unread else "", self.topic.read_too_far(next_offsets)
         if lost:
             self._lose(
-                f"Kafka no longer has records of {self.topic} that were not read yet: {lost}. Perhaps its retention has removed them.",
+                f"Kafka no longer has unread records of {self.topic}: {lost}. Perhaps its retention has removed them.",
                 GOES_ON,
             )
         if too_far:  # checked first, because records of an open transaction can't be read for the comparison
@@ -382,8 +383,8 @@ class KafkaSource(Source):
             for partition, place in places.items()
         )
         self._lose(
-            f"Kafka has lost records of {self.topic} that were already read, and has others in their place, or will "
-            f"have: {lost}. Perhaps an older copy of its data was restored.",
+            f"Kafka has lost records of {self.topic} that were already read, and has, or will have, others there: "
+            f"{lost}. Perhaps an older copy of its data was restored.",
             "the new records are read, too",
             is_accepted=not self.has_started,
         )
@@ -395,7 +396,7 @@ class KafkaSource(Source):
         } | places
 
     def _parting(self, spark: SparkSession, tables: TablePair, partition: int, first: int, end: int) -> int:
-        """The offset between `first` and `end` from which on Kafka and the tables have different records."""
+        """The offset between `first` and `end` at which Kafka and the tables begin to differ."""
 
         def newest_same(records: DataFrame) -> int | None:
             same = [
@@ -489,7 +490,7 @@ class KafkaSource(Source):
         if re.search("may have been lost|is out of range for partition|Offsets out of range", problem):
             if self.has_failed:  # and the restart found nothing
                 self._lose(
-                    f"Kafka no longer has records of {self.topic} that were not read yet ({first_line(problem)}).",
+                    f"Kafka no longer has unread records of {self.topic} ({first_line(problem)}).",
                     GOES_ON,
                 )
             self.has_failed = True
@@ -505,7 +506,7 @@ class KafkaSource(Source):
         except Exception as error:  # no error here is a reason to stop
             if not self.has_warned:
                 warn(
-                    f"Kafka does not accept the stream's offsets ({type(error).__name__}), so that its tools can't show the lag of the "
+                    f"Kafka does not accept the stream's offsets ({type(error).__name__}), so its tools can't show the lag of the "
                     f"group {self.group}. The stream continues without this. It needs permission to read that "
                     "group, which must have no other member; --group-id names another one."
                 )
@@ -533,7 +534,7 @@ class KafkaSource(Source):
         except (KafkaError, TimeoutError) as error:
             raise SourceAwayError(
                 f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
-                f"then this script: it goes on from the last committed offsets."
+                f"then this script: it resumes from the last committed offsets."
             ) from error
         except (PySparkException, Py4JJavaError) as error:  # from a read by Spark
             self.topic.require_access(error)

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 def streams_of(
     spark: SparkSession, source: KafkaSource, options: argparse.Namespace
 ) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
-    """The topic as streams, each with its trigger. If data loss is accepted, the first stream skips everything lost by now. The
+    """The topic as streams, each with its trigger. If data loss is accepted, the first stream skips what is already lost. The
     last one has the trigger of the options, and stops if Kafka loses more.
     """
     if options.accept_data_loss:
@@ -43,8 +43,7 @@ def read_topic(
         .option("failOnDataLoss", fail_on_data_loss)
         # A large batch is split into many small parts, which TableWriter joins into files of equal size for all cores.
         .option("maxRecordsPerPartition", 20_000)
-        # A batch reads only records that are already there; two minutes, the default, would only hide that Kafka is
-        # away.
+        # A batch reads only records that are already there; two minutes, the default, would only hide that Kafka is down.
         .option("kafkaConsumer.pollTimeoutMs", 60_000)
         # `run_until_stopped` waits for a broker that does not answer, and says so.
         .option("fetchOffset.numRetries", 1)

@@ -101,9 +101,9 @@ class Topic(Broker):
         return self.properties.get("group.id", f"pipeline-{name}")
 
     def wait(self, seconds: float, create: int = 0, stopping: StopFlag | None = None) -> None:
-        """Returns when the topic exists or `stopping` is set. `create`: creates a missing topic with so many partitions.
+        """Returns when the topic exists or `stopping` is set. `create`: partitions for a missing topic, or 0.
 
-        Raises PipelineError if there is no broker or no topic within so many seconds.
+        Raises PipelineError if there is no broker or topic within `seconds`.
         """
         deadline = time.monotonic() + seconds
         with in_progress() as note:
@@ -123,7 +123,7 @@ class Topic(Broker):
             if self.name in admin.list_topics():
                 [topic] = admin.describe_topics([self.name])
                 if any(partition["leader_id"] < 0 for partition in topic["partitions"]):
-                    raise NoBrokerError(f"The broker of some partitions of {self} is away.")
+                    raise NoBrokerError(f"The broker of some partitions of {self} is down.")
                 # Asks each leader itself: the cluster may not know yet that one can't be reached, or not from here.
                 partitions = [
                     TopicPartition(self.name, partition["partition_index"]) for partition in topic["partitions"]
@@ -274,7 +274,7 @@ class Topic(Broker):
     def wait_until_available(self, error: Exception, stopping: StopFlag) -> None:
         """Returns when the topic can be read again after the `error` of a stream, or when `stopping` is set.
 
-        Raises PipelineError if Kafka stays away or waiting is pointless, and `error` itself if it is not about Kafka.
+        Raises PipelineError if Kafka stays down or waiting is pointless, and `error` itself if it is not about Kafka.
         """
         self.require_access(error)
         message = f"{java_class(error) or type(error).__name__}: {root_cause(error)}"

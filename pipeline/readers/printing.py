@@ -38,7 +38,7 @@ LEAST_NEEDED = (
     "offset",
     "ingest_time",
 )
-RAW = {"raw_json", "raw"}  # the columns that hold the record as it came
+RAW = {"raw_json", "raw"}  # the columns that hold the original record
 ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
 
@@ -178,7 +178,7 @@ def _cell(name: str, kind: str, whole: bool) -> Column:
 def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, list[str]]:
     """The rows as a table of at most `width` terminal columns, and the names of the columns that do not fit.
 
-    `whole`: of rows that have the record as it came, that record beside its origin.
+    `whole`: for rows with the original record, only that record and its origin.
     """
     columns = {name: _cell(name, kind, whole) for name, kind in rows.dtypes}
     if whole and (raw := RAW & columns.keys()):

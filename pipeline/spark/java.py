@@ -60,7 +60,7 @@ def find_java() -> Java:
     # https://issues.apache.org/jira/browse/SPARK-55852
     if version[1] == "25" and (int(version[2] or 0), int(version[3] or 0)) < (0, 3):
         raise PipelineError(
-            f"{java} is Java {version[0].removeprefix('java.base@')}, which can corrupt data. Take 25.0.3 or "
+            f"{java} is Java {version[0].removeprefix('java.base@')}, which can corrupt data. Use 25.0.3 or "
             f"later, or OpenJDK 17 or 21."
         )
     if "jdk.incubator.vector@" not in modules:
@@ -111,7 +111,7 @@ def cache_folder() -> Path:
 
 
 def spark_jars(*coordinates: str) -> list[str]:
-    """The paths of the jars for Maven `coordinates` ("group:artifact:version") that Spark does not bring itself."""
+    """The paths of the jars for Maven `coordinates` ("group:artifact:version") that Spark does not ship."""
     shipped = {re.sub(r"-\d[^-]*(-\w+)?\.jar$", "", jar.name) for jar in SPARK_JARS.glob("*.jar")}
     return resolve_jars(coordinates, without=shipped)
 
@@ -134,7 +134,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
             f"export PIPELINE_CACHE=/path/to/folder."
         )
     with in_progress() as note:
-        note(f"First start: downloading {', '.join(coordinates)} and what they need to {cache} …")
+        note(f"First start: downloading {', '.join(coordinates)} with dependencies to {cache} …")
         with FileLock(cache / "first-start.lock"):  # Ivy's cache can't be shared by two processes
             if not _listed_in(known):
                 _download(coordinates, without, known)

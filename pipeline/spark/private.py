@@ -1,4 +1,4 @@
-"""Private parts of PySpark and py4j, with the reason for each. pipeline/spark/session.py has those needed to start a session."""
+"""Private APIs of PySpark and py4j, with the reason for each. pipeline/spark/session.py has those needed to start a session."""
 
 import importlib
 import subprocess
@@ -27,7 +27,7 @@ def without_pandas(module: str) -> None:
 
 
 # F.lit imports this module only to find out whether its argument may come from these libraries. Where they are
-# installed, for dashboard.py, this would take a second of each start and print a warning about their versions.
+# installed, for dashboard.py, this would add a second to each start and print a warning about their versions.
 without_pandas("pyspark.testing.utils")
 
 
@@ -80,7 +80,7 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> dic
     """The figures of an observation by name, with Java's types. Its own `get` waits indefinitely, and converts everything to
     Python.
 
-    Returns None if the query does not end within so many seconds, and {} if Spark has optimized the observation away.
+    Returns None if the query does not end within `seconds`, and {} if Spark has optimized the observation away.
     """
     java, observer = _java(spark).scala.concurrent, cast(Any, observation._jo)
     try:

@@ -86,7 +86,7 @@ SETTINGS = {
     # Spark keeps a consumer for each partition between batches, by default for at most 64 partitions.
     "spark.kafka.consumer.cache.capacity": "1000",
     "spark.executor.extraJavaOptions": f"{STACK} {UTC}",  # on a cluster
-    # A record that is too large for the memory fails its task, so that the source learns which record it is. By
+    # A record that is too large for memory fails its task, so that the source learns which record it is. By
     # default, it ends the JVM.
     "spark.executor.killOnFatalError.depth": "0",
     "spark.ui.enabled": "false",
@@ -129,7 +129,7 @@ def build_spark(
             user.setLoginUser(user.createRemoteUser(str(os.getuid())))  # Hadoop would look up the name, too
         conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
         if re.fullmatch(r"local(\[.*\])?", conf.get("spark.master") or ""):
-            conf.setIfMissing("spark.authenticate", "true")  # else its ports take orders from any user of this machine
+            conf.setIfMissing("spark.authenticate", "true")  # else its ports obey any user of this machine
         if conf.get("spark.master") == "local[*]":
             java = gateway.jvm.Runtime.getRuntime()
             tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java does not count part of its young generation
@@ -188,7 +188,7 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
 
 
 def heap_size(cores: int, memory: int) -> int:
-    """The heap size in bytes for a machine with so many cores and bytes of memory: at least 1 GB, otherwise at most half of the
+    """The heap size in bytes for a machine's cores and bytes of memory: at least 1 GB, otherwise at most half of the
     memory.
     """
     return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(cores, MAX_DEFAULT_TASKS), memory // 2))

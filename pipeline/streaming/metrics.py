@@ -31,9 +31,7 @@ class Metrics(NoMetrics):
             registry=registry,
             buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
         )
-        self.lag = Gauge(
-            "pipeline_lag_records", "Records of the partition that were not read yet", ["partition"], registry=registry
-        )
+        self.lag = Gauge("pipeline_lag_records", "Unread records of the partition", ["partition"], registry=registry)
         self.newest = Gauge(
             "pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry
         )
@@ -53,7 +51,7 @@ class Metrics(NoMetrics):
         if environ["PATH_INFO"] != "/healthz":
             return self.figures(environ, start_response)
         start_response("200 OK" if self.works else "503 Service Unavailable", [("Content-Type", "text/plain")])
-        return [b"ok\n" if self.works else b"the stream does not run\n"]
+        return [b"ok\n" if self.works else b"stream not running\n"]
 
     def working(self, works: bool) -> None:
         self.works = works

@@ -1,4 +1,4 @@
-"""Private parts of Spark's streaming engine: the query behind a micro-batch, and the files of a checkpoint.
+"""Private APIs of Spark's streaming engine: the query behind a micro-batch, and the files of a checkpoint.
 
 Without them, a batch knows neither which query it belongs to nor when it was planned, and could not be recognised after
 a crash; and a start could not tell whether the tables have the batches that the checkpoint counts as done.
@@ -100,7 +100,7 @@ class Checkpoint:
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
                 say(
-                    f"Batch {planned} of {self.path} was planned to end before it begins. Nothing of it was written: it is planned again."
+                    f"Batch {planned} of {self.path} was planned to end before it begins. None of it was written; it is planned again."
                 )
                 self.files.delete(f"{self.path}/offsets/{planned}")
         elif newest and (

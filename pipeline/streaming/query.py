@@ -37,9 +37,9 @@ from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when everything available has been read
-NEXT_START = "Nothing is lost: the next start goes on from the last committed offsets."
+NEXT_START = "Nothing is lost: the next start resumes from the last committed offsets."
 MAX_FAILURES = 3  # in a row, each after waiting for the source
-# If a query has run for so many seconds without records, its next failure no longer counts as one in a row.
+# If a query has run this long without records, its next failure no longer counts as one in a row.
 RECOVERED_SECONDS = 600
 MAX_SET_BACK_SECONDS = 10  # tolerated backward step of the clock in seconds; Spark idles until it has caught up
 
@@ -49,7 +49,7 @@ class ClockSetBackError(Exception):
 
 
 def add_stream_options(parser: argparse.ArgumentParser, table: str, trigger: str) -> None:
-    """Adds the options of both streams, of which --checkpoint is still to be set (`parse_stream_options`)."""
+    """Adds the options of both streams; `parse_stream_options` completes --checkpoint."""
     add_readings_option(parser)
     parser.add_argument(
         "--table",
@@ -140,7 +140,7 @@ def run_until_stopped(
                     try:
                         if error:
                             start = check()
-                            say("Going on from the last committed offsets.")
+                            say("Resuming from the last committed offsets.")
                         writer = TableWriter(tables, contract, source, start)
                         batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
                     except (SourceAwayError, PySparkException, Py4JJavaError) as failed:  # the source is away again
@@ -160,7 +160,7 @@ def run_until_stopped(
                         ) from error
                     source.wait_until_available(error, stopping)
     if not options.once:
-        say("Stopped. The next start goes on from here.")
+        say("Stopped. The next start resumes from here.")
 
 
 def _metrics(options: argparse.Namespace) -> NoMetrics:

@@ -223,8 +223,8 @@ def _check_tables(
         is_free = properties is not None and properties[WRITER] == NO_WRITER and checkpoint.last_done < 0
         if properties is not None and properties[WRITER] != checkpoint.id() and not is_free:
             raise PipelineError(
-                f"The table {table} was not written with the checkpoint {checkpoint.path}, and going on could "
-                f"write rows twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}."
+                f"The table {table} was not written with the checkpoint {checkpoint.path}, so rows could be written "
+                f"twice. Give the checkpoint that belongs to it (--checkpoint), or {READ_AGAIN}."
             )
         version, written = (-1, -1) if properties is None else version_and_last_batch(spark, table, checkpoint.id())
         # A batch is in the table before it counts as done, and in the quarantine only if it has rejected records.
@@ -232,7 +232,7 @@ def _check_tables(
         if is_older or written > checkpoint.last_begun():
             raise PipelineError(
                 f"The {'table' if is_older else 'checkpoint'} is an older copy: {table} has batch {written} of the "
-                f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. Going on would lose records. "
+                f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. This would lose records. "
                 f"Restore both and the quarantine as of the same moment, or {READ_AGAIN}."
             )
         if properties is not None:
@@ -256,7 +256,7 @@ def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
     if commits.newest < written:
         raise PipelineError(
             f"The table is an older copy: {commits.table} has version {commits.newest}, but the checkpoint "
-            f"{checkpoint.path} belongs to version {written}. Going on would lose records. Restore both tables and "
+            f"{checkpoint.path} belongs to version {written}. This would lose records. Restore both tables and "
             f"the checkpoint as of the same moment, or {READ_AGAIN}."
         )
     if role == "table" and "batch" in note:
@@ -270,8 +270,8 @@ def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: in
     """Raises PipelineError if the table has a batch with this number but other contents, written by a copy of the checkpoint."""
     if commits.contents_of(checkpoint.id() or "", batch_id) not in (None, contents):
         raise PipelineError(
-            f"The batch {batch_id} in {commits.table} holds other records than in the checkpoint {checkpoint.path}, "
-            "because somebody has started a copy of it. Going on would lose records. Go on with the other copy, or "
+            f"Batch {batch_id} in {commits.table} does not match the checkpoint {checkpoint.path}, because somebody "
+            "used a copy of it. This would lose records. Use the other copy, or "
             f"{READ_AGAIN}."
         )
 
@@ -291,8 +291,8 @@ def _fit_table(
         > checkpoint.last_done
     ):
         raise PipelineError(
-            f"The last batch of {tables.table} is not done, and was begun with another contract or in another mode "
-            f"than now ({start.read_by[MODE]}). Run it once as before (--readings FILE --once), then as now."
+            f"The last batch of {tables.table} is unfinished, and was begun with a different contract or mode (now "
+            f"{start.read_by[MODE]}). Run it once as before (--readings FILE --once), then as now."
         )
     add_missing_columns(spark, tables.table, tables.columns)
     known = start.identity | properties | start.read_by  # an earlier start may not have known the identity

@@ -22,7 +22,7 @@ def argument_parser(manual: str) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(description=manual, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        "--verbose", action="store_true", help="show the traceback of an error, and Spark's own log where it runs"
+        "--verbose", action="store_true", help="show the traceback of an error, and Spark's own log, if any"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Private parts of PySpark's errors.
+"""Private APIs of PySpark's errors.
 
 Without them, the cause of most errors, such as the name of a file, could not be told: PySpark shows the outermost message.
 """

@@ -53,7 +53,7 @@ class StopFlag:
         return self._is_set
 
     def wait(self, seconds: float) -> bool:
-        """Waits until the flag is set, but at most so many seconds. Returns whether it is set."""
+        """Waits up to `seconds` for the flag to be set. Returns whether it is set."""
         pipe = select.poll()
         pipe.register(self._reader, select.POLLIN)
         pipe.poll(max(0, seconds) * 1000)

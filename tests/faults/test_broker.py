@@ -142,6 +142,6 @@ def test_partitions_whose_broker_is_away_are_waited_for(own_broker, tmp_path, st
             topic.wait(0)
             return False
         except NoBrokerError as problem:
-            return str(problem) == f"The broker of some partitions of {topic} is away."
+            return str(problem) == f"The broker of some partitions of {topic} is down."
 
     until(is_away)

@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     unreadable = ["bell \x1b[31m.json.gz", "bomb.json.gz", "broken.json.gz", "many.json.gz", "one_line.json"]
     for file in unreadable:
         assert f"{folder}/{file} can't be read: ".replace("\x1b", "\ufffd") in run.stderr
-    assert f"{folder}/many.json.gz can't be read: unpacked, it has more than 100 MB" in run.stderr
+    assert f"{folder}/many.json.gz can't be read: it unpacks to more than 100 MB" in run.stderr
     accepted, rejected = tables(spark, tmp_path / "bronze")
     assert accepted == Counter({"large.json": lines // 1000 * 1000, "small.json": 1})
     assert rejected == [("malformed_json", "small.json"), *(("unreadable_file", file) for file in unreadable)]

@@ -460,7 +460,7 @@ def test_files_that_change_before_they_are_read_and_after_they_are_archived(inge
     for _ in range(2):
         assert run() == (0, 0)
         assert capsys.readouterr().err.startswith(
-            f"{changed(folder, 'late.json')}, and a file is read only once: later additions may be"
+            f"{changed(folder, 'late.json')}, and a file is read only once, so later additions may be"
         )
 
 
@@ -641,7 +641,7 @@ def test_a_file_that_grows_or_goes_between_a_crash_and_the_restart_is_named(inge
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and "were read twice, with different results" in said[2]
     assert said[0].startswith(changed(folder, "grows.json"))
-    assert said[1].startswith(f"{folder}/goes.json was there, and disappeared before it was read")
+    assert said[1].startswith(f"{folder}/goes.json disappeared before it was read")
 
 
 def test_a_file_that_goes_while_its_batch_is_read_is_named(ingest, monkeypatch, capsys):
@@ -657,7 +657,7 @@ def test_a_file_that_goes_while_its_batch_is_read_is_named(ingest, monkeypatch, 
 
     monkeypatch.setattr(FileSource, "read_batch", read_and_remove)
     assert run() == (1, 0)
-    assert f"{folder}/goes.json was there, and disappeared before it was read" in capsys.readouterr().err
+    assert f"{folder}/goes.json disappeared before it was read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mount", ["", "site"])
@@ -681,7 +681,8 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
         with monkeypatch.context() as patch:
             patch.setattr(FileSource, "read_batch", read_and_unmount)
             with pytest.raises(
-                PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"
+                PipelineError,
+                match=f"{disk} is empty or gone, so files of this batch are missing, such as {disk}/a.json",
             ):
                 run()
         (tmp_path / "a.json").rename(disk / "a.json")
@@ -693,7 +694,7 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
             run()
     (disk / "a.json").rename(tmp_path / "a.json")
     with pytest.raises(
-        PipelineError, match=f"{disk} is empty or gone, and with it files of this batch, {disk}/a.json among"
+        PipelineError, match=f"{disk} is empty or gone, so files of this batch are missing, such as {disk}/a.json"
     ):
         run()
     (tmp_path / "a.json").rename(disk / "a.json")

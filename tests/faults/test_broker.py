@@ -88,7 +88,7 @@ def test_kafka_and_zookeeper_are_killed_while_the_producer_and_the_consumer_run(
     kill(tmp_path, "zookeeper")
     consumer.wait_for("no longer answers")
     last_start = start_broker()
-    consumer.wait_for("Going on from the last committed offsets")
+    consumer.wait_for("Resuming from the last committed offsets")
     consumer.wait_for("batch", times=consumer.output.count("batch") + 2)
 
     delivered = acknowledged(producer)

@@ -102,7 +102,7 @@ def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tm
     newest(tmp_path, pattern).write_bytes(cut)
     run.stream()
     assert run.rows() == [3, 3]
-    assert "perhaps by a power cut" in capsys.readouterr().out
+    assert "perhaps after a power cut" in capsys.readouterr().out
     assert run() == (0, 0)
 
 
@@ -282,7 +282,7 @@ def test_two_copies_of_a_checkpoint_do_not_take_each_others_batches_for_their_ow
     put(folder, "4.json", reading())
     assert run(checkpoint=checkpoint) == (1, 0)
     (tmp_path / "3.json").rename(folder / "3.json")
-    with pytest.raises(PipelineError, match="The batch 2 .* holds other records than in the checkpoint"):
+    with pytest.raises(PipelineError, match="Batch 2 .* does not match the checkpoint"):
         run(checkpoint=copy)
     assert run(checkpoint=checkpoint) == (1, 1)
     with pytest.raises(PipelineError, match="The checkpoint is an older copy"):

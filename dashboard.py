@@ -14,6 +14,7 @@ stops it. It needs additional libraries:
 
 import argparse
 import os
+import resource
 import sys
 
 from pipeline.dashboard import is_installed
@@ -55,6 +56,9 @@ def main() -> None:
     from streamlit.web.cli import main as streamlit
 
     keep_to_this_machine()
+    # A file of a few kilobytes can unpack to gigabytes. Reading it then fails, and the machine keeps the other half.
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     settings = [
         f"--{name}={value}"
         for name, values in (STREAMLIT | {"server.port": options.port}).items()

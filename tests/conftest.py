@@ -195,7 +195,7 @@ def ingest(spark, tmp_path):
         accepted, rejected = (now - then for now, then in zip(rows(), before))
         return accepted, rejected
 
-    run.stream, run.rows = stream, rows  # for tables that can't be counted beforehand
+    run.stream, run.rows, run.options = stream, rows, options  # `stream`: for tables that can't be counted beforehand
     return folder, run
 
 

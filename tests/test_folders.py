@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.files.folder import check_archive, count_waiting
+from pipeline.files.private import TakenFile
 from pipeline.files.reading import find_unreadable, with_elements
 from pipeline.files.source import FileSource
-from pipeline.files.taken import TakenFile, TakenFiles
+from pipeline.files.taken import TakenFiles
 from pipeline.spark.file_system import BrokenFileError
 from pipeline.streaming.source import SourceAwayError
 from pipeline.terminal.arguments import location
@@ -682,7 +683,7 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
             patch.setattr(FileSource, "read_batch", read_and_unmount)
             with pytest.raises(
                 PipelineError,
-                match=f"{disk} is empty or gone, so files of this batch are missing, such as {disk}/a.json",
+                match=f"{disk} is empty, so files of this batch are missing, such as {disk}/a.json",
             ):
                 run()
         (tmp_path / "a.json").rename(disk / "a.json")
@@ -694,11 +695,48 @@ def test_a_batch_whose_disk_is_not_mounted_waits_for_it(ingest, tmp_path, monkey
             run()
     (disk / "a.json").rename(tmp_path / "a.json")
     with pytest.raises(
-        PipelineError, match=f"{disk} is empty or gone, so files of this batch are missing, such as {disk}/a.json"
+        PipelineError, match=f"{disk} is empty, so files of this batch are missing, such as {disk}/a.json"
     ):
         run()
-    (tmp_path / "a.json").rename(disk / "a.json")
+    with monkeypatch.context() as patch:  # the disk is mounted after Spark has listed the batch
+        read_batch = FileSource.read_batch
+
+        def mount_and_read(self, batch):
+            self._files_in(batch)
+            (tmp_path / "a.json").rename(disk / "a.json")
+            return read_batch(self, batch)
+
+        patch.setattr(FileSource, "read_batch", mount_and_read)
+        with pytest.raises(PipelineError, match=f"{disk}/a.json was not there when its batch began, but is there now"):
+            run()
     assert run() == (1, 0)
+
+
+def test_a_subfolder_that_is_gone_before_it_is_read_stops_no_stream(ingest, tmp_path, capsys):
+    folder, run = ingest
+    put(folder, "other.json", VALID)
+    (folder / "upload").mkdir()
+    put(folder / "upload", "a.json", VALID)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(patch, "read_batch")
+        with pytest.raises((RuntimeError, StreamingQueryException)):
+            run()
+    (folder / "upload").rename(tmp_path / "done")
+    assert run() == (1, 0)
+    assert f"{folder}/upload/a.json disappeared before it was read" in capsys.readouterr().err
+
+
+def test_links_that_are_made_while_the_stream_runs_end_it(spark, ingest):
+    """Spark's listing would follow them, twice as far with each of them."""
+    folder, run = ingest
+    put(folder, "a.json", VALID)
+    assert run() == (1, 0)
+    source = FileSource(spark, run.options)
+    source.watch()
+    (folder / "again").symlink_to(folder)
+    source.taken.next_round = 0
+    with pytest.raises(PipelineError, match="again is a link that leads back"):
+        source.watch()
 
 
 def test_taken_files_are_watched_in_small_steps(spark, tmp_path, capsys):

@@ -42,6 +42,20 @@ def test_each_record_of_a_batch_is_in_one_of_the_tables(spark, writer, rejected)
     assert report.rows == {None: 2, "malformed_json": 1} | ({"out_of_range": 1} if LONG in rejected else {})
 
 
+def test_rejected_records_of_a_file_with_a_long_path_are_not_kept_in_memory(spark, writer, monkeypatch):
+    kept = []
+    rejected = TableWriter._rejected
+    monkeypatch.setattr(
+        TableWriter,
+        "_rejected",
+        lambda self, judged, found: [kept.append(len(found["kept"])), rejected(self, judged, found)][1],
+    )
+    batch = batch_of(spark, VALID, BROKEN)
+    writer.write(batch, 0, "test")
+    writer.write(batch.withColumn("source_file", F.repeat(F.lit("x"), F.lit(MAX_KEPT_BYTES))), 1, "test")
+    assert rows_of(spark, writer) == (2, [BROKEN, BROKEN]) and kept == [1, 0]
+
+
 @pytest.mark.parametrize("crash", ["between the writes", "after them"])
 def test_a_batch_that_is_repeated_after_a_crash_is_written_where_it_is_missing(spark, writer, monkeypatch, crash):
     def append(records, table, *rest):

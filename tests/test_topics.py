@@ -21,6 +21,7 @@ from pipeline.paths import quarantine_of
 from pipeline.streaming import query as streams
 from pipeline.streaming.private import Checkpoint
 from pipeline.streaming.query import run_query
+from pipeline.streaming.source import SourceAwayError
 from pipeline.streaming.start import Start
 from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.errors import PipelineError
@@ -445,6 +446,20 @@ def kafka_times(world) -> dict[tuple[int, int], int | None]:
     return {(row.partition, row.offset): row.time for row in both[0].union(both[1]).collect()}
 
 
+def test_a_batch_that_would_go_back_is_not_written(world):
+    """As one could that skips lost records, when a new leader has reported an outdated end of a partition."""
+    world = world()
+    source = KafkaSource(world.topic, accept_data_loss=True, group="test")
+    source.ends = {"0": 10, "1": 5}
+    for end in ({"0": 9, "1": 6}, {"0": 12}):
+        source.begins, source.ends = {}, {"0": 10, "1": 5}
+        with pytest.raises(SourceAwayError, match="outdated offsets"):
+            source.contents(None, {world.topic.name: end})
+    source.ends = {"0": 10, "1": 5}
+    assert source.contents(None, {world.topic.name: {"0": 10, "1": 6, "2": 1}})
+    assert source.contents(None, {world.topic.name: {"0": 10, "1": 6, "2": 1}})  # repeated
+
+
 def test_a_record_whose_kafka_time_is_no_time_is_read_as_any_other_and_named(world, account, capsys):
     world = world()
     world.make(2, **ANY_TIME)
@@ -455,7 +470,7 @@ def test_a_record_whose_kafka_time_is_no_time_is_read_as_any_other_and_named(wor
     assert f"partition 0 18, first at offset 0 ({NANOSECONDS})" in warning and "partition 1" not in warning
     assert kafka_times(world) == {(0, offset): None for offset in range(18)} | {
         (1, offset): time for offset, time in enumerate(each for each in USUAL_TIMES for _ in range(3))
-    }
+    } | {(1, offset): None for offset in range(3)}  # -1 stands for no time
     world.send(VALID)
     assert world.consume() == (1, 0) and capsys.readouterr().err == ""
     world.check(account, "Kafka's times that are no times")

@@ -45,8 +45,8 @@ class Lake:
         self.log = DeltaTable(choice.table)
         rows = self.log.to_pyarrow_dataset()
         self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
-        # When a record was made or, if it does not say, when it arrived.
-        self.moment = f"coalesce({quoted(choice.time)}, ingest_time)"
+        # When a record was made or, if it does not say or its clock is ahead, when it arrived.
+        self.moment = f"least(coalesce({quoted(choice.time)}, ingest_time), ingest_time)"
         self.is_from_kafka = "offset" in rows.schema.names
         try:
             rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
@@ -87,7 +87,7 @@ class Lake:
         names = [
             name
             for [name] in self.duckdb.execute(
-                f"SELECT DISTINCT {series}::VARCHAR AS name {there} ORDER BY name"
+                f"SELECT {series}::VARCHAR AS name {there} GROUP BY ALL ORDER BY count(*) DESC, name"
             ).fetchall()
         ]
         if not names:

@@ -1,6 +1,7 @@
 """The page of dashboard.py, drawn by Streamlit."""
 
 import argparse
+import threading
 import time
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -24,6 +25,7 @@ NUMBERS = ("double", "float", "long", "integer", "short", "byte")
 IN_A_ROW = 3  # charts
 MAX_REFRESH_SECONDS = 60  # seconds between two refreshes; between minimum and maximum, it is a 200th of the span
 MAX_CHARTS = 12
+DRAWING = threading.BoundedSemaphore(2)  # a website can embed the page many times, without seeing it
 
 
 def show_page(options: argparse.Namespace) -> None:
@@ -46,7 +48,8 @@ def show_page(options: argparse.Namespace) -> None:
             st.rerun()
         begun = time.monotonic()
         try:
-            show_readings(Lake(choice), options)
+            with DRAWING:
+                show_readings(Lake(choice), options)
         except Exception as error:  # whatever is broken here, the rest of the page still works
             st.error("This table can't be read at the moment. The reader says:")
             st.text(first_line(str(error)) or type(error).__name__)
@@ -136,7 +139,7 @@ def show_fields(lake: Lake) -> None:
             cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
             cell.altair_chart(chart(part, "value", "series").mark_line())
         if left_out:
-            st.caption(f"The first {MAX_SERIES} of {left_out + MAX_SERIES:,} by name.")
+            st.caption(f"The {MAX_SERIES} of {left_out + MAX_SERIES:,} with the most records.")
     if choice.series:
         st.subheader("Newest records")
         st.dataframe(lake.newest_of_each(), hide_index=True)

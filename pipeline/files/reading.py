@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.contract.contract import MAX_RECORD_BYTES, UNREADABLE
+from pipeline.paths import plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
 from pipeline.spark.globs import escape_glob, is_pattern
 from pipeline.streaming.source import SourceAwayError
@@ -20,6 +21,7 @@ from pyspark.sql import functions as F
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
 # either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
+SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # a file system that compresses stores JSON in more than a thousandth
 MAX_DEPTH = 200
 MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
@@ -202,6 +204,8 @@ def find_unreadable(
                     found[file.path] = f"it unpacks to more than {max_unpacked // 10**6:,} MB (see --max-unpacked)"
             except BrokenFileError as error:
                 found[file.path] = str(error)
+            if is_sparse(file):
+                found[file.path] = "it has almost no content for its size"
     is_multiline = "wholetext" in text_options
     oversized = {path: size for path, size in sizes.items() if size > MAX_RECORD_BYTES and path not in found}
     # READ_OPTIONS make Spark silently skip lines of that length: the text read is then shorter than the file.
@@ -238,6 +242,13 @@ def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = Fa
         return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path, limit)
     except Py4JJavaError as error:
         raise SourceAwayError(away(file.path, error)) from error
+
+
+def is_sparse(file: Row) -> bool:
+    """Whether a large local file consists of holes, which take no space on the disk and hours to read."""
+    with suppress(OSError):
+        return file.length > SPARSE_BYTES and os.stat(plain(file.path)).st_blocks * 512 < file.length / SPARSE_RATIO
+    return False
 
 
 def is_there(spark: SparkSession, path: str) -> bool:

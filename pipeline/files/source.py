@@ -4,11 +4,12 @@ import argparse
 import hashlib
 import json
 import os
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
 from pipeline.delta.tables import TablePair
-from pipeline.files.folder import count_waiting, is_behind_link
+from pipeline.files.folder import count_waiting, is_behind_link, paths_in
 from pipeline.files.private import planned_files
 from pipeline.files.reading import away, files_in, find_multiline, is_there, read_lines, read_values, unreadable_file_of
 from pipeline.files.taken import TakenFiles, is_draft
@@ -37,6 +38,7 @@ class FileSource(Source):
         self.begun: list[str] = []  # the files of a batch that an earlier run began
         self.entry = -1  # the last entry of the log of taken files that is done
         self.files: list[Row] = []  # the files of the running batch, as they were when it began
+        self.listed: set[str] = set()  # the paths of all files that Spark has found for it
         self.faults: dict[str, str] = {}  # those that can't be read because of their own content
 
     def require_unread_records(
@@ -71,8 +73,7 @@ class FileSource(Source):
         found = {plain(file.path): file.modified for file in self.files}
         # Spark skips files that it does not find, and empty files.
         planned = self.taken.after(self.entry)
-        gone = [path for path in planned if path not in found and not is_there(batch.sparkSession, path)]
-        self._name_gone(gone)
+        self._name_gone(batch.sparkSession, planned)
         self.taken.name_changed(
             path for path in self.begun if path in found and found[path] != self.taken.files[path].modified
         )
@@ -94,32 +95,35 @@ class FileSource(Source):
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         files = self._files_in(batch)
-        there = {file.path for file in files}
-        self._name_gone(
-            [
-                path
-                for file in self.files
-                if file.path not in there and not is_there(batch.sparkSession, path := plain(file.path))
-            ]
-        )
+        self._name_gone(batch.sparkSession, [plain(file.path) for file in self.files])
         return self.read(batch.sparkSession, files, self.faults, self.max_unpacked, careful=True)
 
-    def _name_gone(self, paths: list[str]) -> None:
-        """Names files that have disappeared. Raises SourceAwayError if a local folder of theirs is empty, because its disk may not
-        be mounted.
+    def _name_gone(self, spark: SparkSession, paths: list[str]) -> None:
+        """Names those of `paths` that have disappeared. Raises SourceAwayError if a local folder of theirs is empty, because its disk
+        may not be mounted, or if a file has come back since Spark listed the batch.
         """
-        for folder, path in {os.path.dirname(path): path for path in reversed(paths) if path.startswith("/")}.items():
-            if not os.path.isdir(folder) or not os.listdir(folder):
+        missing = [path for path in paths if path not in self.listed]
+        gone = [path for path in missing if not is_there(spark, path)]
+        if back := next((path for path in missing if path not in gone and self.taken.is_as_planned(path)), None):
+            raise SourceAwayError(
+                f"{back} was not there when its batch began, but is there now; perhaps its disk was mounted late. Start "
+                f"again: the next start reads it."
+            )
+        for folder, path in {os.path.dirname(path): path for path in reversed(gone) if path.startswith("/")}.items():
+            while not os.path.isdir(folder):
+                folder = os.path.dirname(folder)
+            if not os.listdir(folder):
                 raise SourceAwayError(
-                    f"The folder {folder} is empty or gone, so files of this batch are missing, such as {path}. If its "
+                    f"The folder {folder} is empty, so files of this batch are missing, such as {path}. If its "
                     f"disk is not mounted, mount it and start again. If somebody has removed the files, put any other "
                     f"file there: the stream goes on without them."
                 )
-        self.taken.name_gone(paths)
+        self.taken.name_gone(gone)
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
         """The files of a batch, without drafts that Spark doesn't recognise (`_site=A/1.json`) and files behind a link."""
         files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
+        self.listed = {plain(file.path) for file in files}
         folders = {os.path.dirname(plain(file.path)) for file in files}
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
         if linked and self.options.archive:
@@ -142,7 +146,8 @@ class FileSource(Source):
         return away(path, error) if path and plain(path).startswith(plain(self.folder)) else None
 
     def watch(self) -> None:
-        self.taken.watch()
+        if self.taken.watch():
+            deque(paths_in(self.options.input), maxlen=0)  # ends a stream that Spark's listing would follow links with
 
     def report(self, progress: dict[str, Any], rows: int) -> Backlog | None:
         return (

@@ -83,14 +83,22 @@ class TakenFiles:
             self.files[path] = self.files[path]._replace(modified=modified)
             self.read_later[path] = modified
 
-    def watch(self) -> None:
+    def watch(self) -> bool:
         """Names files that have changed. Checks some of them in each call, so that all of them are checked once a minute, or less
-        often if there are many.
+        often if there are many. Returns whether a new round begins.
         """
         self.name_changed(self.changed(itertools.islice(self.round, AT_ONCE)))
-        if time.monotonic() >= self.next_round:
+        if is_due := time.monotonic() >= self.next_round:
             self.round = itertools.chain(self.round, iter(list(self.files)))
             self.next_round = time.monotonic() + max(ROUND_SECONDS, len(self.files) / AT_ONCE)
+        return is_due
+
+    def is_as_planned(self, path: str) -> bool:
+        """Whether a local file has content and the modification time of Spark's log."""
+        with suppress(OSError):
+            status = os.stat(path)
+            return status.st_size > 0 and status.st_mtime_ns // 1_000_000 == self.files[path].modified
+        return False
 
     def changed(self, paths: Iterable[str]) -> list[str]:
         """Those of `paths` that are local and were modified after they were read."""

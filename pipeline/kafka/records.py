@@ -10,18 +10,23 @@ from pyspark.sql import functions as F
 
 # 15 October 1582: Spark's reader takes earlier times for times of the Julian calendar.
 GREGORIAN_START_MS = -12_219_292_800_000
+NO_TIMESTAMP = -1  # of a record in the message format before Kafka 0.10
 LOG_APPEND_TIME = 1  # a value of Spark's timestampType
 MAX_TIMESTAMP_MS = 2**63 // 1000  # the latest time that a TIMESTAMP can hold
 
 
 def time_sql(milliseconds: str) -> str:
     """SQL: Kafka's time if both ways of reading (`KafkaSource.read_again`) return the same, else null."""
-    return f"CASE WHEN {milliseconds} BETWEEN {GREGORIAN_START_MS} AND {MAX_TIMESTAMP_MS} THEN {milliseconds} END"
+    is_known = (
+        f"{milliseconds} BETWEEN {GREGORIAN_START_MS} AND {MAX_TIMESTAMP_MS} AND {milliseconds} <> {NO_TIMESTAMP}"
+    )
+    return f"CASE WHEN {is_known} THEN {milliseconds} END"
 
 
 def known_time(milliseconds: int) -> int | None:
     """Like `time_sql`, for a single record."""
-    return milliseconds if GREGORIAN_START_MS <= milliseconds <= MAX_TIMESTAMP_MS else None
+    is_known = GREGORIAN_START_MS <= milliseconds <= MAX_TIMESTAMP_MS and milliseconds != NO_TIMESTAMP
+    return milliseconds if is_known else None
 
 
 def hash_of(value: bytes | None) -> str | None:
@@ -69,6 +74,9 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
     Out: the value as `raw` and `raw_json`, the columns that say where it came from, `ingest_time`, `arrival_time` (null if the
     broker does not record it), and a `reject_reason` for records that are too large.
     """
+    is_known = (F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN_START_MS))) & (
+        F.col("timestamp") != F.timestamp_millis(F.lit(NO_TIMESTAMP))
+    )
     return kafka.select(
         F.when(is_oversized(kafka), OVERSIZED).alias("reject_reason"),
         F.col("value").alias("raw"),
@@ -76,9 +84,7 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
         F.lit(topic).alias("topic"),
         "partition",
         "offset",
-        F.when(F.col("timestamp") >= F.timestamp_millis(F.lit(GREGORIAN_START_MS)), F.col("timestamp")).alias(
-            "kafka_timestamp"
-        ),
+        F.when(is_known, F.col("timestamp")).alias("kafka_timestamp"),
         F.col("key").alias("kafka_key"),
         ingest_time.alias("ingest_time"),
         # With CreateTime, the producer sets the time.

@@ -42,7 +42,7 @@ from pipeline.terminal.messages import say, warn
 from pipeline.terminal.signals import StopFlag, Stopped
 
 from delta.tables import DeltaTable
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, NotLeaderForPartitionError
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
@@ -100,6 +100,11 @@ class KafkaSource(Source):
             )
         if self.ends != (ends := end.get(self.topic.name, {})):  # otherwise a second attempt at the same batch
             self.begins, self.ends = self.ends, ends
+        if any(self.ends.get(partition, -1) < offset for partition, offset in self.begins.items()):
+            # Without failOnDataLoss, Spark would go back without a message.
+            raise SourceAwayError(
+                f"Kafka has reported outdated offsets of {self.topic}."
+            ) from NotLeaderForPartitionError()
         return end
 
     def last_records(self) -> Column | None:

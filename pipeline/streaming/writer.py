@@ -230,8 +230,9 @@ class TableWriter:
         has_unknown = is_valid & (F.size("_unknown_fields") > 0)
         names = F.transform(F.slice("_unknown_fields", 1, 20), lambda name: F.left(name, F.lit(50)))
         columns = self.tables.quarantine_columns
-        binary = [F.coalesce(F.octet_length(name), F.lit(0)) for name, kind in columns.items() if kind == "BINARY"]
-        is_kept = ~is_valid & (sum(binary, F.lit(0)) <= MAX_KEPT_BYTES)
+        texts = [name for name, kind in columns.items() if kind in ("BINARY", "STRING")]
+        sizes = [F.coalesce(F.octet_length(name), F.lit(0)) for name in texts]
+        is_kept = ~is_valid & (sum(sizes, F.lit(0)) <= MAX_KEPT_BYTES)
         figures = {
             "accepted": F.count_if(is_valid),
             "rejected": F.count_if(~is_valid),

@@ -96,6 +96,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     put(folder, "bell \x1b[31m.json.gz", RECORD)
     (folder / "bell \x1b[31m.json.gz").write_bytes(b"no gzip")
     put(folder, "small.json", RECORD, RECORD[:20])
+    with (folder / "sparse.json").open("wb") as file:
+        file.truncate(8_000_000_000_000)  # takes no space on the disk
 
     run = run_script(
         BRONZE,
@@ -112,7 +114,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     )
 
     assert run.returncode == 0 and "Traceback" not in run.stderr and "\x1b" not in run.stderr, run.stderr
-    unreadable = ["bell \x1b[31m.json.gz", "bomb.json.gz", "broken.json.gz", "many.json.gz", "one_line.json"]
+    unreadable = [
+        "bell \x1b[31m.json.gz",
+        "bomb.json.gz",
+        "broken.json.gz",
+        "many.json.gz",
+        "one_line.json",
+        "sparse.json",
+    ]
     for file in unreadable:
         assert f"{folder}/{file} can't be read: ".replace("\x1b", "\ufffd") in run.stderr
     assert f"{folder}/many.json.gz can't be read: it unpacks to more than 100 MB" in run.stderr
@@ -121,7 +130,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(spark, tmp_path, pyte
     assert rejected == [("malformed_json", "small.json"), *(("unreadable_file", file) for file in unreadable)]
     account(
         f"a file of {size:,} bytes, a line of as many, and what can't be read",
-        range(lines // 1000 * 1000 + 7),
+        range(lines // 1000 * 1000 + 8),
         range(sum(accepted.values())),
         range(sum(accepted.values()), sum(accepted.values()) + len(rejected)),
     )

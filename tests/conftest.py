@@ -45,6 +45,12 @@ def pytest_configure(config):
         os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """The number of processes for `-n logical`: a test waits for a third of its time, and needs up to 4 GB."""
+    cores, memory = os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores * 3 // 2, memory // 4_000_000_000))
+
+
 def pytest_sessionstart(session):
     """Does the downloads and preparation of a first start before several processes need them."""
     if not hasattr(session.config, "workerinput"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.kafka.source import KafkaSource
 from pipeline.kafka.topics import Topic
 from pipeline.paths import quarantine_of
-from pipeline.streaming import checkpoints
+from pipeline.streaming import start
 from pipeline.streaming.private import LAST_BATCH, Checkpoint
 from pipeline.streaming.writer import TableWriter
 from pipeline.terminal.errors import PipelineError
@@ -251,8 +251,8 @@ def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewri
 
         return step
 
-    monkeypatch.setattr(checkpoints, "set_properties", crashing(checkpoints.set_properties))
-    monkeypatch.setattr(checkpoints.Checkpoint, "set_aside", crashing(checkpoints.Checkpoint.set_aside))
+    monkeypatch.setattr(start, "set_properties", crashing(start.set_properties))
+    monkeypatch.setattr(start.Checkpoint, "set_aside", crashing(start.Checkpoint.set_aside))
     monkeypatch.setattr(KafkaSource, "take_back", crashing(KafkaSource.take_back))
     crashes = 0
     while True:

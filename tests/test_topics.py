@@ -132,18 +132,18 @@ def test_only_what_a_transaction_has_committed_is_read(world, account):
         for commit in (True, False, True):
             for partition in (0, 0, 1):
                 producer.send(world.topic.name, VALID, partition=partition)
-            (producer.commit_transaction if commit else producer.abort_transaction)()
-            producer.begin_transaction()
+            (producer.commit if commit else producer.abort)()
+            producer.begin()
         assert world.consume() == (6, 0)
-        producer.send(world.topic.name, VALID, partition=0).get()
-        producer.abort_transaction()
+        producer.send(world.topic.name, VALID, partition=0)
+        producer.abort()
         assert [world.consume(), world.consume()] == [(0, 0), (0, 0)]  # a batch of only aborted records, then none
-        producer.begin_transaction()
-        producer.send(world.topic.name, VALID, partition=0).get()
+        producer.begin()
+        producer.send(world.topic.name, VALID, partition=0)
         world.send(VALID, BROKEN, partition=0)  # must wait for the transaction before it
         world.send(VALID, partition=1)
         assert world.consume() == (1, 0)
-        producer.commit_transaction()
+        producer.commit()
     assert world.consume() == (2, 1)
     world.check(account, "transactions, committed, aborted and open")
 
@@ -159,8 +159,8 @@ def test_a_first_batch_of_aborted_records_stops_nothing(world, account):
     world = world()
     world.make(1)
     with world.transaction() as producer:
-        producer.send(world.topic.name, VALID).get()
-        producer.abort_transaction()
+        producer.send(world.topic.name, VALID)
+        producer.abort()
     assert world.consume() == (0, 0) and noted(world) == {0: 2}
     world.send(VALID)
     assert world.consume() == (1, 0)
@@ -288,11 +288,11 @@ def test_uncommitted_records_are_read_where_the_user_wants_them_and_committed_on
     committed.topic.name, committed.options = world.topic.name, world.options
     world.send(VALID)
     with world.transaction() as producer:
-        producer.send(world.topic.name, VALID).get()
+        producer.send(world.topic.name, VALID)
         assert world.consume() == (2, 0)
         with pytest.raises(PipelineError, match="a transaction is still open in partition 0 from offset 1 on"):
             committed.consume()
-        producer.abort_transaction()
+        producer.abort()
     world.send(VALID)
     assert committed.consume() == (1, 0)
     world.check(account, "uncommitted records")
@@ -501,17 +501,17 @@ def test_such_times_in_transactions_are_read_once_they_are_committed(world, acco
     world.make(1, **ANY_TIME)
     with world.transaction() as producer:
         for end in (
-            producer.commit_transaction,
-            producer.abort_transaction,
-            producer.commit_transaction,
-            producer.abort_transaction,
+            producer.commit,
+            producer.abort,
+            producer.commit,
+            producer.abort,
         ):
             for _ in range(3):
                 producer.send(world.topic.name, VALID, timestamp_ms=NANOSECONDS)
             end()
-            producer.begin_transaction()
+            producer.begin()
         assert world.consume() == (6, 0)
-        producer.abort_transaction()
+        producer.abort()
     world.check(account, "times that are no times, in transactions")
 
 
@@ -615,7 +615,7 @@ def test_records_beside_those_that_fit_into_no_memory_are_read(world, account):
     for _ in range(2):
         with world.transaction() as producer:  # its end takes up one more offset
             producer.send(world.topic.name, VALID, partition=1)
-            producer.commit_transaction()
+            producer.commit()
         send_bombs(world, BOMB, partition=1)  # at offsets 99, right after the first batch, and 102
     world.send(*[VALID] * 20, partition=1)
     assert world.consume() == (119, 3)

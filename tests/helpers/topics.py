@@ -44,6 +44,41 @@ def origins(spark, broker: str, options: list) -> tuple[list, list, list]:
     )
 
 
+class Transactions:
+    """A producer of transactions, the first of which has begun: Java's, because kafka-python's (3.0.12) waits for the end of a
+    transaction without any limit.
+    """
+
+    def __init__(self, java, broker: str):
+        settings = java.java.util.HashMap()
+        settings.put("bootstrap.servers", broker)
+        settings.put("transactional.id", uuid.uuid4().hex)
+        serializer = java.org.apache.kafka.common.serialization.ByteArraySerializer()
+        kafka = java.org.apache.kafka.clients.producer
+        self.record, self.producer = kafka.ProducerRecord, kafka.KafkaProducer(settings, serializer, serializer)
+        self.producer.initTransactions()
+        self.begin()
+
+    def __enter__(self) -> "Transactions":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.producer.close()
+
+    def begin(self) -> None:
+        self.producer.beginTransaction()
+
+    def send(self, topic: str, value: bytes, partition: int = 0, timestamp_ms: int | None = None) -> None:
+        """Returns when the record is in the topic, where nobody else may see it yet."""
+        self.producer.send(self.record(topic, partition, timestamp_ms, None, value)).get()
+
+    def commit(self) -> None:
+        self.producer.commitTransaction()
+
+    def abort(self) -> None:
+        self.producer.abortTransaction()
+
+
 class World:
     """A topic with a table, and the contents of both. The stream runs in the tests' session."""
 
@@ -71,12 +106,9 @@ class World:
             for record in records:
                 producer.send(self.topic.name, record, key=key, partition=partition)
 
-    def transaction(self) -> KafkaProducer:
+    def transaction(self) -> "Transactions":
         """A producer that has begun a transaction."""
-        producer = KafkaProducer(bootstrap_servers=self.broker, transactional_id=uuid.uuid4().hex)
-        producer.init_transactions()
-        producer.begin_transaction()
-        return producer
+        return Transactions(self.spark._jvm, self.broker)
 
     def consume(self, writer_type: type = TableWriter, accept_data_loss: bool = False) -> tuple[int, int]:
         """Runs the stream on everything available, like a new start of the script.

@@ -11,7 +11,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from pipeline.delta.tables import silver_tables
-from pipeline.streaming.metrics import Metrics
+from pipeline.streaming.metrics import SILENT_SECONDS, Metrics
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports
 
@@ -95,6 +95,10 @@ def test_a_stream_that_does_not_run_is_unhealthy_and_a_port_in_use_is_said():
             assert urlopen(f"http://127.0.0.1:{port}/healthz").read() == b"ok\n" and works
             continue
         assert not works
+    metrics.working(True)
+    metrics.heard_at -= SILENT_SECONDS  # as after kill -STOP of Spark's JVM
+    with pytest.raises(HTTPError, match="503"):
+        urlopen(f"http://127.0.0.1:{port}/healthz")
     with pytest.raises(PipelineError, match=f"can't be served on 127.0.0.1:{port}: .* Choose another --metrics-port"):
         Metrics("127.0.0.1", port)
 

@@ -1,19 +1,23 @@
 """The scripts in odd places and locales, in poor environments, and stopped at any moment."""
 
 import argparse
+import errno
 import fcntl
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from functools import reduce
 from pathlib import Path
 
 from pipeline.spark import class_archive, scratch
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, cache_folder, find_java, require_known, require_own, spark_jars
+from pipeline.streaming.query import explain
 from pipeline.streaming.start import lock_checkpoint, require_separate_places
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports
@@ -401,3 +405,40 @@ def is_marked(process: psutil.Process, mark: str) -> bool:
         return process.environ().get("MARK") == mark
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
+
+
+PLACE = "/data/Concurrent No space left on device (Permission denied)/metadata already exists/silver"
+
+
+@pytest.mark.parametrize(
+    "kind, message, told",
+    [
+        ("java.io.IOException", "No space left on device", "There is no space left for"),
+        ("java.io.IOException", f"{PLACE}/part-1.parquet: Disk quota exceeded", "There is no space left for"),
+        ("java.io.FileNotFoundException", f"{PLACE}/part-1.parquet (Permission denied)", "This user may not write to"),
+        ("java.io.IOException", f"Mkdirs failed to create file:{PLACE}/_delta_log", "This user may not write to"),
+        ("java.io.IOException", f"{PLACE}: Read-only file system", "This user may not write to"),
+        ("java.lang.IllegalStateException", "Incomplete log file", "The checkpoint .* is damaged"),
+        (
+            "java.io.IOException",
+            f"{PLACE}_checkpoint/offsets/7 already exists",
+            "Another stream is using the checkpoint",
+        ),
+        ("java.lang.OutOfMemoryError", f"Java heap space {PLACE}", "Spark.s JVM does not have enough"),
+        ("java.io.IOException", f"{PLACE}/part-1.parquet: Input/output error", None),
+        ("java.io.IOException", f"{PLACE}/metadata already exists/more", None),
+        ("java.lang.IllegalStateException", f"cannot read {PLACE}/Incomplete log file", None),
+    ],
+)
+def test_an_error_is_recognised_by_what_it_is_and_not_by_words_of_a_path(spark, kind, message, told):
+    error = Exception("of Java")
+    error.java_exception = reduce(getattr, kind.split("."), spark._jvm)(message)
+    explanation = explain(error, PLACE, f"{PLACE}_checkpoint")
+    assert explanation is None if told is None else re.match(told, explanation), explanation
+
+
+@pytest.mark.parametrize(
+    "number, told", [(errno.ENOSPC, "There is no space left for"), (errno.EACCES, "This user may not")]
+)
+def test_an_error_of_python_is_recognised_too(number, told):
+    assert re.match(told, explain(OSError(number, os.strerror(number), f"{PLACE}/x"), PLACE, f"{PLACE}_checkpoint"))

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from pipeline.paths import REPOSITORY
@@ -69,6 +68,6 @@ def _make(archive: Path, option: str) -> None:
                 draft.write_bytes(b"")
             os.replace(draft, archive)  # all or nothing
     finally:
-        with suppress(ProcessLookupError):  # after Ctrl+C: that process and its JVM
+        if run.returncode is None:  # after Ctrl+C: that process and its JVM
             os.killpg(run.pid, signal.SIGKILL)
         draft.unlink(missing_ok=True)

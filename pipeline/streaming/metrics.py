@@ -12,13 +12,17 @@ from pipeline.terminal.messages import say
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
 CLIENT_SECONDS = 10  # a client that connects and sends no request must not occupy a thread for longer
+SILENT_SECONDS = 60  # a query that has not answered for so long counts as not running
 
 
 class Metrics(NoMetrics):
-    """Serves http://HOST:PORT/metrics, and /healthz, which returns 200 while the stream is running and 503 otherwise."""
+    """Serves http://HOST:PORT/metrics, and /healthz, which returns 200 while the query is running and answers, and 503 otherwise."""
 
     def __init__(self, host: str, port: int):
-        self.works, self.newest_at = False, 0.0
+        self.heard_at, self.newest_at = (
+            float("-inf"),
+            0.0,
+        )  # when the query has last answered, and the newest record's time
         disable_created_metrics()  # the creation time of each series, which nothing here needs
         registry = CollectorRegistry()
         self.accepted = Counter("pipeline_accepted_records", "Records written to the table", registry=registry)
@@ -35,6 +39,9 @@ class Metrics(NoMetrics):
         self.newest = Gauge(
             "pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry
         )
+        self.heard = Gauge(
+            "pipeline_query_heard_timestamp_seconds", "Last answer of the running query", registry=registry
+        )
         self.commit = Gauge("pipeline_last_commit_timestamp_seconds", "End of the last batch", registry=registry)
         try:
             server, _ = start_http_server(port, host, registry)
@@ -50,11 +57,14 @@ class Metrics(NoMetrics):
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/healthz":
             return self.figures(environ, start_response)
-        start_response("200 OK" if self.works else "503 Service Unavailable", [("Content-Type", "text/plain")])
-        return [b"ok\n" if self.works else b"stream not running\n"]
+        is_well = time.monotonic() - self.heard_at < SILENT_SECONDS
+        start_response("200 OK" if is_well else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if is_well else b"stream not running\n"]
 
     def working(self, works: bool) -> None:
-        self.works = works
+        self.heard_at = time.monotonic() if works else float("-inf")
+        if works:
+            self.heard.set_to_current_time()
 
     def batch(self, report: BatchReport, progress: dict[str, Any], left: Backlog | None) -> None:
         self.accepted.inc(report.rows.get(None, 0))

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.contract.contract import Contract, add_readings_option, in_file
 from pipeline.delta.locks import CONFLICTS
 from pipeline.delta.tables import TablePair
-from pipeline.paths import checkpoint_of
+from pipeline.paths import checkpoint_of, plain
 from pipeline.spark.private import OUT_OF_MEMORY, protect_callbacks
 from pipeline.streaming.batches import Batches
 from pipeline.streaming.private import damaged_message
@@ -32,6 +32,7 @@ from pipeline.terminal.messages import say
 from pipeline.terminal.progress import in_progress
 from pipeline.terminal.signals import StopFlag, Stopped, on_stop_signal
 
+from delta.exceptions import ConcurrentTransactionException
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
@@ -121,44 +122,44 @@ def run_until_stopped(
         with tables.write_lock(stopping):
             return check_start(spark, source, tables, contract, options.checkpoint)
 
-    with spark:
+    # The session ends before the lock, and the query with it, whatever happens here.
+    with lock_checkpoint(options.checkpoint), spark, suppress(Stopped):
         protect_callbacks(spark)
         with in_file(options.readings):
             contract.check_rules(spark)
-        with lock_checkpoint(options.checkpoint), suppress(Stopped):
-            start = check()
-            metrics = _metrics(options)
-            say(
-                f"Writing to {tables.table}, rejected records to {tables.quarantine}."
-                + ("" if options.once else " Ctrl+C stops.")
-            )
-            for stream, trigger in streams:
-                error: Exception | None = None
-                failures = 0
-                while not stopping.is_set():
-                    batches, began = 0, time.monotonic()
-                    try:
-                        if error:
-                            start = check()
-                            say("Resuming from the last committed offsets.")
-                        writer = TableWriter(tables, contract, source, start)
-                        batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
-                    except (SourceAwayError, PySparkException, Py4JJavaError) as failed:  # the source is away again
-                        error = failed
-                    if not error:
-                        break
-                    if isinstance(error, ClockSetBackError):
-                        say(str(error))
-                        continue
-                    if explanation := source.explain(error) or explain(error, tables.table, options.checkpoint):
-                        raise PipelineError(explanation) from error
-                    failures = 1 if batches or time.monotonic() - began > RECOVERED_SECONDS else failures + 1
-                    if failures > MAX_FAILURES:
-                        raise PipelineError(
-                            f"{source} failed {failures} times in a row, though it answers in between: "
-                            f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)
-                        ) from error
-                    source.wait_until_available(error, stopping)
+        start = check()
+        metrics = _metrics(options)
+        say(
+            f"Writing to {tables.table}, rejected records to {tables.quarantine}."
+            + ("" if options.once else " Ctrl+C stops.")
+        )
+        for stream, trigger in streams:
+            error: Exception | None = None
+            failures = 0
+            while not stopping.is_set():
+                batches, began = 0, time.monotonic()
+                try:
+                    if error:
+                        start = check()
+                        say("Resuming from the last committed offsets.")
+                    writer = TableWriter(tables, contract, source, start)
+                    batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
+                except (SourceAwayError, PySparkException, Py4JJavaError) as failed:  # the source is away again
+                    error = failed
+                if not error:
+                    break
+                if isinstance(error, ClockSetBackError):
+                    say(str(error))
+                    continue
+                if explanation := source.explain(error) or explain(error, tables.table, options.checkpoint):
+                    raise PipelineError(explanation) from error
+                failures = 1 if batches or time.monotonic() - began > RECOVERED_SECONDS else failures + 1
+                if failures > MAX_FAILURES:
+                    raise PipelineError(
+                        f"{source} failed {failures} times in a row, though it answers in between: "
+                        f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)
+                    ) from error
+                source.wait_until_available(error, stopping)
     if not options.once:
         say("Stopped. The next start resumes from here.")
 
@@ -193,11 +194,11 @@ def run_query(
         )
     except (PySparkException, Py4JJavaError) as error:
         return 0, error
-    metrics.working(True)
     clock, set_back = time.time() - time.monotonic(), None
     try:
         with in_progress(only_on_terminal=True) as note:
             while not stopping.is_set() and not query.awaitTermination(0.5):  # type: ignore[arg-type]  # its hint says int
+                metrics.working(True)
                 batches.report(query)
                 writer.source.watch()
                 note("A batch is being written …" if batches.running_for() > 3 else "")
@@ -219,8 +220,10 @@ def run_query(
 
 def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     """Returns what to do about an error of the checkpoint, the tables or their file systems; None for any other error."""
-    message = first_line(root_cause(error))
-    if java_class(error) == OUT_OF_MEMORY:
+    kind, message = java_class(error), first_line(root_cause(error))
+    if isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}"
+    if kind == OUT_OF_MEMORY:
         return (
             f"Spark's JVM does not have enough memory for a batch ({message}). Give it more (docs/operations.md, "
             f"Not enough memory) and start again. {NEXT_START}"
@@ -230,20 +233,26 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
             f"Something else changed {table} or its quarantine each time a batch was about to be written "
             f"({message}). Stop it while the stream runs, then start again. {NEXT_START}"
         )
-    if re.search(r"/(metadata|(offsets|commits)/\d+) already exists|[Cc]oncurrent", message):
+    file_of_checkpoint = rf"{re.escape(plain(checkpoint))}/(metadata|(offsets|commits)/\d+) already exists$"
+    if (
+        isinstance(error, ConcurrentTransactionException)
+        or kind == "org.apache.spark.SparkConcurrentModificationException"
+        or re.search(file_of_checkpoint, message)
+    ):
         return in_use_message(checkpoint)
-    if re.search(r"[Ii]ncomplete log file|[Ll]og file was malformed", message):
+    # Of java.lang.IllegalStateException, which has no further distinction (Spark 4.2).
+    if re.match("Incomplete log file|Log file was malformed", message):
         return damaged_message(checkpoint, message)
     places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
-    if re.search(r"No space left|[Qq]uota exceeded|Not enough space", message):
+    if re.search(r"(No space left on device|Disk quota exceeded|Not enough space)\)?$", message):
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
         fullest = min(free, key=lambda place: free[place], default=table)
         return f"There is no space left for {fullest} ({message}). Free some and start again. {NEXT_START}"
-    denied = re.search(r"(/.*): Permission denied", message)
+    denied = re.search(r"(/.*): Permission denied$", message)
     if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
         return unreadable_folder_message(denied[1])
-    if re.search(
-        r"Permission denied|Read-only file system|not permitted|Mkdirs failed|AccessControl|CANNOT_CREATE_LOG_PATH",
+    if kind.endswith("AccessControlException") or re.search(
+        r"(Permission denied|Read-only file system|Operation not permitted)\)?$|^Mkdirs failed to create |CANNOT_CREATE_LOG_PATH\b",
         message,
     ):
         closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)

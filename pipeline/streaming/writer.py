@@ -10,7 +10,7 @@ from pipeline.delta.private import compact_own_files, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table
 from pipeline.spark.private import code_generation, dataframe_of, number_of_tasks, observed
 from pipeline.streaming.source import Backlog, Source
-from pipeline.streaming.start import Start, require_same_contents
+from pipeline.streaming.start import Start, in_use_message, require_same_contents
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
 from pipeline.terminal.messages import warn
 
@@ -60,7 +60,7 @@ class NoMetrics:
     """No-op metrics, used without `--metrics-port`. pipeline/streaming/metrics.py has the real ones, which need a library."""
 
     def working(self, works: bool) -> None:
-        """Records whether the query is running."""
+        """Records whether the query is running; called twice a second while it answers."""
 
     def batch(self, report: BatchReport, progress: dict[str, Any], left: Backlog | None) -> None:
         """Records a batch for which Spark reports `progress`. `left`: what is still to be read."""
@@ -154,7 +154,10 @@ class TableWriter:
                 self._append(rows.where(_is_valid()), self.tables.table, self.tables.columns, this)
         found = observed(spark, seen, OBSERVATION_SECONDS)
         if found is None:  # Delta skips a batch that another stream with this checkpoint has just written
-            raise PipelineError("A concurrent stream has written the batch.")
+            raise PipelineError(
+                f"{in_use_message(self.start.checkpoint.path)} If there is none, Spark is too slow to report its figures: "
+                f"start again."
+            )
         if not found:  # Spark saw in the plan that nothing is accepted, and dropped the observation
             everything, seen = self._observed(judged)
             everything.write.format("noop").mode("overwrite").save()

@@ -63,6 +63,7 @@ def main(make: str, archive: str) -> None:
         with suppress(Exception):  # there is no such broker, but this loads the classes that would talk to it
             kafka.option("kafka.default.api.timeout.ms", 1).option("kafka.request.timeout.ms", 1).load().count()
     jvm = jvm_of(spark)
+    assert jvm
     spark.stop()
     jvm.communicate()  # closes its stdin, which ends it
     sys.exit(jvm.returncode)

@@ -14,11 +14,13 @@ from pipeline.delta.tables import bronze_tables
 from pipeline.paths import quarantine_of
 from pipeline.simulator import Simulator
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, spark_jars
+from pipeline.terminal.signals import SAME_PRESS_SECONDS
 
+import psutil
 import pytest
 
 from helpers.files import put
-from helpers.processes import run_script
+from helpers.processes import run_script, until
 from helpers.records import VALID, reading
 from readings import CONTRACT, SENSOR_TYPES
 
@@ -223,6 +225,25 @@ def test_ctrl_c_under_spark_submit_lets_the_batch_finish(bronze, start):
     os.killpg(stream.process.pid, signal.SIGINT)  # like a terminal: the JVM of spark-submit gets it, too
     assert stream.wait() == 0
     assert "Traceback" not in stream.output and "Stopped." in stream.output
+
+
+def test_a_second_ctrl_c_aborts_a_long_batch_and_the_next_start_repeats_it(bronze, spark, start, tmp_path):
+    folder, options = bronze
+    put(folder, "1.json", *[reading(value=n / 10_000) for n in range(200_000)], b"{")
+    stream = start(SCRIPT, *options, "--trigger", "0 seconds")
+    until(lambda: Path(options[3], "_delta_log").exists())
+    stream.process.send_signal(signal.SIGINT)
+    stream.wait_for("Finishing the running batch. Ctrl+C again aborts it")
+    jvm = psutil.Process(stream.process.pid).children()[0]
+    time.sleep(SAME_PRESS_SECONDS + 0.1)
+    stream.process.send_signal(signal.SIGINT)
+    assert stream.wait() == 130 and "Traceback" not in stream.output
+    assert not jvm.is_running() or jvm.status() == psutil.STATUS_ZOMBIE
+    assert start(SCRIPT, *options, "--once").wait() == 0
+    accepted, rejected = (
+        spark.read.format("delta").load(f"{options[3]}{part}").count() for part in ("", "_quarantine")
+    )
+    assert (accepted, rejected) == (200_000, 1)
 
 
 def test_a_checkpoint_without_its_table_and_a_table_without_its_checkpoint_are_refused(bronze, tmp_path, run_here):

@@ -66,8 +66,8 @@ def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:
     return _java(spark).org.apache.spark.api.python.PythonUtils.toSeq(several)
 
 
-def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes]":
-    """The process of the session's JVM. PySpark has no way to wait for its end."""
+def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes] | None":
+    """The process of the session's JVM; None if spark-submit has started it. PySpark has no way to wait for its end."""
     return cast(Any, spark.sparkContext._gateway).proc
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from pipeline.contract.contract import Contract, add_readings_option, in_file
 from pipeline.delta.locks import CONFLICTS
 from pipeline.delta.tables import TablePair
 from pipeline.paths import checkpoint_of, plain
-from pipeline.spark.private import OUT_OF_MEMORY, protect_callbacks
+from pipeline.spark.private import OUT_OF_MEMORY, jvm_of, protect_callbacks
 from pipeline.streaming.batches import Batches
 from pipeline.streaming.private import damaged_message
 from pipeline.streaming.source import Source, SourceAwayError
@@ -30,7 +31,7 @@ from pipeline.terminal.arguments import location, port_number, table_location
 from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause
 from pipeline.terminal.messages import say
 from pipeline.terminal.progress import in_progress
-from pipeline.terminal.signals import StopFlag, Stopped, on_stop_signal
+from pipeline.terminal.signals import SAME_PRESS_SECONDS, StopFlag, Stopped, on_stop_signal
 
 from delta.exceptions import ConcurrentTransactionException
 from py4j.protocol import Py4JJavaError
@@ -115,7 +116,15 @@ def run_until_stopped(
     and continues. Raises PipelineError if the stream can't start or continue.
     """
     stopping = StopFlag()
-    on_stop_signal(stopping.set)
+
+    def stop() -> None:
+        if stopping.is_set() and stopping.seconds() > SAME_PRESS_SECONDS:  # the second time, as after kill -9
+            if jvm := jvm_of(spark):
+                jvm.kill()
+            os._exit(128 + signal.SIGINT)
+        stopping.set()
+
+    on_stop_signal(stop)
     require_separate_places(options)
 
     def check() -> Start:
@@ -207,6 +216,8 @@ def run_query(
                     set_back = ClockSetBackError(f"The clock was set back by {clock - now:,.0f} s.")
                     break
                 clock = max(clock, now)
+        if stopping.is_set() and batches.running_for() > 0:
+            say("Finishing the running batch. Ctrl+C again aborts it, which is safe: the next start repeats it.")
         batches.wait_for_commit(query)
         query.stop()
         failure = batches.error or set_back

@@ -41,16 +41,20 @@ class StopFlag:
     """Like threading.Event, but safe to set in a signal handler: Event.set acquires a lock that the interrupted thread may hold."""
 
     def __init__(self) -> None:
-        self._is_set = False
+        self._is_set, self._set_at = False, float("inf")
         self._reader, self._writer = os.pipe()
 
     def set(self) -> None:
         if not self._is_set:
-            self._is_set = True
+            self._is_set, self._set_at = True, time.monotonic()
             os.write(self._writer, b".")
 
     def is_set(self) -> bool:
         return self._is_set
+
+    def seconds(self) -> float:
+        """Seconds since the flag was set; negative if it is not."""
+        return time.monotonic() - self._set_at
 
     def wait(self, seconds: float) -> bool:
         """Waits up to `seconds` for the flag to be set. Returns whether it is set."""

@@ -25,7 +25,7 @@ from pipeline.terminal.arguments import argument_parser, local_folder, port_numb
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import say
 from pipeline.terminal.ports import is_free
-from pipeline.terminal.script import run
+from pipeline.terminal.script import has_no_end, run
 from pipeline.terminal.signals import on_stop_signal
 
 STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/config.toml
@@ -42,6 +42,7 @@ STREAMLIT = {  # https://docs.streamlit.io/develop/api-reference/configuration/c
 
 def main() -> None:
     options = parse_options()
+    has_no_end()
     if not is_installed():
         raise PipelineError(
             "The page needs libraries that are not installed: pip install -r requirements-dashboard.txt"

@@ -28,7 +28,7 @@ from pipeline.simulator import Simulator
 from pipeline.terminal.arguments import argument_parser, at_least, fraction, local_folder
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import say
-from pipeline.terminal.script import run
+from pipeline.terminal.script import has_no_end, run
 from pipeline.terminal.signals import StopFlag, on_stop_signal
 
 from kafka import KafkaProducer
@@ -40,6 +40,8 @@ FILE_SECONDS, FILE_RECORDS = 5, 10_000  # per file of --to-folder, whichever com
 
 def main() -> None:
     options = parse_options()
+    if options.count is None:
+        has_no_end()
     messages = Simulator.of(options.readings).messages(options.devices, options.invalid_fraction, options.seed)
     stopping = StopFlag()
     if options.to_folder:

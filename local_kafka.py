@@ -24,7 +24,7 @@ from pipeline.terminal.arguments import argument_parser, location, port_number
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import say
 from pipeline.terminal.ports import free_ports, is_free
-from pipeline.terminal.script import run
+from pipeline.terminal.script import has_no_end, run
 from pipeline.terminal.signals import StopFlag, on_stop_signal
 
 import javaproperties
@@ -48,6 +48,7 @@ LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka comes with slf4j 1.7, but wit
 
 def main() -> None:
     options = parse_options()
+    has_no_end()
     services = yaml.safe_load(COMPOSE_FILE.read_text(encoding="utf-8"))["services"]
     if not is_free(options.port):
         raise PipelineError(

@@ -36,7 +36,7 @@ from pipeline.terminal.arguments import argument_parser, at_least, fraction, por
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import is_screen, say, without_controls
 from pipeline.terminal.ports import is_free
-from pipeline.terminal.script import run
+from pipeline.terminal.script import has_no_end, run
 from pipeline.terminal.signals import Interrupt, StopFlag, on_stop_signal
 
 from rich import box
@@ -51,6 +51,8 @@ STOP_SECONDS = 120  # seconds that a stream may need to finish its batch
 
 def main() -> None:
     options = parse_options()
+    if not options.duration:
+        has_no_end()
     use_archive(find_java(), spark_jars(DELTA, KAFKA_SOURCE))  # once, before both streams need them at the same time
     stopping = StopFlag()
     on_stop_signal(stopping.set)

@@ -72,6 +72,15 @@ def test_a_checkpoint_follows_from_its_table():
         assert checkpoint_of(str(table)) == str(checkpoint)
 
 
+@pytest.mark.parametrize("stop_signal, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_job_that_is_stopped_before_its_end_says_so(start, tmp_path, stop_signal, code):
+    job = start("kafka_producer.py", "--to-folder", tmp_path, "--count", 1000, "--rate", 10)
+    job.wait_for("Writing to")
+    assert job.stop(stop_signal) == code and " written.\n" in job.output
+    assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
+    assert start("kafka_producer.py", "--to-folder", tmp_path, "--count", 1).wait() == 0
+
+
 def assert_is_one_sentence(run, *words: str) -> None:
     assert run.returncode == 1
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr

@@ -5,6 +5,7 @@ from pipeline.readers.printing import add_reader_options, newest_rows, read_tabl
 from pipeline.spark.session import READER_JVM, build_spark
 from pipeline.terminal.arguments import argument_parser, table_location
 from pipeline.terminal.messages import say
+from pipeline.terminal.script import has_no_end
 
 
 def show_latest(manual: str, default_table: str, written_by: str) -> None:
@@ -22,6 +23,8 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     )
     add_reader_options(parser)
     options = parser.parse_args()
+    if options.follow:
+        has_no_end()
 
     spark = build_spark("reader", READER_JVM, options.verbose)
     if options.follow:

@@ -31,6 +31,7 @@ from pipeline.terminal.arguments import location, port_number, table_location
 from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause
 from pipeline.terminal.messages import say
 from pipeline.terminal.progress import in_progress
+from pipeline.terminal.script import has_no_end
 from pipeline.terminal.signals import SAME_PRESS_SECONDS, StopFlag, Stopped, on_stop_signal
 
 from delta.exceptions import ConcurrentTransactionException
@@ -88,6 +89,8 @@ def parse_stream_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options on the command line of a stream."""
     options = parser.parse_args()
     options.checkpoint = options.checkpoint or checkpoint_of(options.table)
+    if not options.once:
+        has_no_end()
     return options
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
 from pipeline.terminal.messages import warn
-from pipeline.terminal.signals import Interrupt, ignore_stop_signals, on_stop_signal
+from pipeline.terminal.signals import Interrupt, ignore_stop_signals, on_stop_signal, received
 
 from py4j.protocol import Py4JNetworkError
 
@@ -21,12 +21,35 @@ def _is_interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
+_has_no_end = False
+
+
+def has_no_end() -> None:
+    """Says that the running script has no end of its own, so that it is a success if somebody stops it."""
+    global _has_no_end
+    _has_no_end = True
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, PipelineError):
+        return str(error)
+    if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
+        return (
+            "Spark's JVM has died; perhaps it ran out of memory, or the system killed it. Nothing is lost: "
+            "start again. --verbose shows what it said last."
+        )
+    return f"{first_line(root_cause(error))} (--verbose shows all of it)"
+
+
 def run(main: Callable[[], None]) -> None:
-    """Runs a script. Its exit code is 0 at its end and after Ctrl+C or SIGTERM, 1 after an error, whose message is printed to
-    stderr, and 141 if nobody reads its output any more.
+    """Runs a script. Its exit code is 0 at its end; 1 after an error, whose message is printed to stderr; 130 or 143 if Ctrl+C or
+    SIGTERM has stopped it before its end (0 if it `has_no_end`), and 141 if nobody reads its output any more.
 
     `--verbose` on the command line adds the traceback. New files are accessible only to the script's user and group.
     """
+    global _has_no_end
+    _has_no_end = False
+    received.clear()
     on_stop_signal(Interrupt())
     os.umask(os.umask(0o007) | 0o007)
     if "--verbose" not in sys.argv:
@@ -41,17 +64,10 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if "--verbose" in sys.argv:
             traceback.print_exc()
-        if _is_interrupted(error):
-            return
-        message = str(error)
-        if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
-            message = (
-                "Spark's JVM has died; perhaps it ran out of memory, or the system killed it. Nothing is lost: "
-                "start again. --verbose shows what it said last."
-            )
-        elif not isinstance(error, PipelineError):
-            message = f"{first_line(root_cause(error))} (--verbose shows all of it)"
-        warn(f"error: {message}")
-        sys.exit(1)
+        if not _is_interrupted(error):
+            warn(f"error: {_message(error)}")
+            sys.exit(1)
     finally:
         ignore_stop_signals()
+    if received and not _has_no_end:
+        sys.exit(128 + received[0])

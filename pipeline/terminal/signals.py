@@ -21,6 +21,7 @@ from pipeline.paths import REPOSITORY
 
 # The last one arrives when a terminal closes; nohup ignores it.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
+received: list[int] = []  # the stop signals since the script began
 SAME_PRESS_SECONDS = 2  # seconds within which a second signal has no additional effect
 
 
@@ -28,6 +29,7 @@ def on_stop_signal(action: Callable[[], object]) -> None:
     """Makes Ctrl+C, SIGTERM and SIGHUP call `action` from now on."""
 
     def handle(stop_signal: int, _: object) -> None:
+        received.append(stop_signal)
         if stop_signal == signal.SIGHUP:  # further output has nowhere to go
             for number in filter(os.isatty, (1, 2)):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -147,5 +149,5 @@ def _use_utf8() -> None:
 
 # Not in a test that imports a script.
 if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == REPOSITORY:
-    on_stop_signal(lambda: os._exit(0))
+    on_stop_signal(lambda: os._exit(128 + received[0]))
     _use_utf8()

@@ -837,6 +837,26 @@ def test_a_file_that_is_renamed_after_it_was_read_is_named(ingest, capsys):
     assert line.startswith(f"{folder}/done/a.json looks like a file that was read before and then renamed")
 
 
+def test_it_is_named_too_if_its_time_has_no_fraction_or_its_old_name_is_used_again(ingest, capsys):
+    folder, run = ingest
+    for number, name in enumerate(("a.json", "b.json")):
+        put(folder, name, VALID)
+        os.utime(folder / name, ns=(1_795_000_000_000_000_000 + number * 1_000_000,) * 2)
+    assert run() == (2, 0)
+    (folder / "done").mkdir()
+    (folder / "a.json").rename(folder / "done" / "a.json")  # as tar and curl leave times
+    (folder / "b.json").rename(folder / "b-1.json")  # as a log that is rotated
+    put(folder, "b.json", VALID)
+    put(folder, "other.json", VALID)
+    os.utime(folder / "other.json", ns=(1_795_000_000_000_000_000,) * 2)
+    assert run() == (3, 0)
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.split()[0] for line in said if "read before and then renamed" in line) == [
+        f"{folder}/b-1.json",
+        f"{folder}/done/a.json",
+    ], said
+
+
 def test_advice_that_cannot_be_given_stops_no_stream(ingest, monkeypatch):
     folder, run = ingest
     put(folder, "1.json", b"{", b'"device_id": 1', b"}")

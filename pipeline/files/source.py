@@ -80,7 +80,7 @@ class FileSource(Source):
         for path, modified in found.items():
             self.taken.note(path, modified)
         self.taken.name_packed(planned)
-        if not self.options.archive:
+        if not self.options.archive or self.taken.archive:
             self.taken.name_renamed(planned)
         if self.options.archive:
             self.taken.name_archived_drafts(plain(path) for path in planned_files(batch) if is_draft(path, self.folder))
@@ -104,7 +104,7 @@ class FileSource(Source):
         """
         missing = [path for path in paths if path not in self.listed]
         gone = [path for path in missing if not is_there(spark, path)]
-        if back := next((path for path in missing if path not in gone and self.taken.is_as_planned(path)), None):
+        if back := next((path for path in missing if path not in gone and self._has_come_back(spark, path)), None):
             raise SourceAwayError(
                 f"{back} was not there when its batch began, but is there now; perhaps its disk was mounted late. Start "
                 f"again: the next start reads it."
@@ -119,6 +119,10 @@ class FileSource(Source):
                     f"file there: the stream goes on without them."
                 )
         self.taken.name_gone(gone)
+
+    def _has_come_back(self, spark: SparkSession, path: str) -> bool:
+        """Whether a file that Spark did not find has content: Spark finds no empty file, either."""
+        return self.taken.is_as_planned(path) if path.startswith("/") else bool(FileSystem(spark, path).size(path))
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
         """The files of a batch, without drafts that Spark doesn't recognise (`_site=A/1.json`) and files behind a link."""

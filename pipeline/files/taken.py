@@ -163,18 +163,22 @@ class TakenFiles:
 
     def name_renamed(self, paths: Iterable[str]) -> None:
         """Warns once about each file that looks like an earlier one, renamed or moved within the folder."""
-        # A rename keeps the time to the nanosecond, whereas many files may share a time to the second.
-        times = {self.files[path].modified: path for path in paths if self.files[path].modified % 1000}
-        gone = {
-            times[file.modified]
+
+        def mark(path: str) -> tuple[int, str]:
+            # A rename keeps the time to the nanosecond, whereas many files may share a time to the second.
+            modified = self.files[path].modified
+            return modified, "" if modified % 1000 else os.path.basename(path)
+
+        new = {mark(path): path for path in paths}
+        renamed = {
+            new[mark(path)]
             for path, file in self.files.items()
-            if file.modified in times
-            and path != times[file.modified]
-            and path.startswith("/")
-            and not os.path.lexists(path)
+            if mark(path) in new and path != new[mark(path)] and path.startswith("/")
+            # Its name may be that of another file by now.
+            if self._modified(path) != file.modified
         }
         self._name(
-            sorted(gone),
+            sorted(renamed),
             "looks like a file that was read before and then renamed or moved: it has the same time, and the other "
             "one is gone. If so, its records are now in the tables twice. Move files that were read out of the "
             "folder, or use --archive.",

@@ -141,24 +141,26 @@ class KafkaReader:
             "enable.auto.commit": "false",
             "auto.offset.reset": "none",
             "max.partition.fetch.bytes": "65536",
+            # Not to be postponed by the user's settings for a better throughput.
+            "fetch.min.bytes": "1",
         }.items():
             settings.put(name, value)
         deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
         self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
 
     def close(self) -> None:
-        self._consumer.close()
+        self._consumer.close(self._java.java.time.Duration.ofSeconds(2))
 
     def _place(self, topic: str, partition: int) -> Any:
         return self._java.org.apache.kafka.common.TopicPartition(topic, partition)
 
     def records_at(
         self, topic: str, offsets: dict[int, int], seconds: float, max_bytes: int
-    ) -> dict[int, tuple[int, bytes | None]]:
-        """The timestamp (milliseconds since 1970) and the value of the record at each offset, by partition. The value is None if it
-        is null or larger than `max_bytes`.
+    ) -> tuple[dict[int, tuple[int, bytes | None]], set[int]]:
+        """The timestamp (milliseconds since 1970) and the value of the record at each offset, by partition, and the partitions for
+        which Kafka has given no answer within `seconds`. The value is None if it is null or larger than `max_bytes`.
 
-        Omits records that Kafka doesn't have, doesn't deliver within `seconds`, or that don't fit into memory.
+        Omits records that Kafka doesn't have, or that don't fit into memory.
         """
         places = {partition: self._place(topic, partition) for partition in offsets}
         found: dict[int, tuple[int, bytes | None]] = {}
@@ -174,7 +176,7 @@ class KafkaReader:
             except Py4JJavaError as error:
                 if java_class(error) == OUT_OF_MEMORY:
                     self._consumer.unsubscribe()  # discards the rest of the fetched data
-                    break
+                    return found, set()
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise
                 records, looked_at = None, [place.partition() for place in error.java_exception.partitions()]
@@ -186,7 +188,10 @@ class KafkaReader:
                         record.timestamp(),
                         record.value() if record.serializedValueSize() <= max_bytes else None,
                     )
-        return found
+            # There are only records of aborted transactions at this offset and behind it.
+            for partition in [each for each, place in places.items() if self._consumer.position(place) > offsets[each]]:
+                self._consumer.pause([places.pop(partition)])
+        return found, set(places)
 
     def records_between(
         self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float, max_bytes: int

@@ -42,7 +42,7 @@ from pipeline.terminal.messages import say, warn
 from pipeline.terminal.signals import StopFlag, Stopped
 
 from delta.tables import DeltaTable
-from kafka.errors import KafkaError, NotLeaderForPartitionError
+from kafka.errors import KafkaError, KafkaTimeoutError, NotLeaderForPartitionError
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
@@ -152,8 +152,9 @@ class KafkaSource(Source):
         row, record = written.alias("row"), judged.alias("record")
         # For a record that is not read (`Gap`), Kafka's time is unknown.
         is_written = F.expr(
-            "row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> "
-            f"record.kafka_timestamp OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}')"
+            "row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> record.kafka_timestamp "
+            f"OR row.kafka_timestamp IS NULL AND row.reject_reason = '{OVERSIZED}' "
+            f"OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}')"
         )
         return record.join(row, is_written, "left_anti").withColumn(
             "reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT))
@@ -317,14 +318,17 @@ class KafkaSource(Source):
             for partition, record in newest.items()
             if record.get("time") is not None or record.get("md5")
         }
-        self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
+        offsets = {partition: record["offset"] for partition, record in newest.items()}
         with self._asking():
-            there = self.reader.records_at(
-                self.topic.name,
-                {partition: record["offset"] for partition, record in newest.items()},
-                MAX_LOOKUP_SECONDS,
-                MAX_RECORD_BYTES,
-            )
+            for seconds in (MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS):
+                self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
+                there, silent = self.reader.records_at(self.topic.name, offsets, seconds, MAX_RECORD_BYTES)
+                if not silent:
+                    break
+                self.reader.close()  # its connection may be dead
+                self.reader = None
+            else:
+                raise KafkaTimeoutError(f"partitions {', '.join(map(str, sorted(silent)))}")
         others = [
             f"partition {partition} offset {newest[partition]['offset']}"
             for partition, (time, value) in there.items()

@@ -58,7 +58,7 @@ class Source:
         """Returns the records to quarantine when the second reading of a batch has accepted other records than the first.
 
         `judged`: the records of the second reading, as returned by `parse`. `written`: the origins of the records that are already
-        in one of the tables; a source that `knows_records` leaves these out.
+        in one of the tables, with the reject_reason of those in the quarantine; a source that `knows_records` leaves these out.
         """
         return judged.where("reject_reason IS NOT NULL")
 

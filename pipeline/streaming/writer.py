@@ -181,11 +181,10 @@ class TableWriter:
         return count, fingerprint
 
     def _written(self, spark: SparkSession, table: str, found: dict[str, Any]) -> DataFrame:
-        """The batch's rows in a table, by their origin."""
+        """The batch's rows in a table: their origin and, in the quarantine, their reject_reason."""
         rows = spark.read.format("delta").load(table)
-        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"]))).select(
-            *self.tables.origin
-        )
+        columns = [name for name in (*self.tables.origin, "reject_reason") if name in rows.columns]
+        return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"]))).select(*columns)
 
     def _quarantine_rejected(self, judged: DataFrame, found: dict[str, Any], this: Batch) -> None:
         """Appends the rejected records to the quarantine, unless the batch is already there."""
@@ -221,7 +220,7 @@ class TableWriter:
         written = [
             self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)
         ]
-        rows = self.source.rejected_otherwise(judged, written[0].union(written[1]))
+        rows = self.source.rejected_otherwise(judged, written[0].unionByName(written[1], allowMissingColumns=True))
         return self.source.knows_records, rows.select(*columns)
 
     def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:

@@ -4,8 +4,11 @@ at any moment.
 
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
+from pipeline.kafka.lookup import kafka_options
+from pipeline.kafka.private import KafkaReader
 from pipeline.kafka.source import KafkaSource
 from pipeline.kafka.topics import Topic
 from pipeline.paths import quarantine_of
@@ -131,6 +134,28 @@ def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_bat
         world.consume()
     world.consume(accept_data_loss=True)
     assert arrived(world) == [*range(100), *range(200, 260), *range(1000, 1050), *range(2000, 2010)]
+
+
+def test_a_kafka_that_does_not_say_whether_it_has_them_is_not_taken_to_have_them(read_hundred, monkeypatch):
+    world = read_hundred
+    send(world, range(100, 120))
+    with monkeypatch.context() as patch:
+        for name in ("MAX_LOOKUP_SECONDS", "MAX_WAIT_SECONDS"):
+            patch.setattr(f"pipeline.kafka.source.{name}", -1)
+        with pytest.raises(PipelineError, match="no longer answers"):
+            world.consume()
+    world.consume()
+    assert arrived(world) == [*range(120), *range(1000, 1050)]
+
+
+def test_settings_for_a_better_throughput_do_not_delay_a_single_record(world, spark):
+    world = world()
+    world.make(1)
+    send(world, range(3))
+    options = kafka_options(world.topic) | {"kafka.fetch.min.bytes": 1_000_000, "kafka.fetch.max.wait.ms": 20_000}
+    with closing(KafkaReader(spark, options)) as reader:
+        [found], silent = (list(each) for each in reader.records_at(world.topic.name, {0: 1}, 10, 100))
+    assert (found, silent) == (0, [])
 
 
 def test_records_that_were_fetched_with_the_batch_before_are_read_again_from_a_log_that_is_another_by_now(

@@ -254,8 +254,7 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
         or re.search(file_of_checkpoint, message)
     ):
         return in_use_message(checkpoint)
-    # Of java.lang.IllegalStateException, which has no further distinction (Spark 4.2).
-    if re.match("Incomplete log file|Log file was malformed", message):
+    if re.match(r"\[MALFORMED_LOG_FILE\]|Incomplete log file$", message):
         return damaged_message(checkpoint, message)
     places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
     if re.search(r"(No space left on device|Disk quota exceeded|Not enough space)\)?$", message):

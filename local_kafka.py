@@ -57,7 +57,7 @@ def main() -> None:
         )
     if "," in options.data_dir:
         raise PipelineError(
-            f"Kafka can't use a folder with a comma in its path: choose another --data-dir than {options.data_dir}."
+            f"Kafka can't use a folder with a comma in its path: choose a --data-dir other than {options.data_dir}."
         )
     os.makedirs(options.data_dir, exist_ok=True)
     require_own(options.data_dir, "--data-dir")

@@ -314,12 +314,12 @@ def soak(bench: Bench) -> Iterator[tuple]:
     *sizes, live_files, memory = zip(*samples)
     for name, size in zip(("_delta_log", "the checkpoint", "the table's folder"), sizes):
         yield compared(
-            f"most bytes in {name} in the last third of {batches:,} batches | in the third before",
+            f"peak bytes in {name} in the last third of {batches:,} batches | in the third before",
             [max(size[40:])],
             [max(size[20:40])],
             "bounded",
         )
-    yield alone(f"most live files in {batches:,} batches", max(live_files), "under 100")
+    yield alone(f"peak live files in {batches:,} batches", max(live_files), "under 100")
     yield compared(
         f"MB of memory of the consumer's processes after {batches:,} batches | after {batches // 10:,}",
         [memory[-1]],

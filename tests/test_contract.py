@@ -360,9 +360,9 @@ def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_na
     [
         ("", "has no CONTRACT"),
         ("CONTRACT = 7", "has no CONTRACT"),
-        ("CONTRACT = Contract(", "is not valid Python in line 2"),
-        ("CONTRACT = Contract((Text('a', bits=3),))", "fails in line 2: TypeError"),
-        ("import nowhere", "fails in line 2: ModuleNotFoundError"),
+        ("CONTRACT = Contract(", "is not valid Python on line 2"),
+        ("CONTRACT = Contract((Text('a', bits=3),))", "fails on line 2: TypeError"),
+        ("import nowhere", "fails on line 2: ModuleNotFoundError"),
         ("from common.contract import Text", 'Write "from pipeline.contract import …" instead'),
         ("CONTRACT = Contract(())", "it needs at least one field, of the kinds"),
         ("CONTRACT = Contract(('a',))", "it needs at least one field, of the kinds"),

@@ -545,7 +545,7 @@ def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys, monkeypa
         run()
     monkeypatch.setattr("pipeline.files.folder.links_in", lambda _: iter(()))  # made during the run
     for _ in range(2):
-        with pytest.raises(PipelineError, match=f"{folder}/linked is a link to a folder, or below one, and --archive"):
+        with pytest.raises(PipelineError, match=f"{folder}/linked is, or is inside, a linked folder, and --archive"):
             run()
     assert (tmp_path / "elsewhere" / "a.json").exists() and capsys.readouterr().err == ""
     assert run(archive=None) == (0, 0)

@@ -121,7 +121,7 @@ def test_hostile_records_go_through_kafka(spark, broker, silver, hostile, accoun
     run = run_here(CONSUMER, *options, "--once")
 
     assert (run.returncode, run.stderr) == (0, "")
-    account("hostile records by Kafka", *origins(spark, broker, options))
+    account("hostile records in Kafka", *origins(spark, broker, options))
     accepted, rejected = tables(spark, options)
     origin = ("topic", "partition", "offset")
     arrival = rejected.select(F.unix_micros("ingest_time")).first()[0]
@@ -159,7 +159,7 @@ def test_hostile_records_go_through_files(spark, tmp_path, hostile, account, run
     assert Counter(tuple(row[column] for column in COLUMNS) for row in rows) == valid
     assert Counter((row.reject_reason, bytes(row.raw)) for row in rejected.collect()) == wrong
     account(
-        "hostile records by files", range(len(lines)), range(len(rows)), range(len(rows), len(rows) + rejected.count())
+        "hostile records in files", range(len(lines)), range(len(rows)), range(len(rows), len(rows) + rejected.count())
     )
 
 

@@ -427,7 +427,11 @@ PLACE = "/data/Concurrent No space left on device (Permission denied)/metadata a
         ("java.io.IOException", f"Mkdirs failed to create file:{PLACE}/_delta_log", "This user may not write to"),
         ("java.io.IOException", f"{PLACE}: Read-only file system", "This user may not write to"),
         ("java.lang.IllegalStateException", "Incomplete log file", "The checkpoint .* is damaged"),
-        ("java.lang.IllegalStateException", "[MALFORMED_LOG_FILE] Log file was malformed", "The checkpoint .* is damaged"),
+        (
+            "java.lang.IllegalStateException",
+            "[MALFORMED_LOG_FILE] Log file was malformed",
+            "The checkpoint .* is damaged",
+        ),
         (
             "java.io.IOException",
             f"{PLACE}_checkpoint/offsets/7 already exists",

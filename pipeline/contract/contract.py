@@ -156,7 +156,7 @@ def load_readings(path: str) -> dict[str, Any]:
     except PipelineError:
         raise
     except SyntaxError as error:
-        raise PipelineError(f"{path} is not valid Python in line {error.lineno}: {error.msg}.") from error
+        raise PipelineError(f"{path} is not valid Python on line {error.lineno}: {error.msg}.") from error
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "common":
             raise PipelineError(
@@ -165,7 +165,7 @@ def load_readings(path: str) -> dict[str, Any]:
             ) from error
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         raise PipelineError(
-            f"{path} fails in line {lines[-1] if lines else 1}: {type(error).__name__}: {error}."
+            f"{path} fails on line {lines[-1] if lines else 1}: {type(error).__name__}: {error}."
         ) from error
     if not isinstance(names.get("CONTRACT"), Contract):
         raise PipelineError(f"{path} has no CONTRACT = Contract(…). readings.py is an example.")

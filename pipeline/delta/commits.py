@@ -67,7 +67,7 @@ class Commits:
             if actions is None and version < self.newest:  # removed by a clean-up, like all earlier ones
                 break
             if not actions:
-                found = version, f"the entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
+                found = version, f"entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
             removed |= {action["remove"]["path"] for action in actions or () if "remove" in action}
             for add in (action["add"] for action in actions or () if "add" in action):
                 path = self.path(add["path"])
@@ -75,7 +75,7 @@ class Commits:
                 if add["path"] not in removed and size != add["size"]:
                     found = (
                         version,
-                        f"{path} is missing" if size is None else f"{path} has {size:,} bytes of {add['size']:,}",
+                        f"{path} is missing" if size is None else f"{path} has {size:,} of {add['size']:,} bytes",
                     )
         return found
 

@@ -90,7 +90,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     """
     files, log = FileSystem(spark, path), f"{path}/_delta_log"
     if not any(name[0].isdecimal() for name in files.names_in(log)):
-        files.delete(log)  # left behind by a killed creation: Delta would neither find nor create a table there
+        files.delete(log)  # left by an interrupted creation: Delta would neither find nor create a table there
     table = DeltaTable.createIfNotExists(spark).location(path)
     for name, kind in columns.items():
         table = table.addColumn(name, kind)

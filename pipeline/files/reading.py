@@ -21,7 +21,7 @@ from pyspark.sql import functions as F
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
 # either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
-SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # a file system that compresses stores JSON in more than a thousandth
+SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # compression never shrinks JSON to a thousandth of its size
 MAX_DEPTH = 200
 MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill memory
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'

@@ -121,7 +121,7 @@ class FileSource(Source):
         self.taken.name_gone(gone)
 
     def _has_come_back(self, spark: SparkSession, path: str) -> bool:
-        """Whether a file that Spark did not find has content: Spark finds no empty file, either."""
+        """Whether a file that Spark did not find has content: Spark skips empty files, too."""
         return self.taken.is_as_planned(path) if path.startswith("/") else bool(FileSystem(spark, path).size(path))
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
@@ -132,7 +132,7 @@ class FileSource(Source):
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}
         if linked and self.options.archive:
             raise PipelineError(
-                f"{min(linked)} is a link to a folder, or below one, and --archive would move the files there away unread. "
+                f"{min(linked)} is, or is inside, a linked folder, and --archive would move its files unread. "
                 f"Remove the link."
             )
         not_read = {
@@ -151,7 +151,7 @@ class FileSource(Source):
 
     def watch(self) -> None:
         if self.taken.watch():
-            deque(paths_in(self.options.input), maxlen=0)  # ends a stream that Spark's listing would follow links with
+            deque(paths_in(self.options.input), maxlen=0)  # ends a stream whose listing would follow links forever
 
     def report(self, progress: dict[str, Any], rows: int) -> Backlog | None:
         return (

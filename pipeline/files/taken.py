@@ -94,7 +94,7 @@ class TakenFiles:
         return is_due
 
     def is_as_planned(self, path: str) -> bool:
-        """Whether a local file has content and the modification time of Spark's log."""
+        """Whether a local file has content and the modification time in Spark's log."""
         with suppress(OSError):
             status = os.stat(path)
             return status.st_size > 0 and status.st_mtime_ns // 1_000_000 == self.files[path].modified

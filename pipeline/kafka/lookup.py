@@ -72,7 +72,7 @@ class RecordLookup:
     def ask(
         self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False
     ) -> Result:
-        """Returns the answer of `question` to the records at these offsets (see `records`). If they don't fit into memory, asks again
+        """Returns `question`'s answer for the records at these offsets (see `records`). If they don't fit into memory, asks again
         without the records that are too large.
 
         `has_failed`: whether reading these offsets is known to run out of memory.

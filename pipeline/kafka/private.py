@@ -141,7 +141,7 @@ class KafkaReader:
             "enable.auto.commit": "false",
             "auto.offset.reset": "none",
             "max.partition.fetch.bytes": "65536",
-            # Not to be postponed by the user's settings for a better throughput.
+            # User settings for better throughput must not delay this.
             "fetch.min.bytes": "1",
         }.items():
             settings.put(name, value)
@@ -188,7 +188,7 @@ class KafkaReader:
                         record.timestamp(),
                         record.value() if record.serializedValueSize() <= max_bytes else None,
                     )
-            # There are only records of aborted transactions at this offset and behind it.
+            # There are only records of aborted transactions from this offset onwards.
             for partition in [each for each, place in places.items() if self._consumer.position(place) > offsets[each]]:
                 self._consumer.pause([places.pop(partition)])
         return found, set(places)

@@ -180,7 +180,7 @@ class KafkaSource(Source):
         records = self.lookup.records(spark, offsets, fail_on_data_loss=not self.accept_data_loss)
         records = records.withColumn("timestamp", F.when(is_time, F.timestamp_millis("timestamp")))
         if gaps:
-            # Some 100,000 offsets in each row at most, because a sequence is an array in memory.
+            # At most 100,000 offsets in each row, because a sequence is an array in memory.
             rows = [
                 (gap.partition, begin, min(begin + 100_000, gap.end))
                 for gap in gaps
@@ -457,7 +457,7 @@ class KafkaSource(Source):
         return [(partition, offset, known_time(time), hash_of(value)) for partition, offset, time, value in found]
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
-        """Returns the answer of `question` to the records that Kafka has at these offsets, aliased as "record": `partition`,
+        """Returns `question`'s answer for the records that Kafka has at these offsets, aliased as "record": `partition`,
         `offset`, `time` (`time_sql`) and `md5` (`md5_sql`) of the value.
         """
         return self.lookup.ask(

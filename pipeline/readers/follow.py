@@ -61,7 +61,7 @@ class Follower:
         """Names the versions up to this one that the table's log no longer has."""
         if version > self.version:
             yield (
-                f"The rows that the versions {self.version + 1} to {version} of {self.path} have added are not shown: the table's "
+                f"The rows that versions {self.version + 1} to {version} of {self.path} have added are not shown: the table's "
                 f"log lost these versions before they were read here."
             )
             self.version = version

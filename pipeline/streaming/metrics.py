@@ -22,7 +22,7 @@ class Metrics(NoMetrics):
         self.heard_at, self.newest_at = (
             float("-inf"),
             0.0,
-        )  # when the query has last answered, and the newest record's time
+        )  # when the query last answered, and the newest record's time
         disable_created_metrics()  # the creation time of each series, which nothing here needs
         registry = CollectorRegistry()
         self.accepted = Counter("pipeline_accepted_records", "Records written to the table", registry=registry)

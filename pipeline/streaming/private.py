@@ -186,7 +186,7 @@ class Checkpoint:
         """Renames the checkpoint, so that the stream starts over, and returns its new path."""
         aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
         if not self.files.rename(self.path, aside):
-            raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do it, then start again.")
+            raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do so, then start again.")
         return aside
 
 

@@ -289,7 +289,7 @@ class TableWriter:
         """
         if not DeltaTable.isDeltaTable(records.sparkSession, table):
             raise PipelineError(
-                f"Somebody has deleted the table {table} while the stream ran. Put it back and start again: the "
+                f"Somebody deleted the table {table} while the stream ran. Put it back and start again: the "
                 "next start says what is missing."
             )
         compact_own_files(records.sparkSession, is_first_commit=table not in self.appended_to)

@@ -1,6 +1,6 @@
 """Private APIs of PySpark's errors.
 
-Without them, the cause of most errors, such as the name of a file, could not be told: PySpark shows the outermost message.
+Without them, the cause of most errors, such as the name of a file, would be lost: PySpark shows the outermost message.
 """
 
 from typing import Any

@@ -25,7 +25,7 @@ _has_no_end = False
 
 
 def has_no_end() -> None:
-    """Says that the running script has no end of its own, so that it is a success if somebody stops it."""
+    """Says that the running script never ends on its own, so that stopping it counts as success."""
     global _has_no_end
     _has_no_end = True
 
@@ -43,7 +43,7 @@ def _message(error: Exception) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script. Its exit code is 0 at its end; 1 after an error, whose message is printed to stderr; 130 or 143 if Ctrl+C or
-    SIGTERM has stopped it before its end (0 if it `has_no_end`), and 141 if nobody reads its output any more.
+    SIGTERM stopped it before it finished (0 if it `has_no_end`), and 141 if nobody reads its output any more.
 
     `--verbose` on the command line adds the traceback. New files are accessible only to the script's user and group.
     """

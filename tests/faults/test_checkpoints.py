@@ -38,7 +38,7 @@ def test_a_table_that_is_deleted_while_the_stream_runs_stops_it_and_can_be_put_b
             return super().write(*batch)
 
     world.send(reading(), b"{")
-    with pytest.raises(PipelineError, match=f"Somebody has deleted the table {table} while the stream ran"):
+    with pytest.raises(PipelineError, match=f"Somebody deleted the table {table} while the stream ran"):
         world.consume(Deleting)
     assert not os.path.exists(table)
     with pytest.raises(PipelineError, match="there is no such table"):

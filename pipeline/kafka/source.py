@@ -286,7 +286,10 @@ class KafkaSource(Source):
                 is_accepted=not self.has_started,
             )
             places = places or next_offsets
-        return json.dumps({self.topic.name: places}) if places or shorter else None
+        if not places and not shorter:
+            return None
+        self.ends = {str(partition): offset for partition, offset in places.items()}  # where the new checkpoint begins
+        return json.dumps({self.topic.name: places})
 
     def _end_at_least(self, offsets: dict[int, int]) -> dict[int, int]:
         """The end of each partition. Waits if it is before these offsets, because a new leader may report a stale end for a moment."""

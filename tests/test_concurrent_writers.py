@@ -153,7 +153,7 @@ def test_maintenance_waits_for_a_writer(spark, tmp_path, start, option):
             maintenance = start("read_delta.py", tmp_path / "table", option)
             maintenance.wait_for(f"Waiting for another process that writes to {tmp_path}/table …")
             if signal_sent:
-                assert maintenance.stop() == 0 and maintenance.output.count("\n") == 1
+                assert maintenance.stop() == 130 and maintenance.output.count("\n") == 1
     assert maintenance.wait() == 0 and re.search("^(Merged|Removed) ", maintenance.output, re.MULTILINE)
 
 

@@ -180,7 +180,7 @@ def test_an_archive_that_cannot_be_is_refused(ingest, archive):
     folder, run = ingest
     archive = location(archive.format(input=folder))
     with pytest.raises(
-        PipelineError, match=f"{archive} can't be the archive of {folder}: it has to be a folder of the same store"
+        PipelineError, match=f"{archive} can't be the archive of {folder}: it has to be a folder in the same store"
     ):
         run(archive=archive)
 

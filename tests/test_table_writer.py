@@ -48,7 +48,7 @@ def test_rejected_records_of_a_file_with_a_long_path_are_not_kept_in_memory(spar
     monkeypatch.setattr(
         TableWriter,
         "_rejected",
-        lambda self, judged, found: [kept.append(len(found["kept"])), rejected(self, judged, found)][1],
+        lambda self, judged, found: [kept.append(len(found["kept"] or ())), rejected(self, judged, found)][1],
     )
     batch = batch_of(spark, VALID, BROKEN)
     writer.write(batch, 0, "test")

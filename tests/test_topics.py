@@ -188,7 +188,7 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
     assert values({0: 1000, 1: 0}) == {0: b"1000", 1: b"first"}
     assert values({0: 999, 1: 1}) == {1: None}  # removed
     assert values({0: 2000, 3: 0}, seconds=0.3) == {}  # not there yet
-    assert reader.records_at(world.topic.name, {0: 2000, 1: 0, 3: 0}, 0.3, 10**6)[1] == {0, 3}
+    assert reader.records_at(world.topic.name, {0: 2000, 1: 0, 3: 0}, 3, 10**6)[1] == {0, 3}
     with world.transaction() as producer:
         producer.send(world.topic.name, b"aborted", partition=3)
         producer.abort()

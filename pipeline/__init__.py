@@ -1,5 +1,5 @@
 """The pipeline package. Imports go one way: kafka, files -> streaming -> delta -> contract -> spark -> terminal ->
-paths; readers use delta and what is below it; dashboard also uses kafka.
+paths; readers use delta and the packages below; dashboard also uses kafka.
 
 Importing any of it first makes Ctrl+C clean, which is why the scripts import it before the slower libraries
 (pyproject.toml, isort).

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 def streams_of(
     spark: SparkSession, source: KafkaSource, options: argparse.Namespace
 ) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
-    """The topic as streams, each with its trigger. If data loss is accepted, the first stream skips what is already lost. The
+    """The topic as streams, each with its trigger. If data loss is accepted, the first stream skips the lost records. The
     last one has the trigger of the options, and stops if Kafka loses more.
     """
     if options.accept_data_loss:

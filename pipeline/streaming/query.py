@@ -63,7 +63,7 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, trigger: str
     parser.add_argument(
         "--checkpoint",
         type=location,
-        help="where the stream remembers what it has read; belongs to the table (default: in checkpoints/ for a table of "
+        help="folder for the stream's progress; belongs to the table (default: in checkpoints/ for a table of "
         "lake/, otherwise TABLE_checkpoint)",
     )
     parser.add_argument(

@@ -46,7 +46,7 @@ class BatchReport(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A micro-batch of the query whose id is `stream`. `contents`: what it holds, as described by the source. `end`: where it ends,
+    """A micro-batch of the query whose id is `stream`. `contents`: the source's description of its records. `end`: where it ends,
     in the source's format.
     """
 
@@ -63,7 +63,7 @@ class NoMetrics:
         """Records whether the query is running; called twice a second while it answers."""
 
     def batch(self, report: BatchReport, progress: dict[str, Any], left: Backlog | None) -> None:
-        """Records a batch for which Spark reports `progress`. `left`: what is still to be read."""
+        """Records a batch for which Spark reports `progress`. `left`: the backlog after it."""
 
 
 class TableWriter:
@@ -138,7 +138,7 @@ class TableWriter:
 
     def _append_valid(self, judged: DataFrame, this: Batch) -> dict[str, Any]:
         """Appends the valid records to the table, unless the batch is already there. Returns the figures of this reading (see
-        `_observed`), and what the table has now: `in_table`.
+        `_observed`), and, as `in_table`, the same figures for the table.
 
         A single pass over the records does all of this: few records are rejected as a rule, and they are kept in memory.
         """
@@ -290,7 +290,7 @@ class TableWriter:
         if not DeltaTable.isDeltaTable(records.sparkSession, table):
             raise PipelineError(
                 f"Somebody deleted the table {table} while the stream ran. Put it back and start again: the "
-                "next start says what is missing."
+                "next start names any missing batches."
             )
         compact_own_files(records.sparkSession, is_first_commit=table not in self.appended_to)
         self.appended_to.add(table)

@@ -36,7 +36,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, (Py4JNetworkError, ConnectionRefusedError)):
         return (
             "Spark's JVM has died; perhaps it ran out of memory, or the system killed it. Nothing is lost: "
-            "start again. --verbose shows what it said last."
+            "start again. --verbose shows its last messages."
         )
     return f"{first_line(root_cause(error))} (--verbose shows all of it)"
 

@@ -45,8 +45,8 @@ def origins(spark, broker: str, options: list) -> tuple[list, list, list]:
 
 
 class Transactions:
-    """A producer of transactions, the first of which has begun: Java's, because kafka-python's (3.0.12) waits for the end of a
-    transaction without any limit.
+    """Java's transactional producer, with its first transaction begun. kafka-python's (3.0.12) waits for a commit without a
+    time limit.
     """
 
     def __init__(self, java, broker: str):

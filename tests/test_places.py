@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.spark import class_archive, scratch
 from pipeline.spark.java import DELTA, KAFKA_SOURCE, cache_folder, find_java, require_known, require_own, spark_jars
-from pipeline.streaming.query import explain
+from pipeline.streaming.errors import explain
 from pipeline.streaming.start import lock_checkpoint, require_separate_places
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.ports import free_ports

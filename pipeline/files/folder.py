@@ -11,7 +11,7 @@ from pipeline.files.taken import TakenFiles, is_draft
 from pipeline.paths import local_path
 from pipeline.spark.file_system import FileSystem
 from pipeline.spark.globs import MAX_PATTERNS, escape_glob, is_pattern
-from pipeline.streaming.query import unreadable_folder_message
+from pipeline.streaming.errors import unreadable_folder_message
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import warn
 

@@ -3,44 +3,38 @@
 import argparse
 import os
 import re
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 from pipeline.contract.contract import Contract, add_readings_option, in_file
-from pipeline.delta.locks import CONFLICTS
 from pipeline.delta.tables import TablePair
-from pipeline.paths import checkpoint_of, plain
-from pipeline.spark.private import OUT_OF_MEMORY, jvm_of, protect_callbacks
+from pipeline.paths import checkpoint_of
+from pipeline.spark.private import jvm_of, protect_callbacks
 from pipeline.streaming.batches import Batches
-from pipeline.streaming.private import damaged_message
+from pipeline.streaming.errors import NEXT_START, explain
 from pipeline.streaming.source import Source, SourceAwayError
 from pipeline.streaming.start import (
     Start,
     check_start,
-    in_use_message,
     lock_checkpoint,
     require_separate_places,
 )
 from pipeline.streaming.writer import NoMetrics, TableWriter
 from pipeline.terminal.arguments import location, port_number, table_location
-from pipeline.terminal.errors import PipelineError, first_line, java_class, root_cause
+from pipeline.terminal.errors import PipelineError, first_line, root_cause
 from pipeline.terminal.messages import say
 from pipeline.terminal.progress import in_progress
 from pipeline.terminal.script import has_no_end
 from pipeline.terminal.signals import SAME_PRESS_SECONDS, StopFlag, Stopped, on_stop_signal
 
-from delta.exceptions import ConcurrentTransactionException
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when everything available has been read
-NEXT_START = "Nothing is lost: the next start resumes from the last committed offsets."
 MAX_FAILURES = 3  # in a row, each after waiting for the source
 # If a query has run this long without records, its next failure no longer counts as one in a row.
 RECOVERED_SECONDS = 600
@@ -230,55 +224,3 @@ def run_query(
         metrics.working(False)
         batches.report(query)
     return batches.written, None if isinstance(failure, Stopped) else failure
-
-
-def explain(error: Exception, table: str, checkpoint: str) -> str | None:
-    """Returns what to do about an error of the checkpoint, the tables or their file systems; None for any other error."""
-    kind, message = java_class(error), first_line(root_cause(error))
-    if isinstance(error, OSError):
-        message = f"{error.filename}: {error.strerror}"
-    if kind == OUT_OF_MEMORY:
-        return (
-            f"Spark's JVM does not have enough memory for a batch ({message}). Give it more (docs/operations.md, "
-            f"Not enough memory) and start again. {NEXT_START}"
-        )
-    if isinstance(error, CONFLICTS):
-        return (
-            f"Something else changed {table} or its quarantine each time a batch was about to be written "
-            f"({message}). Stop it while the stream runs, then start again. {NEXT_START}"
-        )
-    file_of_checkpoint = rf"{re.escape(plain(checkpoint))}/(metadata|(offsets|commits)/\d+) already exists$"
-    if (
-        isinstance(error, ConcurrentTransactionException)
-        or kind == "org.apache.spark.SparkConcurrentModificationException"
-        or re.search(file_of_checkpoint, message)
-    ):
-        return in_use_message(checkpoint)
-    if re.match(r"\[MALFORMED_LOG_FILE\]|Incomplete log file$", message):
-        return damaged_message(checkpoint, message)
-    places = [place for place in (table, checkpoint, tempfile.gettempdir()) if "://" not in place]
-    if re.search(r"(No space left on device|Disk quota exceeded|Not enough space)\)?$", message):
-        free = {place: shutil.disk_usage(_existing(place)).free for place in places}
-        fullest = min(free, key=lambda place: free[place], default=table)
-        return f"There is no space left for {fullest} ({message}). Free some and start again. {NEXT_START}"
-    denied = re.search(r"(/.*): Permission denied$", message)
-    if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
-        return unreadable_folder_message(denied[1])
-    if kind.endswith("AccessControlException") or re.search(
-        r"(Permission denied|Read-only file system|Operation not permitted)\)?$|^Mkdirs failed to create |CANNOT_CREATE_LOG_PATH\b",
-        message,
-    ):
-        closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
-        return f"This user may not write to {closed} ({message}). Give it permission and start again. {NEXT_START}"
-    return None
-
-
-def unreadable_folder_message(folder: str) -> str:
-    return f"This user may not read the folder {folder}. Give it permission, or move the folder, and start again. {NEXT_START}"
-
-
-def _existing(path: str) -> str:
-    """The path itself, or its nearest parent folder that exists."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path

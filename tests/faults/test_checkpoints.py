@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from pipeline.paths import quarantine_of
-from pipeline.streaming.query import explain
+from pipeline.streaming.errors import explain
 from pipeline.streaming.writer import TableWriter
 from pipeline.terminal.errors import PipelineError
 

@@ -66,7 +66,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--count", type=at_least(0), metavar="N", help="stop after N messages")
     parser.add_argument("--devices", type=at_least(1), default=12, metavar="N", help="number of simulated devices")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same devices and values")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same devices and values")
     parser.add_argument(
         "--invalid-fraction",
         type=fraction,

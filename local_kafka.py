@@ -144,7 +144,7 @@ def kafka_properties(
 
 
 class Server:
-    """A Java server as a process while `with` lasts, with its properties in DATA_DIR/name.properties and its log in
+    """A Java server, run as a process inside a `with` block, with its properties in DATA_DIR/name.properties and its log in
     DATA_DIR/name.log."""
 
     def __init__(self, name: str, command: list[str], environment: dict, properties: dict, data_dir: str):

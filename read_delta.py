@@ -94,7 +94,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
-    """The rows of --sql, which knows each table of the lake by its path, as `folder.table`."""
+    """The rows of --sql, in which each table of the lake is named after its path: `folder.table`."""
     with tempfile.TemporaryDirectory() as folder:  # a database needs a location, although nothing is written there
         place = re.sub(r"(['\\])", r"\\\1", folder)
         tables = lake_tables(spark, options.lake)
@@ -191,7 +191,7 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
 
 
 def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
-    """The Delta tables under the folder `lake`, on any file system that Spark reaches: their paths by those below
+    """The Delta tables under the folder `lake`, on any file system that Spark reaches: their full paths by their paths below
     `lake`.
     """
     if (local := local_path(lake)) is not None:

@@ -7,7 +7,7 @@ Each field is one line: Text, Number, Integer (64 bits unless bits=32), Boolean,
 nested objects. Records are read fastest if they have their fields in the order listed here.
 
 A rule consists of a reason and SQL that is true for the records it rejects, over the columns and `ingest_time` (when
-the record arrived). The first rule that is true is the reason.
+the record arrived). The first rule that is true gives the reason.
 """
 
 from typing import NamedTuple

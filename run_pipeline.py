@@ -197,7 +197,9 @@ class Part:
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            tell(f"{self.name} did not stop within {STOP_SECONDS} s and was killed; its next start resumes from there.")
+            tell(
+                f"{self.name} did not stop within {STOP_SECONDS} s and was killed; its next start resumes where it left off."
+            )
             self.process.kill()
         self.wait_for_output()
 

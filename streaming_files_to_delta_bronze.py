@@ -41,7 +41,7 @@ def main() -> None:
         spark,
         [(new_files, trigger_of(options))],
         source,
-        bronze_tables(options.table, contract.columns),
+        bronze_tables(options.table, contract.columns, options.keep_history),
         contract,
         options,
     )
@@ -75,7 +75,8 @@ def parse_options() -> argparse.Namespace:
         type=at_least(1),
         metavar="MB",
         default=1000,
-        help="maximum size of an unpacked .gz file; a larger one goes to the quarantine as unreadable_file",
+        help="maximum size of an unpacked .gz file, counting each line as at least 50 bytes; a larger one goes to the quarantine as "
+        "unreadable_file",
     )
     return parse_stream_options(parser)
 

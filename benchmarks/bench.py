@@ -26,7 +26,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from local_kafka import free_ports
 
-# Rejected by the rules, but readable by any JSON reader. The jobs compared with can't handle other broken records.
+# Rejected by the rules, but readable by any JSON reader. The jobs used for comparison can't handle other broken records.
 READABLE_BREAKS = ("out_of_range", "unknown_type", "wrong_unit")
 INVALID_FRACTION = 0.01
 DEVICES = 1000
@@ -74,7 +74,7 @@ def seconds(command: Sequence) -> float:
 
 
 class Live(NamedTuple):
-    """Figures of a running stream: seconds from produced to visible and of the median batch, CPU in % of a core."""
+    """Figures of a running stream: seconds from produced to visible, seconds of the median batch, CPU in % of a core."""
 
     p50: float
     p99: float
@@ -304,7 +304,7 @@ def alternate(*measures: Callable[[], float], rounds: int = ROUNDS) -> list[list
 
 
 def compared(what: str, ours: Sequence[float], other: Sequence[float], goal: str) -> tuple:
-    """A table row: medians, and the median of the ratios of the rounds. `what`: "unit of what | of the other"."""
+    """A table row: medians, and the median of the ratios of the rounds. `what`: "label | what it is compared with"."""
     what, _, against = what.partition(" | ")
     ratio = statistics.median(a / b for a, b in zip(ours, other))
     figures = [shown(statistics.median(each)) for each in (ours, other)]

@@ -77,7 +77,7 @@ def main() -> None:
         f"{rates[2] / rates[1]:.2f} times as many."
     )
     if any(missing or twice for *_, missing, twice in account.values()):
-        raise PipelineError("Records are missing or there twice; see the account above.")
+        raise PipelineError("Records are missing or duplicated; see the table above.")
 
 
 class Cluster:
@@ -205,7 +205,7 @@ class Cluster:
 
 
 def read_files(cluster: Cluster) -> tuple[int, ...]:
-    """Puts files into the bucket, reads them into Bronze, and returns the balance of their lines."""
+    """Puts files into the bucket, reads them into Bronze, and returns the counts of their lines."""
     files = [f"2026-11-20T08:{number:02}:00Z.json" for number in range(FILES)]  # named as gateways name them
     for file in files:
         # 101 % is out of range.
@@ -232,7 +232,7 @@ def read_files(cluster: Cluster) -> tuple[int, ...]:
 
 
 def read_messages(cluster: Cluster) -> tuple[int, ...]:
-    """Sends messages to Kafka, reads them into Silver, and returns the balance of their offsets."""
+    """Sends messages to Kafka, reads them into Silver, and returns the counts of their offsets."""
     cluster.produce("sensor_data", 3, MESSAGES)
     table = run_with_a_kill(
         cluster, CONSUMER, "--bootstrap-servers", cluster.broker, "--max-offsets-per-trigger", MESSAGES // 6
@@ -256,7 +256,7 @@ def run_with_a_kill(cluster: Cluster, script: str, *options) -> str:
     command = cluster.documented_line(script)
     cluster.run(script, *command, "--once", *options, see=kill_once)
     if "Lost executor" not in cluster.log(script).read_text():
-        raise PipelineError(f"{script} has not missed the worker that was killed: it did no work there.")
+        raise PipelineError(f"{script} did not notice that the worker was killed: it did no work there.")
     return command[command.index("--table") + 1]
 
 
@@ -281,7 +281,7 @@ def balance(cluster: Cluster, table: str, sent: set, origin: Callable[[dict], tu
 
 
 def run_readers(cluster: Cluster, account: dict[str, tuple[int, ...]]) -> None:
-    """Runs the reader commands of docs/cluster.md. The row counts that they print have to match the account."""
+    """Runs the reader commands of docs/cluster.md. The row counts that they print must match the `account`."""
     bronze, silver = (counts[1:3] for counts in account.values())
     for line, expected in {
         "read_bronze.py": bronze,

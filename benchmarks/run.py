@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the soak, too")
     options = parser.parse_args()
     if unknown := set(options.names) - set(MEASURES):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(MEASURES)}")
+        parser.error(f"no such measurement: {', '.join(unknown)}; choose from {', '.join(MEASURES)}")
     names = options.names or [name for name in MEASURES if options.full or name != "soak"]
     print("| what | pipeline | other | ratio | goal |\n|---|---|---|---|---|", flush=True)
     with Bench.on_own_broker(options.scale) as bench:
@@ -83,16 +83,14 @@ def live(bench: Bench) -> Iterator[tuple]:
             yield compared("% of a core, 1 message a second | shortest job", [ours.cpu], [shortest.cpu], "at most 0.2")
         for name, our, other, goal in (("p50", ours.p50, shortest.p50, 0.25), ("p99", ours.p99, shortest.p99, 0.2)):
             yield compared(
-                f"{name} of the seconds from produced to visible, {rate:,} a second | shortest job",
+                f"{name} seconds from produced to visible, {rate:,} a second | shortest job",
                 [our],
                 [other],
                 f"at most {goal}",
             )
     topic = bench.topic(1)
     at_once = bench.watch(bench.stream(topic, "--trigger", "0 seconds"), topic, 1, 60)
-    yield alone(
-        'p50 of the seconds from produced to visible, 1 a second, --trigger "0 seconds"', at_once.p50, "at most 0.7"
-    )
+    yield alone('p50 seconds from produced to visible, 1 a second, --trigger "0 seconds"', at_once.p50, "at most 0.7")
     yield alone('% of a core, 1 message a second, --trigger "0 seconds"', at_once.cpu, "stated")
 
 
@@ -144,7 +142,7 @@ def start(bench: Bench) -> Iterator[tuple]:
         rounds=1,
     )
     yield compared(
-        "seconds for a burst of 100,000 in a stream that idles, until all is visible | shortest job",
+        "seconds until an idle stream has made a burst of 100,000 visible | shortest job",
         ours,
         shortest,
         "stated",
@@ -183,7 +181,7 @@ def sustained(bench: Bench) -> Iterator[tuple]:
         zip(*ours),
         zip(*python),
     ):
-        yield compared(f"{what} | Python consumer of the same work", our, other, goal)
+        yield compared(f"{what} | Python consumer, same work", our, other, goal)
 
 
 def cold(bench: Bench) -> Iterator[tuple]:
@@ -204,7 +202,7 @@ def cold(bench: Bench) -> Iterator[tuple]:
 
 def idle(bench: Bench) -> Iterator[tuple]:
     """The CPU usage of an idle stream on a topic of one record."""
-    yield alone("% of a core, idle before a topic", idle_percent(bench, bench.stream(bench.topic(1))), "at most 3")
+    yield alone("% of a core, idle on a topic", idle_percent(bench, bench.stream(bench.topic(1))), "at most 3")
 
 
 def idle_percent(bench: Bench, command: list) -> float:
@@ -233,7 +231,7 @@ def files(bench: Bench) -> Iterator[tuple]:
         )
         yield compared(f"seconds for {what} | shortest job", ours, shortest, f"at most {goal}")
     yield alone(
-        "% of a core, idle before a folder of 30,000 files that were taken",
+        "% of a core, idle with a folder of 30,000 files already read",
         idle_percent(bench, commands[-1]),
         "at most 10",
     )
@@ -277,7 +275,7 @@ def producer(bench: Bench) -> Iterator[tuple]:
 def soak(bench: Bench) -> Iterator[tuple]:
     """3,000 small batches in a row: how long they take, and how disk and memory usage grow.
 
-    The tables keep five minutes of their past instead of two hours, so that the run, which takes an hour, shows what
+    The tables keep five minutes of history instead of two hours, so that the run, which takes an hour, shows what
     the clean-ups leave behind. There is one clean-up every thousand batches.
     """
     batches, records = bench.size(3000), 200
@@ -314,7 +312,7 @@ def soak(bench: Bench) -> Iterator[tuple]:
     *sizes, live_files, memory = zip(*samples)
     for name, size in zip(("_delta_log", "the checkpoint", "the table's folder"), sizes):
         yield compared(
-            f"peak bytes in {name} in the last third of {batches:,} batches | in the third before",
+            f"peak bytes in {name} in the last third of {batches:,} batches | middle third",
             [max(size[40:])],
             [max(size[20:40])],
             "bounded",

@@ -15,7 +15,7 @@ from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Time
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
-# Values that break the rules of readings.py. How to break other rules is not known here.
+# Values that break the rules of readings.py. The simulator can't break other rules.
 WRONG_VALUES: dict[str, dict[str, Any]] = {
     "unknown_type": {"type": "pressure"},
     "wrong_unit": {"unit": "K"},
@@ -55,7 +55,7 @@ class Simulator:
         self, devices: int, invalid_fraction: float = 0, seed: int | None = None
     ) -> Iterator[tuple[str, bytes | None]]:
         """Yields messages (device id, record) of `devices` devices in turn, with the current time. A record has the contract's fields
-        in their order; fields unknown to the simulator have any value of their kind.
+        in their order; fields unknown to the simulator get an arbitrary value of their kind.
         """
         rng = random.Random(seed)
         fleet = [self._device(number, rng) for number in range(1, devices + 1)]

@@ -46,7 +46,7 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """The number of processes for `-n logical`: a test waits for a third of its time, and needs up to 4 GB."""
+    """The number of processes for `-n logical`: a test spends a third of its time waiting, and needs up to 4 GB."""
     cores, memory = os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cores * 3 // 2, memory // 4_000_000_000))
 
@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter):
     ]
     if not lines:
         return
-    terminalreporter.section("nothing lost, nothing twice")
+    terminalreporter.section("nothing lost, nothing duplicated")
     for line in [("fault", "sent", "table", "quarantine", "missing", "duplicates"), *lines]:
         terminalreporter.write_line(
             f"{line[0]:<96}" + "".join(f"{cell:>12,}" if type(cell) is int else f"{cell:>12}" for cell in line[1:])
@@ -176,6 +176,7 @@ def ingest(spark, tmp_path):
         max_unpacked=1000,
         archive=None,
         multiline=False,
+        keep_history=None,
     )
 
     def rows():
@@ -190,7 +191,7 @@ def ingest(spark, tmp_path):
             spark,
             [(list_new_files(spark, options), AVAILABLE_NOW)],
             FileSource(spark, options),
-            bronze_tables(options.table, CONTRACT.columns),
+            bronze_tables(options.table, CONTRACT.columns, options.keep_history),
             options,
         )
 

@@ -369,8 +369,11 @@ def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_na
         ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a appears twice"),
         ("CONTRACT = Contract((Text('a'), Number('A')))", "the fields a and A share a column, A"),
         ("CONTRACT = Contract((Text('a.b'), Number('a_b')))", "the fields a.b and a_b share a column, a_b"),
-        ("CONTRACT = Contract((Text('a'), Number('a.b')))", "the field a has a value, so a.b can't be in it"),
-        ("CONTRACT = Contract((Number('a.b.c'), Text('a.b')))", "the field a.b has a value, so a.b.c can't be in it"),
+        ("CONTRACT = Contract((Text('a'), Number('a.b')))", "the field a is a single value, so a.b can't be inside it"),
+        (
+            "CONTRACT = Contract((Number('a.b.c'), Text('a.b')))",
+            "the field a.b is a single value, so a.b.c can't be inside it",
+        ),
         ("CONTRACT = Contract((Text('a b'),))", "the field a b can't have the column 'a b'"),
         (
             "CONTRACT = Contract((Text('offset'),))",

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 from pipeline.contract.contract import MAX_RECORD_BYTES
+from pipeline.delta.tables import FILE_HISTORY, LOG_HISTORY, properties_of
 from pipeline.files.folder import check_archive, count_waiting
 from pipeline.files.private import TakenFile
 from pipeline.files.reading import find_unreadable, with_elements
 from pipeline.files.source import FileSource
 from pipeline.files.taken import TakenFiles
+from pipeline.paths import quarantine_of
 from pipeline.spark.file_system import BrokenFileError
 from pipeline.streaming.source import SourceAwayError
 from pipeline.terminal.arguments import location
@@ -564,7 +566,7 @@ def test_drafts_are_archived_only_if_spark_cannot_be_told_to_leave_them(ingest, 
         put(folder, f"{number}.json", VALID)
         assert run() == (1, 0)
     assert {path.name for path in folder.glob("*.json")} >= set(drafts)
-    assert f"{folder}/_tmp=1/draft.json is a draft and not read, but --archive moves it" in capsys.readouterr().err
+    assert f"{folder}/_tmp=1/draft.json is a draft and is not read, but --archive moves it" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev, reason="needs a second disk")
@@ -727,7 +729,7 @@ def test_a_subfolder_that_is_gone_before_it_is_read_stops_no_stream(ingest, tmp_
 
 
 def test_links_that_are_made_while_the_stream_runs_end_it(spark, ingest):
-    """Spark's listing would follow them, twice as far with each of them."""
+    """Spark's listing would follow them, and double in size with each."""
     folder, run = ingest
     put(folder, "a.json", VALID)
     assert run() == (1, 0)
@@ -803,8 +805,26 @@ def test_a_packed_file_that_is_too_large_even_packed_is_condemned_as_a_whole(ing
     (folder / "large.json.gz").write_bytes(gzip.compress(b"\n".join(lines)))
     assert (folder / "large.json.gz").stat().st_size > 2_000_000
     put(folder, "small.json", VALID)
-    assert run(multiline, max_unpacked=2) == (1, 1)
-    assert "large.json.gz can't be read: it unpacks to more than 2 MB" in capsys.readouterr().err
+    (folder / "lines.json.gz").write_bytes(
+        gzip.compress(b"\n".join(b"%d" % (byte % 10) for byte in os.urandom(50_000)))
+    )
+    assert run(multiline, max_unpacked=2) == (1, 2)
+    said = capsys.readouterr().err
+    for name in ("large", "lines"):
+        assert f"{name}.json.gz can't be read: it unpacks to more than 2 MB or 40,000 lines" in said
+
+
+@pytest.mark.parametrize("first", [None, "12 hours"])
+def test_both_tables_keep_the_history_that_was_last_asked_for(ingest, spark, first):
+    folder, run = ingest
+    for number, (asked_for, expected) in enumerate(
+        [(first, first or "2 hours"), ("3 days", "3 days"), (None, "3 days")]
+    ):
+        put(folder, f"{number}.json", VALID, BROKEN)
+        assert run(keep_history=asked_for) == (1, 1)
+        for table in (run.options.table, quarantine_of(run.options.table)):
+            properties = properties_of(spark, table)
+            assert {properties[LOG_HISTORY], properties[FILE_HISTORY]} == {f"interval {expected}"}
 
 
 def test_a_list_of_files_by_another_job_hides_none(ingest):

@@ -1,4 +1,4 @@
-"""The scripts in odd places and locales, in poor environments, and stopped at any moment."""
+"""The scripts in odd places and locales, in minimal environments, and stopped at any moment."""
 
 import argparse
 import errno
@@ -386,7 +386,7 @@ def test_every_script_stops_at_any_moment_and_leaves_nothing_behind(broker, silv
         stop_signal = (signal.SIGINT, signal.SIGTERM)[(number + int(moment)) % 2]
         for _ in range(1 + (number + int(moment * 2)) % 2):
             if script.process.poll() is None:
-                # Like a terminal or a service manager, mostly to all processes of the script.
+                # As from a terminal or a service manager: mostly to all processes of the script.
                 (os.killpg if number % 3 else os.kill)(script.process.pid, stop_signal)
             time.sleep(0.05)
     for script in scripts:

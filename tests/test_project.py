@@ -49,7 +49,7 @@ def test_the_readme_is_short():
 
 
 def test_the_layout_is_the_one_of_the_readme():
-    layout = README.split("## What is where")[1]
+    layout = README.split("## Layout")[1]
     for name in re.findall(r"^([\w./-]+)(?:  ([\w./-]+))?", layout, re.MULTILINE):
         for path in filter(None, name):
             assert (REPOSITORY / path).exists(), path

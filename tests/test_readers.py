@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.delta.tables import WRITER, bronze_tables, create_table, silver_tables
-from pipeline.paths import tables_in
+from pipeline.paths import REPOSITORY, tables_in
 from pipeline.readers.printing import as_table, csv_line, lines
 from pipeline.streaming.writer import TableWriter
 
 import pytest
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import functions as F
 from rich.console import Console
 
@@ -451,6 +453,33 @@ def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, 
     assert len(list(table.glob("*.parquet"))) == 1
     assert not (table / "_delta_log" / f"{0:020}.json").exists()
     assert run_here("read_delta.py", table).stdout.endswith(f"4 rows in {table}\n")
+
+
+def test_a_stream_that_reads_a_table_survives_its_clean_up_and_stops_if_its_history_is_gone(
+    spark, tmp_path, monkeypatch
+):
+    writer = written(spark, tmp_path / "silver", batches=4)
+    [script] = re.findall(r"```python\n(.*?)```", Path(REPOSITORY, "docs", "operations.md").read_text(), re.DOTALL)
+    monkeypatch.setattr("pipeline.paths.SILVER", writer.tables.table)
+    monkeypatch.setattr("pipeline.spark.session.build_spark", lambda _: nullcontext(spark))
+    script = re.sub('"(checkpoints|lake)/', f'"{tmp_path}/', script)
+
+    def fahrenheit() -> list[float]:
+        exec(script)
+        return [row.fahrenheit for row in spark.read.format("delta").load(f"{tmp_path}/gold/fahrenheit").collect()]
+
+    assert fahrenheit() == [21.5 * 1.8 + 32] * 4
+    for batch in (998, 999):  # then cleans up
+        writer.write(records(spark), batch, "test")
+    assert not Path(writer.tables.table, "_delta_log", f"{0:020}.json").exists()
+    assert len(fahrenheit()) == 6
+
+    for batch in range(1996, 2000):
+        for seconds, file in enumerate(sorted(Path(writer.tables.table).rglob("*"))):
+            os.utime(file, times=(time.time() - 172_800 + seconds,) * 2)
+        writer.write(records(spark), batch, "test")
+    with pytest.raises(StreamingQueryException, match="DELTA_HISTORY_BEYOND"):
+        fahrenheit()
 
 
 def test_a_stream_removes_what_no_version_needs_each_thousand_batches(spark, tmp_path):

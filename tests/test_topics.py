@@ -225,7 +225,7 @@ def test_only_failures_without_a_quiet_time_between_them_are_counted_together(
         streams.run_until_stopped(*arguments)
     else:
         with pytest.raises(
-            PipelineError, match="failed 4 times in a row, though it answers in between: away. Nothing is lost"
+            PipelineError, match="failed 4 times in a row, though it answered in between: away. Nothing is lost"
         ):
             streams.run_until_stopped(*arguments)
     assert len(seen) == outages + 1
@@ -452,7 +452,7 @@ def kafka_times(world) -> dict[tuple[int, int], int | None]:
 
 
 def test_a_batch_that_would_go_back_is_not_written(world):
-    """As one could that skips lost records, when a new leader has reported an outdated end of a partition."""
+    """A stream that skips lost records could go back when a new leader has reported an outdated end of a partition."""
     world = world()
     source = KafkaSource(world.topic, accept_data_loss=True, group="test")
     source.ends = {"0": 10, "1": 5}
@@ -478,7 +478,7 @@ def test_a_record_whose_kafka_time_is_no_time_is_read_as_any_other_and_named(wor
     } | {(1, offset): None for offset in range(3)}  # -1 stands for no time
     world.send(VALID)
     assert world.consume() == (1, 0) and capsys.readouterr().err == ""
-    world.check(account, "Kafka's times that are no times")
+    world.check(account, "invalid Kafka timestamps")
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
@@ -487,7 +487,7 @@ def test_a_compressed_record_whose_kafka_time_is_no_time_is_read(world, account,
     each.make(1, compression_type=codec, **ANY_TIME)
     send_at(each, [NANOSECONDS], *[VALID] * 20, BROKEN)
     assert each.consume() == (20, 1)
-    account(f"times that are no times, compressed by {codec}", [(0, offset) for offset in range(21)], *each.rows())
+    account(f"invalid timestamps, compressed by {codec}", [(0, offset) for offset in range(21)], *each.rows())
 
 
 def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_others(world, account, capsys):
@@ -517,7 +517,7 @@ def test_such_times_in_transactions_are_read_once_they_are_committed(world, acco
             producer.begin()
         assert world.consume() == (6, 0)
         producer.abort()
-    world.check(account, "times that are no times, in transactions")
+    world.check(account, "invalid timestamps, in transactions")
 
 
 def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
@@ -542,7 +542,7 @@ def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
         for table in (world.options.table, quarantine_of(world.options.table))
     ]
     assert len(arrivals[0]) == 1 and arrivals[0] == arrivals[1]
-    world.check(account, "a batch with times that are no times, repeated")
+    world.check(account, "a batch with invalid timestamps, repeated")
 
 
 def test_data_loss_is_accepted_beside_such_times(world):
@@ -612,7 +612,7 @@ def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(wor
 
 
 def test_records_beside_those_that_fit_into_no_memory_are_read(world, account):
-    """Kafka's consumer decompresses the records behind each one along with it, and batches end where Spark planned."""
+    """Kafka's consumer decompresses the records behind each large one along with it, and batches end where Spark planned."""
     world = world()
     world.make(2, compression_type="producer")
     send_bombs(world, b"[" + b"7," * 60_000_000 + b"7]")
@@ -684,7 +684,7 @@ def test_own_topics_refuse_what_is_large_only_unpacked(broker, silver, run_here)
 
 
 def test_a_topic_is_created_with_as_many_partitions_as_asked_for(broker, run_here):
-    """By options that people know from Kafka's own tools."""
+    """With options that people know from Kafka's own tools."""
     topic = ["--bootstrap-server", broker, "--topic", "with_5_partitions"]
     run = run_here(PRODUCER, *topic, "--create-topic", "--partitions", 5, "--count", 1)
     assert run.returncode == 0 and 'Created the topic "with_5_partitions" with 5 partitions.' in run.stdout

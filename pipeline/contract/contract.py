@@ -41,7 +41,7 @@ class Contract:
 
     `fields`: in the order of the table's columns; records are read fastest if they have their fields in the same order.
     `rules`: reasons to reject a record, each with SQL over the columns and `ingest_time` that is true for such a record. The
-    first rule that is true is the reason.
+    first rule that is true gives the reason.
     """
 
     fields: tuple[Field, ...]
@@ -63,7 +63,7 @@ class Contract:
         for outer in self.fields:
             for inner in self.fields:
                 if inner.path[: len(outer.path)] == outer.path and inner is not outer:
-                    raise ContractError(f"the field {outer.name} has a value, so {inner.name} can't be in it")
+                    raise ContractError(f"the field {outer.name} is a single value, so {inner.name} can't be inside it")
         for reason, sql in self.rules.items():
             if not (isinstance(reason, str) and reason.strip() and isinstance(sql, str)):
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
@@ -94,11 +94,11 @@ class Contract:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """The rules as SQL to embed into other SQL. Each ends with a line break, in case it ends with a comment."""
+        """The rules as SQL to embed into other SQL. A line break follows each rule, in case it ends with a comment."""
         return {reason: f"({sql}\n)" for reason, sql in self.rules.items()}
 
     def check_rules(self, spark: SparkSession) -> None:
-        """Raises ContractError if a rule is not SQL over the columns, or not always the same for the same record."""
+        """Raises ContractError if a rule is not SQL over the columns, or its result can differ for the same record."""
         columns = self.columns | {"ingest_time": "TIMESTAMP"}
         empty = spark.range(0).selectExpr(*(f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in columns.items()))
         for reason, condition in self.conditions.items():
@@ -137,7 +137,7 @@ def add_readings_option(parser: argparse.ArgumentParser) -> None:
         type=location,
         default=str(REPOSITORY / "readings.py"),
         metavar="FILE",
-        help="Python file with the CONTRACT, which the script runs",
+        help="Python file that defines CONTRACT; the script runs it",
     )
 
 

@@ -48,11 +48,11 @@ class Field(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(self.path):
-            raise ContractError(f"the field {self.name!r} needs a name, which does not begin or end with a dot")
+            raise ContractError(f"the field {self.name!r} needs a name that does not begin or end with a dot")
         object.__setattr__(self, "column", self.column or "_".join(self.path))
         if not self.column.isidentifier():
             raise ContractError(
-                f"the field {self.name} can't have the column {self.column!r}, which may have only letters, "
+                f"the field {self.name} can't have the column {self.column!r}: a column name may have only letters, "
                 f'digits and "_"; name another with column="…"'
             )
         if self.column.lower() in RESERVED_COLUMNS:

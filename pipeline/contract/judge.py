@@ -99,7 +99,7 @@ def _computable(condition: str, contract: Contract) -> str:
 # A plain record, which nearly all should be, is an object of the contract's fields, each with its usual JSON and
 # without escapes; optional fields may be absent or null. A single pattern match extracts the values. The pattern for
 # the contract's order is the fastest; the other one accepts any order, and unknown fields. All quantifiers are
-# possessive, because backtracking would be in vain.
+# possessive, because backtracking would never help.
 
 SPACE = r"[ \t\r\n]*+"
 SEPARATOR = "\x01"  # valid JSON contains it only as an escape

@@ -106,9 +106,9 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream
             )
         ):
             return
-        what_follows = "created again" if is_all else f"put back to version {damaged - 1}"
+        what_follows = "recreated" if is_all else f"rolled back to version {damaged - 1}"
         say(
-            f"{problem[0].upper()}{problem[1:]}, perhaps after a power cut. {table} is {what_follows}; the batch is "
+            f"{table} is incomplete, perhaps after a power cut: {problem}. It is {what_follows}; the batch is "
             "rewritten, so nothing is lost."
         )
         (log / "_last_checkpoint").unlink(missing_ok=True)  # only a hint, which may point to a renamed version

@@ -73,7 +73,7 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
 
 
 def _locked_folder(table: str) -> int | None:
-    """Returns the table's folder, opened and locked; -1 if it can't be on this machine, None if another writer has the lock.
+    """Returns the table's folder, opened and locked; -1 if it can't be locked here, None if another writer has the lock.
 
     The lock is on the folder itself and not on a file in it. It is therefore independent of the path by which the table is
     named, requires no write permission, and does not recreate a deleted table. The kernel releases it when the process ends.

@@ -20,16 +20,16 @@ from pyspark.sql import SparkSession
 PROPERTIES = {
     # A stream appends one small file per batch. The files are merged as soon as there are 50 of them.
     "delta.autoOptimize.autoCompact": "true",
-    # Each commit leaves files in _delta_log, which is listed in full at every commit; on a local disk, this takes 15 µs
-    # per file. With a batch every two seconds, two hours of time travel amount to 7,200 files.
-    "delta.logRetentionDuration": "interval 2 hours",
-    "delta.deletedFileRetentionDuration": "interval 2 hours",
 }
+LOG_HISTORY, FILE_HISTORY = "delta.logRetentionDuration", "delta.deletedFileRetentionDuration"
+# Each commit leaves files in _delta_log. On a local disk, every commit lists them all, which takes 15 µs per file; a
+# batch every two seconds makes 7,200 files in two hours. Other stores are listed from the last checkpoint on.
+LOCAL_HISTORY, REMOTE_HISTORY = "2 hours", "7 days"
 # Table properties of this pipeline: the id of the checkpoint whose stream writes the table, and how its records are
 # read (the contract's id and the source's mode).
 WRITER = "pipeline.checkpoint.id"
 NO_WRITER = ""  # the next stream with a new checkpoint takes over the table
-REPLACED = "pipeline.checkpoint.replaced"  # the checkpoint that owned the table before it had no writer
+REPLACED = "pipeline.checkpoint.replaced"  # the checkpoint that owned the table until it lost its writer
 STARTS_AT = "pipeline.source.starts_at"  # where a stream with a new checkpoint starts reading, in the source's format
 CONTRACT = "pipeline.contract.id"
 MODE = "pipeline.source.mode"
@@ -39,13 +39,15 @@ MODE = "pipeline.source.mode"
 class TablePair:
     """The table at the path `table` and its quarantine, with their columns (SQL names and types).
 
-    `origin`: the columns that say where a row came from.
+    `origin`: the columns that say where a row came from. `keep_history`: how long their old versions can be read, such as
+    "7 days"; None leaves existing tables as they are.
     """
 
     table: str
     columns: dict[str, str]
     quarantine_columns: dict[str, str]
     origin: tuple[str, ...]
+    keep_history: str | None = None
 
     @property
     def quarantine(self) -> str:
@@ -61,31 +63,33 @@ class TablePair:
             yield
 
 
-def bronze_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
+def bronze_tables(path: str, contract_columns: dict[str, str], keep_history: str | None = None) -> TablePair:
     return TablePair(
         path,
         contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | {"_rescued_data": "STRING"},
         _quarantine_columns(FILE_ORIGIN),
         ("source_file",),
+        keep_history,
     )
 
 
-def silver_tables(path: str, contract_columns: dict[str, str]) -> TablePair:
+def silver_tables(path: str, contract_columns: dict[str, str], keep_history: str | None = None) -> TablePair:
     columns = (
         contract_columns
         | {"ingest_time": "TIMESTAMP"}
         | KAFKA_ORIGIN
         | {"raw_json": "STRING", "_rescued_data": "STRING"}
     )
-    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN), ("partition", "offset", "kafka_timestamp"))
+    origin = ("partition", "offset", "kafka_timestamp")
+    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN), origin, keep_history)
 
 
 def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:
     return {"reject_reason": "STRING", "raw": "BINARY"} | origin | {"ingest_time": "TIMESTAMP"}
 
 
-def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner: dict[str, str]) -> None:
-    """Creates the Delta table at `path` for the stream named by the properties `owner`, or takes over a table that no longer has a
+def create_table(spark: SparkSession, path: str, columns: dict[str, str], properties: dict[str, str]) -> None:
+    """Creates the Delta table at `path` with these `properties`, among them WRITER, or takes over a table that no longer has a
     writer. Raises PipelineError if the table belongs to another stream.
     """
     files, log = FileSystem(spark, path), f"{path}/_delta_log"
@@ -97,13 +101,14 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], owner:
     # Columns whose minimum and maximum Delta records for each file, so that it can skip files. Each of them takes time
     # to write.
     times = ",".join(f"`{name}`" for name, kind in columns.items() if kind == "TIMESTAMP")
-    for name, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": times} | owner).items():
+    history = history_of(LOCAL_HISTORY if local_path(path) else REMOTE_HISTORY)
+    for name, value in (PROPERTIES | history | {"delta.dataSkippingStatsColumns": times} | properties).items():
         table = table.property(name, value)
     table.execute()
     writer = (properties_of(spark, path) or {}).get(WRITER)
     if writer == NO_WRITER:
-        set_properties(spark, path, owner)
-    elif writer != owner[WRITER]:
+        set_properties(spark, path, properties)
+    elif writer != properties[WRITER]:
         raise PipelineError(
             f"Another stream has created the table {path} in the meantime. Give this one a --table and a "
             f"--checkpoint of its own."
@@ -139,10 +144,15 @@ def clean_up(spark: SparkSession, path: str) -> None:
     remove_old_log_entries(spark, path)
 
 
+def history_of(duration: str | None) -> dict[str, str]:
+    """Delta's properties for a table whose old versions can be read for `duration`, such as "7 days"; {} for None."""
+    return dict.fromkeys((LOG_HISTORY, FILE_HISTORY), f"interval {duration}") if duration else {}
+
+
 def time_travel(spark: SparkSession, path: str) -> str:
     """How far back the table at `path` can be read, for example "2 hours"."""
     properties = properties_of(spark, path) or {}
-    return properties.get("delta.deletedFileRetentionDuration", "interval 1 week").removeprefix("interval ")
+    return properties.get(FILE_HISTORY, "interval 1 week").removeprefix("interval ")
 
 
 def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:

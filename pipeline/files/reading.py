@@ -19,11 +19,12 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
-# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
-# either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
+LINE_BYTES = 50  # the least that a line of a .gz counts as: each takes time, and a few kB may hold millions of them
 SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # compression never shrinks JSON to a thousandth of its size
 MAX_DEPTH = 200
 MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill memory
+# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
+# either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(MAX_DEPTH), "")
 ELEMENT = rf'\G[\[,]\s*+([\[{{]{_INNER}[\]}}]|{_TEXT}|[^\[\]{{}}",\s]++)\s*+'
@@ -125,7 +126,7 @@ def find_multiline(spark: SparkSession, files: list[Row], quarantine: str) -> li
     paths = [
         file.path
         for file in files
-        if file.path in suspected and unpacked_size(spark, file, MAX_RECORD_BYTES) <= MAX_RECORD_BYTES
+        if file.path in suspected and unpacked_size(spark, file, MAX_RECORD_BYTES)[0] <= MAX_RECORD_BYTES
     ]
     if not paths:
         return []
@@ -190,7 +191,8 @@ def find_unreadable(
     text_options: dict[str, Any],
 ) -> None:
     """Adds those of `files` that can't be read because of their own content to `faults`, by path, and names them on stderr: a
-    broken .gz, one that expands to more than `max_unpacked` bytes, or a line too large for memory.
+    broken .gz, one that expands to more than `max_unpacked` bytes (a line counts as at least LINE_BYTES), or a line too large
+    for memory.
 
     `careful`: also checks small .gz files, after Spark has failed to read the files. Raises SourceAwayError if a file can't be
     read for another reason.
@@ -199,9 +201,12 @@ def find_unreadable(
     for file in files:
         if file.path not in faults:
             try:
-                sizes[file.path] = unpacked_size(spark, file, max_unpacked, careful)
-                if file.path.lower().endswith(".gz") and sizes[file.path] > max_unpacked:
-                    found[file.path] = f"it unpacks to more than {max_unpacked // 10**6:,} MB (see --max-unpacked)"
+                sizes[file.path], line_count = unpacked_size(spark, file, max_unpacked, careful)
+                if file.path.lower().endswith(".gz") and max(sizes[file.path], line_count * LINE_BYTES) > max_unpacked:
+                    found[file.path] = (
+                        f"it unpacks to more than {max_unpacked // 10**6:,} MB or {max_unpacked // LINE_BYTES:,} lines "
+                        "(see --max-unpacked)"
+                    )
             except BrokenFileError as error:
                 found[file.path] = str(error)
             if is_sparse(file):
@@ -224,9 +229,9 @@ def find_unreadable(
     faults |= found
 
 
-def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = False) -> int:
-    """The uncompressed size of `file` in bytes, or `limit` + 1 if it is larger. Unless `exactly`, returns the compressed size of
-    a .gz that is small in any case.
+def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = False) -> tuple[int, int]:
+    """The uncompressed size of `file` in bytes, or `limit` + 1 if it is larger, and the number of lines in it if it is a .gz.
+    Unless `exactly`, returns the compressed size of a .gz that is small in any case.
 
     Raises BrokenFileError for a broken .gz, and SourceAwayError for a file that can't be read.
     """
@@ -237,7 +242,7 @@ def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = Fa
         or file.length * 1032 <= MAX_RECORD_BYTES
         and not exactly
     ):
-        return file.length
+        return file.length, 0
     try:
         return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path, limit)
     except Py4JJavaError as error:

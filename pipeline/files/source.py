@@ -99,7 +99,7 @@ class FileSource(Source):
         return self.read(batch.sparkSession, files, self.faults, self.max_unpacked, careful=True)
 
     def _name_gone(self, spark: SparkSession, paths: list[str]) -> None:
-        """Names those of `paths` that have disappeared. Raises SourceAwayError if a local folder of theirs is empty, because its disk
+        """Names those of `paths` that have disappeared. Raises SourceAwayError if one of their local folders is empty, because its disk
         may not be mounted, or if a file has come back since Spark listed the batch.
         """
         missing = [path for path in paths if path not in self.listed]

@@ -140,7 +140,7 @@ class TakenFiles:
         """Reports each of these drafts once, as about to be archived unread."""
         self._name(
             paths,
-            'is a draft and not read, but --archive moves it: Spark does not skip a folder with "=" in its name. '
+            'is a draft and is not read, but --archive moves it: Spark does not skip a folder with "=" in its name. '
             "Rename the folder.",
         )
 

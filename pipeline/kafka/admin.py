@@ -25,7 +25,7 @@ class Admin(KafkaAdminClient):  # type: ignore[misc]  # kafka-python has no type
 
     def messages(self, leader: int, topic: str, partition: int, offset: int) -> bytes:
         """Returns raw record batches, beginning with the batch that contains `offset`: about 1 MB, or a single larger batch, and part
-        of the next. No client exposes them, and all of them decompress (3.0.12).
+        of the next. No client exposes them; all clients decompress them (3.0.12).
         """
         part = FetchRequest.FetchTopic.FetchPartition(
             partition=partition,

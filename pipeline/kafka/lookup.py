@@ -24,7 +24,7 @@ MAX_LOOKUP_SECONDS = 2  # for looking up a single record
 MAX_WAIT_SECONDS = 10  # for looking up a few records at startup
 # Limit for a record including its headers, where a closer measurement would require unpacking it.
 MAX_MESSAGE_RECORD_BYTES = 2 * MAX_RECORD_BYTES
-# Options of a consumer that unpacks a record only on request, and nothing of the next message.
+# Options of a consumer that unpacks a record only on request, and no part of the next message.
 ONE_BY_ONE = {"kafka.max.poll.records": 1, "kafka.max.partition.fetch.bytes": 1}
 SEVERAL = {"kafka.max.poll.records": 500}
 OF_TASK = 20_000  # offsets

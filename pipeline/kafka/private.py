@@ -78,7 +78,7 @@ def kafka_records(
         )
         for partition, begin, end in ranges
     ]
-    # Spark keeps consumers for other readings by the name of their group; these have options of their own.
+    # Spark keeps consumers for later reads by their group's name; these have options of their own.
     group = f"pipeline-lookup-{uuid.uuid4()}"
     params = kafka.KafkaSourceProvider.kafkaParamsForExecutors(
         java.org.apache.spark.api.python.PythonUtils.toScalaMap(_settings(spark, options)), group

@@ -45,7 +45,7 @@ def read_properties(path: str) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a properties file in UTF-8"
         raise PipelineError(
-            f"The Kafka properties {path} can't be read: {reason}. Its lines have the form name=value."
+            f"The Kafka properties file {path} can't be read: {reason}. Its lines have the form name=value."
         ) from None
 
 
@@ -93,7 +93,7 @@ def check_security(properties: dict[str, str]) -> None:
             raise PipelineError(
                 f"The Kafka property {name} is not supported by both clients (Java's and kafka-python). "
                 + (f"Did you mean {similar[0]}? " if similar else "")
-                + f"They know {', '.join(SECURITY_NAMES)}."
+                + f"Both support {', '.join(SECURITY_NAMES)}."
             )
     protocol = security_protocol(properties)
     if protocol not in PROTOCOLS:
@@ -102,7 +102,7 @@ def check_security(properties: dict[str, str]) -> None:
         if user not in protocol and (unused := sorted(properties.keys() & set(names))):
             raise PipelineError(
                 f"The Kafka property {unused[0]} does nothing while security.protocol is {protocol}. Set "
-                f"security.protocol to {' or '.join(each for each in PROTOCOLS if user in each)}, or leave it out."
+                f"security.protocol to {' or '.join(each for each in PROTOCOLS if user in each)}, or remove {unused[0]}."
             )
     mechanisms = (*USER_AND_PASSWORD, "GSSAPI")
     if "SASL" in protocol and properties.get("sasl.mechanism") not in mechanisms:
@@ -126,7 +126,7 @@ def _as_type_of(default: object, value: str, name: str) -> Any:
 
 
 def _user_and_password(jaas: str) -> dict[str, str]:
-    """Extracts them from `sasl.jaas.config`: a login module with username="…" and password="…"; a backslash escapes."""
+    """Extracts user and password from `sasl.jaas.config`: a login module with username="…" and password="…"; a backslash escapes."""
     found = {
         name: re.sub(r"\\(.)", r"\1", text)
         for name, text in re.findall(r'\b(username|password)\s*=\s*"((?:[^"\\]|\\.)*)"', jaas)

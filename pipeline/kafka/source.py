@@ -304,7 +304,7 @@ class KafkaSource(Source):
             time.sleep(0.5)
 
     def require_unchanged(self, spark: SparkSession, identity: dict[str, str]) -> None:
-        """Compares the topic, and the last record of each partition read before this batch with the one that Kafka has now."""
+        """Compares the topic, and the last record of each partition read before this batch, with those that Kafka has now."""
         # An empty identity (deleted, or no permission to ask) does not count as a different one.
         if (now := self.identity()) and identity and now != identity:
             raise PipelineError(
@@ -357,7 +357,7 @@ class KafkaSource(Source):
         {} if none has.
 
         Other records are recognised by their values. With read_committed, any record between the last one read and the next
-        offset is another one, too. Raises PipelineError if the loss is not accepted.
+        offset is also a different one. Raises PipelineError if the loss is not accepted.
         """
         with self._asking():
             first, end = self.topic.beginning(), self.topic.end()
@@ -395,7 +395,7 @@ class KafkaSource(Source):
             for partition, place in places.items()
         )
         self._lose(
-            f"Kafka has lost records of {self.topic} that were already read, and has, or will have, others there: "
+            f"Kafka has lost records of {self.topic} that were already read, and has, or will have, others in their place: "
             f"{lost}. Perhaps an older copy of its data was restored.",
             "the new records are read, too",
             is_accepted=not self.has_started,
@@ -520,7 +520,7 @@ class KafkaSource(Source):
                 warn(
                     f"Kafka does not accept the stream's offsets ({type(error).__name__}), so its tools can't show the lag of the "
                     f"group {self.group}. The stream continues without this. It needs permission to read that "
-                    "group, which must have no other member; --group-id names another one."
+                    "group, which must have no other member; --group-id names another group."
                 )
             self.has_warned = True
         lag = {partition: max(0, offset - end.get(partition, offset)) for partition, offset in latest.items()}

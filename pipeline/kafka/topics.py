@@ -124,7 +124,7 @@ class Topic(Broker):
                 [topic] = admin.describe_topics([self.name])
                 if any(partition["leader_id"] < 0 for partition in topic["partitions"]):
                     raise NoBrokerError(f"The broker of some partitions of {self} is down.")
-                # Asks each leader itself: the cluster may not know yet that one can't be reached, or not from here.
+                # Asks each leader itself: the cluster may not know yet that one is down, or can't be reached from here.
                 partitions = [
                     TopicPartition(self.name, partition["partition_index"]) for partition in topic["partitions"]
                 ]

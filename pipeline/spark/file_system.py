@@ -53,21 +53,22 @@ class FileSystem:
         with self._open(path) as content:
             return self._java.org.apache.commons.io.IOUtils.toString(content, "UTF-8")
 
-    def unpacked_size(self, path: str, limit: int) -> int:
-        """The uncompressed size of a .gz file in bytes, as Spark reads it, or `limit` + 1 if it is larger.
+    def unpacked_size(self, path: str, limit: int) -> tuple[int, int]:
+        """The uncompressed size of a .gz file in bytes, as Spark reads it, or `limit` + 1 if it is larger, and the number of
+        lines in it.
 
         Raises BrokenFileError if it can't be decompressed, and Py4JJavaError if it can't be read.
         """
-        hadoop, io = self._java.org.apache.hadoop, self._java.org.apache.commons.io
+        hadoop, io = self._java.org.apache.hadoop, self._java.java.io
         codec = hadoop.io.compress.CompressionCodecFactory(self._files.getConf()).getCodec(self._path(path))
         with self._open(path) as content:
-            # It recognises its own errors: those of the disk, the store and the network. Any other error comes from
+            # This stream recognises its own errors: those of the disk, the store and the network. Any other error comes from
             # decompression.
-            packed = io.input.TaggedInputStream(content)
+            packed = self._java.org.apache.commons.io.input.TaggedInputStream(content)
             try:
-                return io.IOUtils.copyLarge(
-                    codec.createInputStream(packed), io.output.NullOutputStream.INSTANCE, 0, limit + 1
-                )
+                bytes_of = io.InputStreamReader(codec.createInputStream(packed), "ISO_8859_1")  # one character per byte
+                lines = io.LineNumberReader(bytes_of)
+                return lines.skip(limit + 1), lines.getLineNumber()
             except Py4JJavaError as error:
                 # Hadoop turns a disk error into a Java Error, which is not an IOException.
                 is_io = self._java.java.lang.Class.forName("java.io.IOException").isInstance

@@ -119,7 +119,7 @@ def spark_jars(*coordinates: str) -> list[str]:
 def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> list[str]:
     """The paths of the jars of Maven `coordinates` and of their dependencies, except the artifacts named in `without`.
 
-    The first call says so and downloads them into `cache_folder()` with the Ivy that comes with pyspark, and checks them
+    The first call downloads them into `cache_folder()` with the Ivy that comes with pyspark, and says so. It checks them
     against `SUMS`. Later calls use a list stored beside them. Raises PipelineError if a jar can't be downloaded, or is not the
     expected one.
     """

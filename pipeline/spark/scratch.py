@@ -16,7 +16,7 @@ def scratch_folder() -> str:
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _lock(left):
             shutil.rmtree(left, ignore_errors=True)
-    # Under its final name, another start could remove it before it is locked.
+    # Under its final name, it could be removed by another start before it is locked.
     draft = Path(tempfile.mkdtemp(prefix="new-"))
     _lock(draft)
     folder = draft.rename(draft.with_name(f"{PREFIX}{draft.name}"))

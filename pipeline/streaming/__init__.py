@@ -1,1 +1,1 @@
-"""Running a stream: the interface of a source, the checks of a start, the checkpoint, the writing of batches, metrics."""
+"""Running a stream: the interface of a source, the checks at startup, the checkpoint, the writing of batches, metrics."""

@@ -12,7 +12,7 @@ from pipeline.terminal.messages import say
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
 CLIENT_SECONDS = 10  # a client that connects and sends no request must not occupy a thread for longer
-SILENT_SECONDS = 60  # a query that has not answered for so long counts as not running
+SILENT_SECONDS = 60  # a query that has not answered for this long counts as not running
 
 
 class Metrics(NoMetrics):

@@ -1,6 +1,6 @@
 """Private APIs of Spark's streaming engine: the query behind a micro-batch, and the files of a checkpoint.
 
-Without them, a batch knows neither which query it belongs to nor when it was planned, and could not be recognised after
+Without them, a batch would know neither which query it belongs to nor when it was planned, and could not be recognised after
 a crash; and a start could not tell whether the tables have the batches that the checkpoint counts as done.
 """
 
@@ -46,7 +46,7 @@ def batch_time_ms(batch: DataFrame) -> int:
 
 
 def damaged_message(path: str, reason: str) -> str:
-    return f"The checkpoint {path} is damaged: {reason}. Put back a backup of it and of its tables, or {READ_AGAIN}."
+    return f"The checkpoint {path} is damaged: {reason}. Restore it and its tables from a backup, or {READ_AGAIN}."
 
 
 class Checkpoint:
@@ -186,7 +186,9 @@ class Checkpoint:
         """Renames the checkpoint, so that the stream starts over, and returns its new path."""
         aside = f"{self.path}.{time.strftime('%Y%m%dT%H%M%S')}"
         if not self.files.rename(self.path, aside):
-            raise PipelineError(f"The checkpoint {self.path} could not be renamed to {aside}. Do so, then start again.")
+            raise PipelineError(
+                f"The checkpoint {self.path} could not be renamed to {aside}. Rename it, then start again."
+            )
         return aside
 
 

@@ -36,7 +36,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when everything available has been read
 MAX_FAILURES = 3  # in a row, each after waiting for the source
-# If a query has run this long without records, its next failure no longer counts as one in a row.
+# If a query has run this long without records, its next failure is counted as the first in a row.
 RECOVERED_SECONDS = 600
 MAX_SET_BACK_SECONDS = 10  # tolerated backward step of the clock in seconds; Spark idles until it has caught up
 
@@ -71,10 +71,17 @@ def add_stream_options(parser: argparse.ArgumentParser, table: str, trigger: str
         "--once", "--available-now", action="store_true", help="process everything available, then exit"
     )
     parser.add_argument(
+        "--keep-history",
+        type=_history,
+        metavar='"N days"',
+        help="how long old versions of both tables, and deleted rows, can still be read (default: an existing table is left as it is; "
+        "a new one keeps 2 hours on a local disk, where each commit lists the whole log, and 7 days in other stores)",
+    )
+    parser.add_argument(
         "--metrics-port",
         type=port_number,
         metavar="N",
-        help="serve Prometheus' metrics at http://HOST:N/metrics, and /healthz",
+        help="serve Prometheus metrics at http://HOST:N/metrics, and /healthz",
     )
     parser.add_argument("--metrics-host", metavar="HOST", default="127.0.0.1", help="address to serve the metrics on")
 
@@ -91,6 +98,12 @@ def parse_stream_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def _interval(value: str) -> str:
     if not re.fullmatch(r"\d{1,9} (millisecond|second|minute|hour)s?", value):
         raise argparse.ArgumentTypeError(f'{value!r} is not an interval such as "5 seconds" or "1 minute"')
+    return value
+
+
+def _history(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,4} (hour|day|week)s?", value):
+        raise argparse.ArgumentTypeError(f'{value!r} is not a duration such as "12 hours" or "7 days"')
     return value
 
 
@@ -162,7 +175,7 @@ def run_until_stopped(
                 failures = 1 if batches or time.monotonic() - began > RECOVERED_SECONDS else failures + 1
                 if failures > MAX_FAILURES:
                     raise PipelineError(
-                        f"{source} failed {failures} times in a row, though it answers in between: "
+                        f"{source} failed {failures} times in a row, though it answered in between: "
                         f"{first_line(root_cause(error))}. {NEXT_START}".replace("the", "The", 1)
                     ) from error
                 source.wait_until_available(error, stopping)

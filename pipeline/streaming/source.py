@@ -51,11 +51,11 @@ class Source:
         return None
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
-        """Returns the note about the last records read to keep after a batch, given the observed `last_records`."""
+        """Returns the note to keep after a batch about the last records read, given the observed `last_records`."""
         return last_records
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
-        """Returns the records to quarantine when the second reading of a batch has accepted other records than the first.
+        """Returns the records to quarantine when the second reading of a batch has accepted different records.
 
         `judged`: the records of the second reading, as returned by `parse`. `written`: the origins of the records that are already
         in one of the tables, with the reject_reason of those in the quarantine; a source that `knows_records` leaves these out.

@@ -22,6 +22,7 @@ from pipeline.delta.tables import (
     WRITER,
     TablePair,
     add_missing_columns,
+    history_of,
     properties_of,
     set_properties,
 )
@@ -75,7 +76,7 @@ def require_separate_places(options: argparse.Namespace) -> None:
             is_table = str(table) in ours or (table / "_delta_log").is_dir()
             if is_table and inner.relative_to(table).parts[0][0] not in "._":  # VACUUM leaves such names alone
                 raise PipelineError(
-                    f"--{option} {place} must not be in the table {table}, whose clean-up deletes other files. "
+                    f"--{option} {place} must not be in the table {table}, whose clean-up would delete it. "
                     f"Name another place."
                 )
 
@@ -135,6 +136,8 @@ def check_start(
     source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
     if written_from:
         _fit_table(spark, checkpoint, tables, written_from, start)
+    if of_quarantine := properties[tables.quarantine]:
+        _set_changed(spark, tables.quarantine, of_quarantine, history_of(tables.keep_history))
     return replace(start, checkpoint=checkpoint)
 
 
@@ -248,7 +251,7 @@ def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
     _, damage = commits.damage()
     if damage:
         raise PipelineError(
-            f"The table {commits.table} is damaged: {damage}. Put back a backup of it and of its checkpoint, or "
+            f"The table {commits.table} is damaged: {damage}. Restore it and its checkpoint from a backup, or "
             f"{READ_AGAIN}."
         )
     note = checkpoint.last_batch()
@@ -295,6 +298,12 @@ def _fit_table(
             f"{start.read_by[MODE]}). Run it once as before (--readings FILE --once), then as now."
         )
     add_missing_columns(spark, tables.table, tables.columns)
-    known = start.identity | properties | start.read_by  # an earlier start may not have known the identity
-    if changed := {name: value for name, value in known.items() if properties.get(name) != value}:
-        set_properties(spark, tables.table, changed)
+    # An earlier start may not have known the identity.
+    wanted = start.identity | properties | start.read_by | history_of(tables.keep_history)
+    _set_changed(spark, tables.table, properties, wanted)
+
+
+def _set_changed(spark: SparkSession, table: str, properties: dict[str, str], wanted: dict[str, str]) -> None:
+    """Sets those of the `wanted` properties that differ from the table's `properties`."""
+    if changed := {name: value for name, value in wanted.items() if properties.get(name) != value}:
+        set_properties(spark, table, changed)

@@ -7,7 +7,7 @@ from pipeline.contract.contract import Contract
 from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.private import compact_own_files, version_and_last_batch
-from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table
+from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of
 from pipeline.spark.private import code_generation, dataframe_of, number_of_tasks, observed
 from pipeline.streaming.source import Backlog, Source
 from pipeline.streaming.start import Start, in_use_message, require_same_contents
@@ -97,10 +97,10 @@ class TableWriter:
         end = checkpoint.end_of(number)
         checkpoint.sync(number, end)
         if number == 0:
-            owner = {WRITER: stream} | self.start.identity
-            create_table(spark, tables.quarantine, tables.quarantine_columns, owner)
+            properties = {WRITER: stream} | self.start.identity | history_of(tables.keep_history)
+            create_table(spark, tables.quarantine, tables.quarantine_columns, properties)
             # Created last, so that nothing counts as written until this table names the stream.
-            create_table(spark, tables.table, tables.columns, owner | self.start.read_by)
+            create_table(spark, tables.table, tables.columns, properties | self.start.read_by)
             checkpoint.write_last_batch({"versions": self._synced_versions(spark, stream)})
         contents = self.source.contents(batch, end)
         version, last_batch = version_and_last_batch(spark, tables.table, stream)

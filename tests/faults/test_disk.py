@@ -135,5 +135,5 @@ def test_a_full_and_a_closed_disk_stop_the_job_with_a_message_and_all_is_there_a
     run = run_script(*command)
     assert (run.returncode, run.stderr) == (0, "")
     in_topic, *arrived = origins(spark, broker, options)
-    account("a disk that is full, twice", in_topic, *arrived)
+    account("a full disk, twice", in_topic, *arrived)
     assert len(in_topic) == 80_000 + delivered

@@ -123,7 +123,7 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     old = [("the old topic", *origin[1:]) for origin in accepted + rejected]
     new = [list((Counter(now) - Counter(before)).elements()) for now, before in zip(arrived, (accepted, rejected))]
     account(
-        "the topic deleted and made again, --accept-data-loss",
+        "the topic deleted and recreated, --accept-data-loss",
         old + in_topic,
         old[: len(accepted)] + new[0],
         old[len(accepted) :] + new[1],

@@ -30,7 +30,7 @@ NOW = 1_795_891_000_000
 
 
 def records(*numbers: int) -> dict[int, bytes]:
-    """A record for each number, broken if the number is divisible by 4. It is also sent as the Kafka timestamp."""
+    """A record for each number, broken if the number is divisible by 4. The number is also sent as the Kafka timestamp."""
     return {number: reading(device_id=f"sensor-{number}") if number % 4 else b"%d" % number for number in numbers}
 
 
@@ -101,7 +101,7 @@ def test_a_log_that_lost_its_tail_stops_the_job_and_what_it_has_instead_is_read_
 ):
     world = read_hundred
     rewrite(world, log, [*range(1000, 1050), *range(2000, 2010)])
-    lost = f"and has, or will have, others there: partition 0 offsets {place} to 99. .*"
+    lost = f"and has, or will have, others in their place: partition 0 offsets {place} to 99. .*"
     with pytest.raises(
         PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss the new records are read, too"
     ):

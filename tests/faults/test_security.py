@@ -375,7 +375,7 @@ def test_a_config_file_that_cannot_be_read_is_said(tmp_path, run_here):
     run = run_here(PRODUCER, "--kafka-config", tmp_path / "none")
     assert (run.returncode, run.stderr) == (
         1,
-        f"error: The Kafka properties {tmp_path}/none can't be read: No such file or "
+        f"error: The Kafka properties file {tmp_path}/none can't be read: No such file or "
         f"directory. Its lines have the form name=value.\n",
     )
 

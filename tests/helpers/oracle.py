@@ -1,4 +1,4 @@
-"""An independent reference in plain Python for how a record is read by a contract, and with which values.
+"""An independent reference in plain Python for how a record is read under a contract, and which values it has.
 
 It shares the field types and their parameters with the code under test, but none of the code that reads records.
 """

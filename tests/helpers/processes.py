@@ -79,7 +79,7 @@ class Script:
 
 
 def run_script(name: str, *arguments, prefix: Iterable = (), **options) -> subprocess.CompletedProcess:
-    """Runs a script to its end, if given under the command `prefix`; returns its exit code, stdout and stderr."""
+    """Runs a script to its end, optionally under the command `prefix`; returns its exit code, stdout and stderr."""
     return subprocess.run(
         [*prefix, sys.executable, str(REPOSITORY / name), *map(str, arguments)],
         capture_output=True,

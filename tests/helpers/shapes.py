@@ -1,4 +1,4 @@
-"""Records of any size that are hard for a reader that somewhere takes quadratic time, or memory for every part."""
+"""Records of any size that are hard on a reader that takes quadratic time anywhere, or memory for every part."""
 
 import itertools
 import random

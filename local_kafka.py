@@ -3,13 +3,14 @@
 All KAFKA_… and ZOOKEEPER_… settings come from docker-compose.yml, and so does the version (Confluent 7.9 is Kafka 3.9).
 The first start downloads Kafka with the Ivy that comes with pyspark; only Java is required. The script says when Kafka is
 ready, and restarts a server that has died. Ctrl+C stops Kafka, then ZooKeeper. Topics and messages are kept in --data-dir
-for the next start.
+for the next start. A second Kafka needs a --port and a --data-dir of its own.
 
     python3 local_kafka.py
     python3 local_kafka.py --port 9093 --data-dir ~/kafka-9093
 """
 
 import argparse
+import fcntl
 import os
 import re
 import shlex
@@ -39,6 +40,8 @@ ZOOKEEPER_PROPERTIES = {
     "CLIENT_PORT": "clientPort",
     "TICK_TIME": "tickTime",
     "ADMIN_ENABLE_SERVER": "admin.enableServer",
+    "AUTOPURGE_SNAP_RETAIN_COUNT": "autopurge.snapRetainCount",
+    "AUTOPURGE_PURGE_INTERVAL": "autopurge.purgeInterval",
 }
 # A broker that was killed is turned away until ZooKeeper considers it dead, which takes several starts.
 MAX_RESTARTS_PER_MINUTE = 8
@@ -50,20 +53,21 @@ def main() -> None:
     options = parse_options()
     has_no_end()
     services = yaml.safe_load(COMPOSE_FILE.read_text(encoding="utf-8"))["services"]
-    if not is_free(options.port):
-        raise PipelineError(
-            f"Port {options.port} is in use, perhaps by a Kafka that is already running. "
-            f"Stop it, or choose another with --port."
-        )
     if "," in options.data_dir:
         raise PipelineError(
             f"Kafka can't use a folder with a comma in its path: choose a --data-dir other than {options.data_dir}."
         )
     os.makedirs(options.data_dir, exist_ok=True)
     require_own(options.data_dir, "--data-dir")
+    lock_file = lock_folder(options)
+    if not is_free(options.port):
+        raise PipelineError(
+            f"Port {options.port} is in use, perhaps by a Kafka that is already running. "
+            f"Stop it, or choose another port with --port, and a --data-dir of its own."
+        )
     jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
     java = [find_java().path, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", os.pathsep.join(jars)]
-    zookeeper_port, docker_port = free_ports(2)
+    [zookeeper_port] = free_ports(1)
     environment = services["zookeeper"]["environment"]
     stopping = StopFlag()
     on_stop_signal(stopping.set)
@@ -73,12 +77,13 @@ def main() -> None:
         environment,
         zookeeper_properties(environment, zookeeper_port, options.data_dir),
         options.data_dir,
+        lock_file,
     ) as zookeeper:
         while is_free(zookeeper_port) and not stopping.wait(0.2):
             zookeeper.keep_running()
         environment = services["kafka"]["environment"]
-        properties = kafka_properties(environment, options.port, docker_port, zookeeper_port, options.data_dir)
-        with Server("Kafka", [*java, "kafka.Kafka"], environment, properties, options.data_dir) as kafka:
+        properties = kafka_properties(environment, options.port, zookeeper_port, options.data_dir)
+        with Server("Kafka", [*java, "kafka.Kafka"], environment, properties, options.data_dir, lock_file) as kafka:
             while not answers(options.port) and not stopping.wait(0.2):
                 kafka.keep_running()
             if not stopping.is_set():
@@ -103,6 +108,22 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def lock_folder(options: argparse.Namespace) -> int:
+    """Locks the data folder and returns the file that has the lock. The servers inherit it, so that they keep the lock even if
+    this script is killed. Raises PipelineError if another Kafka has it.
+    """
+    file = os.open(place := Path(options.data_dir, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PipelineError(
+            f"The local Kafka on {place.read_text() or 'this machine'} is using {options.data_dir}. Use it, stop it, or "
+            f"start a second one with a --port and a --data-dir of its own."
+        ) from None
+    place.write_text(f"localhost:{options.port}")
+    return file
+
+
 def kafka_version(image: str) -> str:
     """The version of Apache Kafka inside a Confluent image ("confluentinc/cp-kafka:7.9.1")."""
     version = re.search(r":(\d+\.\d+)", image)
@@ -117,43 +138,50 @@ def kafka_version(image: str) -> str:
 def zookeeper_properties(environment: dict, port: int, data_dir: str) -> dict[str, object]:
     """ZooKeeper's properties from the service's environment, with this machine's port and folder."""
     settings = {
-        ZOOKEEPER_PROPERTIES[name.removeprefix("ZOOKEEPER_")]: value
-        for name, value in environment.items()
-        if name.startswith("ZOOKEEPER_")
+        name.removeprefix("ZOOKEEPER_"): value for name, value in environment.items() if name.startswith("ZOOKEEPER_")
     }
+    if unknown := settings.keys() - ZOOKEEPER_PROPERTIES.keys():
+        raise PipelineError(
+            f"{COMPOSE_FILE.name} has ZOOKEEPER_{min(unknown)}, which local_kafka.py does not know. Add it to "
+            f"ZOOKEEPER_PROPERTIES."
+        )
+    settings = {ZOOKEEPER_PROPERTIES[name]: value for name, value in settings.items()}
     return settings | {"clientPort": port, "clientPortAddress": "127.0.0.1", "dataDir": f"{data_dir}/zookeeper"}
 
 
-def kafka_properties(
-    environment: dict, port: int, docker_port: int, zookeeper_port: int, data_dir: str
-) -> dict[str, object]:
+def kafka_properties(environment: dict, port: int, zookeeper_port: int, data_dir: str) -> dict[str, object]:
     """Kafka's properties from the service's environment, as the image makes them: KAFKA_BROKER_ID is broker.id.
 
-    Host names of containers and 0.0.0.0 become localhost, and ports those of this machine.
+    Host names of containers and 0.0.0.0 become localhost. Port 9092 becomes `port`, and each other one a free port.
     """
+    signs = {"_": ".", "__": "_", "___": "-"}
     settings = {
-        name.removeprefix("KAFKA_").lower().replace("_", "."): value
+        re.sub("_{1,3}", lambda match: signs[match[0]], name.removeprefix("KAFKA_").lower()): value
         for name, value in environment.items()
         if name.startswith("KAFKA_") and not name.endswith("_OPTS")
     }
-    for name in ("listeners", "advertised.listeners"):
-        settings[name] = re.sub(
-            r"//[^:]*:(\d+)", lambda match: f"//localhost:{port if match[1] == '9092' else docker_port}", settings[name]
-        )
+    listeners = [name for name in ("listeners", "advertised.listeners") if name in settings]
+    others = sorted({found for name in listeners for found in re.findall(r":(\d+)", settings[name])} - {"9092"})
+    ports = {"9092": port} | dict(zip(others, free_ports(len(others))))
+    for name in listeners:
+        settings[name] = re.sub(r"//[^:]*:(\d+)", lambda match: f"//localhost:{ports[match[1]]}", settings[name])
     return settings | {"zookeeper.connect": f"localhost:{zookeeper_port}", "log.dirs": f"{data_dir}/kafka"}
 
 
 class Server:
     """A Java server, run as a process inside a `with` block, with its properties in DATA_DIR/name.properties and its log in
-    DATA_DIR/name.log."""
+    DATA_DIR/name.log. It inherits the open `lock_file`.
+    """
 
-    def __init__(self, name: str, command: list[str], environment: dict, properties: dict, data_dir: str):
-        self.name = name
+    def __init__(
+        self, name: str, command: list[str], environment: dict, properties: dict, data_dir: str, lock_file: int
+    ):
+        self.name, self.lock_file = name, lock_file
         self.log = Path(data_dir, f"{name.lower()}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         settings = self.log.with_suffix(".properties")
         settings.write_text(javaproperties.dumps({key: str(value) for key, value in properties.items()}))
-        self.command = [command[0], *shlex.split(environment["KAFKA_HEAP_OPTS"]), *command[1:], str(settings)]
+        self.command = [command[0], *shlex.split(environment.get("KAFKA_HEAP_OPTS", "")), *command[1:], str(settings)]
         self.ends: list[float] = []  # when the server ended, within the last minute
         self.log_begins = 0  # bytes of the log written by earlier starts
         self.process = self._start()
@@ -163,7 +191,9 @@ class Server:
             self.log_begins = output.tell()
             # A session of its own, so that Ctrl+C in the terminal reaches only this script, which stops the servers in
             # order.
-            return subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[self.lock_file]
+            )
 
     def keep_running(self) -> None:
         """Starts it again if it has ended, as `restart: on-failure` does; PipelineError if it can't stay up."""

@@ -169,7 +169,7 @@ def test_a_folder_that_others_could_change_is_trusted_with_nothing(tmp_path, mon
                 require_own(folder, "--data-dir")
     require_own(own, "--data-dir")
     monkeypatch.setenv("PIPELINE_CACHE", str(open_folder))
-    with pytest.raises(PipelineError, match="open can be changed by every user of this machine.* PIPELINE_CACHE"):
+    with pytest.raises(PipelineError, match="open can be changed by any user of this machine.* PIPELINE_CACHE"):
         cache_folder()
 
 

@@ -15,9 +15,9 @@ from pipeline.contract.private import attempt
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-# Large records are first read as a single variant, which is null if a name occurs twice at any depth. A map of
-# everything that a record may repeat would fill memory, and to find duplicates, Spark compares each name with all
-# others that have the same hash.
+# Large records are first read as a single variant, which is null if a name occurs twice at any depth. A map would hold
+# every repetition of a name and fill memory, and to find duplicates, Spark compares each name with all others that have
+# the same hash.
 IS_SMALL = "octet_length(raw) < 10000"
 MAX_NAMED_FIELDS = 20  # names of a record's unknown fields that are reported; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"

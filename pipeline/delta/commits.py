@@ -67,7 +67,10 @@ class Commits:
             if actions is None and version < self.newest:  # removed by a clean-up, like all earlier ones
                 break
             if not actions:
-                found = version, f"entry {version} of its log is {'missing' if actions is None else 'empty or cut'}"
+                found = (
+                    version,
+                    f"entry {version} of its log is {'missing' if actions is None else 'empty or truncated'}",
+                )
             removed |= {action["remove"]["path"] for action in actions or () if "remove" in action}
             for add in (action["add"] for action in actions or () if "add" in action):
                 path = self.path(add["path"])

@@ -125,7 +125,7 @@ class RecordLookup:
 
         `one_by_one`: how many offsets before each of them, and before the end, are read one record at a time from now on.
         """
-        say(f"A record of {self.topic} doesn't fit into memory. The batch is searched for such records …")
+        say(f"A record of {self.topic} doesn't fit into memory. Searching the batch for such records …")
         self._one_by_one = one_by_one
         self._gaps = []
         forget_fetched_records(spark, and_consumers=True)

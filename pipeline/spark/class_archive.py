@@ -48,7 +48,7 @@ def _short_hash(*texts: str) -> str:
 
 
 def _make(archive: Path, option: str) -> None:
-    """Builds the archive by a training run, with the `option` that makes Java write it."""
+    """Builds the archive in a training run, with the `option` that makes Java write it."""
     draft = archive.with_suffix(".draft")
     run = subprocess.Popen(
         [sys.executable, "-m", "pipeline.training_run", option, draft],

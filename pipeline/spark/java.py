@@ -78,7 +78,7 @@ def require_own(folder: Path | str, option: str) -> None:
     if strangers := {link.st_uid, status.st_uid} - {os.getuid(), 0}:
         problem = f"belongs to another user ({min(strangers)})"
     elif status.st_mode & 0o002:
-        problem = "can be changed by every user of this machine"
+        problem = "can be changed by any user of this machine"
     else:
         return
     raise PipelineError(

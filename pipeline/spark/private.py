@@ -107,7 +107,7 @@ def dataframe_of(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
 
 @contextmanager
 def code_generation(spark: SparkSession) -> Iterator[None]:
-    """Enables code generation within the context, as is Spark's default. pipeline/spark/session.py disables it by this internal
+    """Enables code generation within the context, as is Spark's default. pipeline/spark/session.py disables it with this internal
     setting.
     """
     setting = "spark.sql.codegen.factoryMode"

@@ -30,7 +30,7 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     if isinstance(error, CONFLICTS):
         return (
             f"Something else changed {table} or its quarantine each time a batch was about to be written "
-            f"({message}). Stop it while the stream runs, then start again. {NEXT_START}"
+            f"({message}). Keep it stopped while the stream runs, and start again. {NEXT_START}"
         )
     file_of_checkpoint = rf"{re.escape(plain(checkpoint))}/(metadata|(offsets|commits)/\d+) already exists$"
     if (

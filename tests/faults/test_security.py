@@ -69,7 +69,7 @@ def secure_broker(tmp_path_factory):
     services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
     jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
     java = [find_java().path, "-cp", os.pathsep.join(jars)]
-    port, plain_port, zookeeper_port = free_ports(3)
+    port, zookeeper_port = free_ports(2)
     environment = services["zookeeper"]["environment"]
     zookeeper = Server(
         "ZooKeeper",
@@ -77,6 +77,7 @@ def secure_broker(tmp_path_factory):
         environment,
         zookeeper_properties(environment, zookeeper_port, str(folder)),
         str(folder),
+        lock_file=0,
     )
     environment = services["kafka"]["environment"] | {
         "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "HOST:SASL_SSL,DOCKER:PLAINTEXT",
@@ -89,16 +90,12 @@ def secure_broker(tmp_path_factory):
         "KAFKA_SSL_KEYSTORE_LOCATION": store,
         "KAFKA_SSL_KEYSTORE_PASSWORD": "changeit",
     }
+    properties = kafka_properties(environment, port, zookeeper_port, str(folder))
+    plain_port = int(properties["listeners"].split(":")[-1])
     with zookeeper:
         while is_free(zookeeper_port):
             time.sleep(0.1)
-        with Server(
-            "Kafka",
-            [*java, "kafka.Kafka"],
-            environment,
-            kafka_properties(environment, port, plain_port, zookeeper_port, str(folder)),
-            str(folder),
-        ):
+        with Server("Kafka", [*java, "kafka.Kafka"], environment, properties, str(folder), lock_file=0):
             while is_free(plain_port):
                 time.sleep(0.1)
             with KafkaAdminClient(bootstrap_servers=f"localhost:{plain_port}") as admin:

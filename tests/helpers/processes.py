@@ -63,7 +63,7 @@ class Script:
             time.sleep(0.1)
 
     def counts(self) -> tuple[int, int]:
-        """How many messages a producer that has ended sent, and how many were acknowledged."""
+        """How many messages a finished producer has sent, and how many were acknowledged."""
         counts = re.findall(r"^([\d,]+) sent, ([\d,]+) acknowledged\.$", self.output, re.MULTILINE)[-1]
         return tuple(int(count.replace(",", "")) for count in counts)
 

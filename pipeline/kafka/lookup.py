@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.kafka.private import forget_fetched_records, kafka_records, large_records
-from pipeline.kafka.properties import spark_options
 from pipeline.kafka.topics import Topic
 from pipeline.spark.private import OUT_OF_MEMORY
 from pipeline.terminal.errors import java_class, root_cause
@@ -49,7 +48,7 @@ def kafka_options(topic: Topic) -> dict[str, Any]:
     """The options of Spark's Kafka source that say which cluster to read, and how."""
     return (
         {"kafka.isolation.level": topic.isolation_level}
-        | spark_options(topic.properties)
+        | {f"kafka.{name}": value for name, value in topic.properties.items()}
         | {"kafka.bootstrap.servers": topic.servers}
     )
 

@@ -49,11 +49,6 @@ def read_properties(path: str) -> dict[str, str]:
         ) from None
 
 
-def spark_options(properties: dict[str, str]) -> dict[str, str]:
-    """The properties as options of Spark's Kafka source."""
-    return {f"kafka.{name}": value for name, value in properties.items()}
-
-
 def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
     """The properties as settings of a kafka-python client whose own settings are `known` (its DEFAULT_CONFIG).
 

@@ -321,23 +321,17 @@ class KafkaSource(Source):
             for partition, record in newest.items()
             if record.get("time") is not None or record.get("md5")
         }
-        offsets = {partition: record["offset"] for partition, record in newest.items()}
+        offsets = {partition: (record["offset"], record["offset"] + 1) for partition, record in newest.items()}
         with self._asking():
-            for seconds in (MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS):
-                self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
-                there, silent = self.reader.records_at(self.topic.name, offsets, seconds, MAX_RECORD_BYTES)
-                if not silent:
-                    break
-                self.reader.close()  # its connection may be dead
-                self.reader = None
-            else:
+            there, silent = self._few_in_kafka(spark, offsets, MAX_LOOKUP_SECONDS)
+            if silent:
+                there, silent = self._few_in_kafka(spark, offsets, MAX_WAIT_SECONDS)
+            if silent:
                 raise KafkaTimeoutError(f"partitions {', '.join(map(str, sorted(silent)))}")
         others = [
-            f"partition {partition} offset {newest[partition]['offset']}"
-            for partition, (time, value) in there.items()
-            if differs(
-                (newest[partition].get("time"), newest[partition].get("md5")), (known_time(time), hash_of(value))
-            )
+            f"partition {partition} offset {offset}"
+            for partition, offset, time, md5 in there
+            if differs((newest[partition].get("time"), newest[partition].get("md5")), (time, md5))
         ]
         if others:
             raise PipelineError(
@@ -376,9 +370,13 @@ class KafkaSource(Source):
             )
             for partition, offset in last.items()
         }
+        with self._asking():
+            there, unread = self._few_in_kafka(spark, ranges, MAX_WAIT_SECONDS)
+            if unread != set():
+                there = [tuple(row) for row in self._in_kafka(spark, ranges, DataFrame.collect)]
         others = {
             partition
-            for partition, offset, time, md5 in self._few_in_kafka(spark, ranges)
+            for partition, offset, time, md5 in there
             if offset > last[partition] or differs(known.get((partition, offset), (time, md5)), (time, md5))
         }
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
@@ -450,14 +448,18 @@ class KafkaSource(Source):
 
         self._in_kafka(spark, ranges, delete)
 
-    def _few_in_kafka(self, spark: SparkSession, offsets: Offsets) -> list[tuple[int, int, int | None, str | None]]:
-        """Like `_in_kafka`, for so few records that a Spark job would take longer."""
+    def _few_in_kafka(
+        self, spark: SparkSession, offsets: Offsets, seconds: float
+    ) -> tuple[list[tuple[int, int, int | None, str | None]], set[int] | None]:
+        """Like `_in_kafka`, for so few records that a Spark job would take longer; see `KafkaReader.records_between`."""
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
-        with self._asking():
-            found = self.reader.records_between(self.topic.name, offsets, MAX_WAIT_SECONDS, MAX_RECORD_BYTES)
-            if found is None:
-                return [tuple(row) for row in self._in_kafka(spark, offsets, DataFrame.collect)]
-        return [(partition, offset, known_time(time), hash_of(value)) for partition, offset, time, value in found]
+        found, unread = self.reader.records_between(self.topic.name, offsets, seconds, MAX_RECORD_BYTES)
+        if unread:
+            self.reader.close()  # its connection may be dead
+            self.reader = None
+        return [
+            (partition, offset, known_time(time), hash_of(value)) for partition, offset, time, value in found
+        ], unread
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
         """Returns `question`'s answer for the records that Kafka has at these offsets, aliased as "record": `partition`,

@@ -60,10 +60,7 @@ def protect_callbacks(spark: SparkSession) -> None:
 
 
 def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:
-    several = _java(spark).java.util.ArrayList()
-    for value in values:
-        several.add(value)
-    return _java(spark).org.apache.spark.api.python.PythonUtils.toSeq(several)
+    return _java(spark).org.apache.spark.api.python.PythonUtils.toSeq(values)
 
 
 def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes] | None":

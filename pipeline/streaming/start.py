@@ -167,8 +167,7 @@ def _start_over(
     """
     if properties[tables.table] is None:  # nothing has been written yet
         if properties[tables.quarantine] is not None:
-            set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
-            properties[tables.quarantine] = properties_of(spark, tables.quarantine)
+            properties[tables.quarantine] = set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
         return _set_aside(spark, checkpoint)
     written = _last_written(spark, checkpoint, properties)
     if written > checkpoint.last_done:  # the new checkpoint will know nothing about this batch
@@ -176,8 +175,8 @@ def _start_over(
     # A checkpoint that has written nothing may not own the table yet.
     replaced = (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER
     # This is a single commit. If a crash interrupts the steps after it, the next start completes them.
-    set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
-    properties[tables.table] = properties_of(spark, tables.table)
+    changed = {WRITER: NO_WRITER, REPLACED: replaced} | changed
+    properties[tables.table] = set_properties(spark, tables.table, changed)
     for table in (tables.table, tables.quarantine):
         version, _ = version_and_last_batch(spark, table, None)
         sync_commits(spark, table, range(max(0, version - 2), version + 1))  # includes the commit of `take_back`
@@ -192,8 +191,7 @@ def _finish_starting_over(
     if of_table.get(WRITER) != NO_WRITER or REPLACED not in of_table:
         return checkpoint
     if of_quarantine is not None and of_quarantine.get(WRITER) == of_table[REPLACED]:
-        set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
-        properties[tables.quarantine] = properties_of(spark, tables.quarantine)
+        properties[tables.quarantine] = set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
     if checkpoint.id() != of_table[REPLACED]:
         return checkpoint
     return _set_aside(spark, checkpoint)

@@ -8,16 +8,14 @@ from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.private import compact_own_files, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table
-from pipeline.spark.private import code_generation, dataframe_of, number_of_tasks, observed
+from pipeline.spark.private import SPARK_ERRORS, code_generation, dataframe_of, number_of_tasks, observed
 from pipeline.streaming.source import Backlog, Source
 from pipeline.streaming.start import Start, in_use_message, require_same_contents
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
 from pipeline.terminal.messages import warn
 
 from delta.tables import DeltaTable
-from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
-from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
@@ -72,7 +70,7 @@ class TableWriter:
     def __init__(self, tables: TablePair, contract: Contract, source: Source, start: Start):
         self.tables, self.contract, self.source, self.start = tables, contract, source, start
         self.appended_to: set[str] = set()  # which of the two tables this process has written to
-        self.synced: dict[str, int] = {}  # the version up to which each table is synced to the disk
+        self.synced: dict[str, int] = {}  # the version up to which "table" and "quarantine" are synced to the disk
 
     def write(self, batch: DataFrame, number: int, stream: str) -> BatchReport:
         """Writes the batch with this number of the query whose id is `stream`."""
@@ -86,7 +84,7 @@ class TableWriter:
 
         try:
             report = write(self.source.read_batch(batch))
-        except (PySparkException, Py4JJavaError) as error:  # Spark reads a batch only while it is written
+        except SPARK_ERRORS as error:  # Spark reads a batch only while it is written
             report = write(self.source.read_again(batch, error))
         self._finish(batch, report, this)
         return report
@@ -114,25 +112,19 @@ class TableWriter:
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
         """Returns the versions of both tables after syncing them to the disk."""
-        return {
-            "table": self._sync(spark, self.tables.table, stream),
-            "quarantine": self._sync(spark, self.tables.quarantine, stream),
-        }
-
-    def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
-        """Returns the version of a table after syncing it to the disk."""
-        version, _ = version_and_last_batch(spark, table, stream)
-        # An earlier process may have been killed before it got here.
-        first = self.synced.get(table, version - NEWEST_COMMITS) + 1
-        sync_commits(spark, table, range(max(0, first), version + 1))
-        self.synced[table] = version
-        return version
+        for role, table in (("table", self.tables.table), ("quarantine", self.tables.quarantine)):
+            version, _ = version_and_last_batch(spark, table, stream)
+            # An earlier process may have been killed before it got here.
+            first = self.synced.get(role, version - NEWEST_COMMITS) + 1
+            sync_commits(spark, table, range(max(0, first), version + 1))
+            self.synced[role] = version
+        return self.synced
 
     def _clean_up(self, spark: SparkSession) -> None:
         for table in (self.tables.quarantine, self.tables.table):
             try:
                 clean_up(spark, table)
-            except (PySparkException, Py4JJavaError) as error:
+            except SPARK_ERRORS as error:
                 # The records are written; the clean-up is tried again after the next thousand batches.
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 

@@ -34,6 +34,7 @@ from pipeline.kafka.records import (
     time_sql,
 )
 from pipeline.kafka.topics import Topic
+from pipeline.spark.private import SPARK_ERRORS
 from pipeline.streaming.batches import done_in
 from pipeline.streaming.private import batch_time_ms, query_of
 from pipeline.streaming.source import Backlog, Source, SourceAwayError
@@ -43,8 +44,6 @@ from pipeline.terminal.signals import StopFlag, Stopped
 
 from delta.tables import DeltaTable
 from kafka.errors import KafkaError, KafkaTimeoutError, NotLeaderForPartitionError
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
@@ -550,6 +549,6 @@ class KafkaSource(Source):
                 f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
                 f"then this script: it resumes from the last committed offsets."
             ) from error
-        except (PySparkException, Py4JJavaError) as error:  # from a read by Spark
+        except SPARK_ERRORS as error:  # from a read by Spark
             self.topic.require_access(error)
             raise

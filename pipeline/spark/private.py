@@ -9,26 +9,18 @@ from typing import Any, cast
 
 from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.java_gateway import ensure_callback_server_started
 from pyspark.sql import DataFrame, Observation, SparkSession
 
-
-def without_pandas(module: str) -> None:
-    """Imports a module as if pandas and its dependencies were not installed."""
-    hidden = ("numpy", "pandas", "pyarrow")
-    there = {name: sys.modules.get(name) for name in hidden}
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such module
-    importlib.import_module(module)
-    for name, found in there.items():
-        if found:
-            sys.modules[name] = found
-        else:
-            del sys.modules[name]
-
-
-# F.lit imports this module only to find out whether its argument may come from these libraries. Where they are
-# installed, for dashboard.py, this would add a second to each start and print a warning about their versions.
-without_pandas("pyspark.testing.utils")
+# F.lit imports a module only to find out whether its argument may come from these libraries. Where they are installed,
+# for dashboard.py, this would add a second to each start and print a warning about their versions. So the module is
+# imported here as if they were not.
+hidden = {"numpy", "pandas", "pyarrow"} - sys.modules.keys()
+sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such module
+importlib.import_module("pyspark.testing.utils")
+for name in hidden:
+    del sys.modules[name]
 
 
 def _java(spark: SparkSession) -> Any:
@@ -41,6 +33,7 @@ def hadoop_settings(spark: SparkSession) -> Any:
     return _java(spark).org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
 
 
+SPARK_ERRORS = (PySparkException, Py4JJavaError)  # the second ones come from calls of its private APIs
 OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
 
 

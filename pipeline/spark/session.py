@@ -178,7 +178,7 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
             *(
                 jvm
                 | {
-                    "spark.driver.memory": f"{heap_size(os.cpu_count() or 1, _memory()) // 2**20}m",
+                    "spark.driver.memory": f"{heap_size() // 2**20}m",
                     "spark.driver.extraClassPath": os.pathsep.join(jars),
                     "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options)),
                 }
@@ -187,19 +187,12 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
     )
 
 
-def heap_size(cores: int, memory: int) -> int:
-    """The heap size in bytes for a machine's cores and bytes of memory: at least 1 GB, otherwise at most half of the
-    memory.
-    """
-    return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(cores, MAX_DEFAULT_TASKS), memory // 2))
-
-
-def _memory() -> int:
-    """The memory of this machine or container in bytes."""
+def heap_size() -> int:
+    """The heap size in bytes for this machine or container: at least 1 GB, otherwise at most half of its memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # without a limit, it is "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory
+    return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(os.cpu_count() or 1, MAX_DEFAULT_TASKS), memory // 2))
 
 
 def umask() -> int:

@@ -315,12 +315,11 @@ class KafkaSource(Source):
             for partition, records in self.remembered.items()
             if records
         }
-        newest = {
-            partition: record
+        offsets = {
+            partition: (record["offset"], record["offset"] + 1)
             for partition, record in newest.items()
             if record.get("time") is not None or record.get("md5")
         }
-        offsets = {partition: (record["offset"], record["offset"] + 1) for partition, record in newest.items()}
         with self._asking():
             there, silent = self._few_in_kafka(spark, offsets, MAX_LOOKUP_SECONDS)
             if silent:

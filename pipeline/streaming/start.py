@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,6 @@ def check_start(
     # A new checkpoint without a batch begins at the place noted when a loss was accepted.
     unread = checkpoint.unread() or json.loads(written_from.get(STARTS_AT) or "{}")
     identity = source.identity()
-    start = Start(
-        checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
-    )
     is_ours = written_from.get(WRITER, NO_WRITER) in (NO_WRITER, checkpoint.id())
     if is_ours and source.require_same_source(identity, written_from, unread):
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, identity | {STARTS_AT: ""})
@@ -133,9 +130,11 @@ def check_start(
     if place is not None:
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, {STARTS_AT: place})
     source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
+    read_by = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
+    start = Start(checkpoint, identity, read_by)
     if written_from:
-        _fit_table(spark, checkpoint, tables, written_from, start)
-    return replace(start, checkpoint=checkpoint)
+        _fit_table(spark, tables, written_from, start)
+    return start
 
 
 def _last_written(spark: SparkSession, checkpoint: Checkpoint, properties: dict[str, dict[str, str] | None]) -> int:
@@ -274,9 +273,7 @@ def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: in
         )
 
 
-def _fit_table(
-    spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str], start: Start
-) -> None:
+def _fit_table(spark: SparkSession, tables: TablePair, properties: dict[str, str], start: Start) -> None:
     """Adapts the table, which has these `properties`, to the contract's columns.
 
     Raises PipelineError if that is impossible, or if a batch is only partly written and would now be read with another
@@ -285,8 +282,8 @@ def _fit_table(
     is_changed = any(properties.get(name, value) != value for name, value in start.read_by.items())
     if (
         is_changed
-        and _last_written(spark, checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties))
-        > checkpoint.last_done
+        and _last_written(spark, start.checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties))
+        > start.checkpoint.last_done
     ):
         raise PipelineError(
             f"The last batch of {tables.table} is unfinished, and was begun with a different contract or mode (now "

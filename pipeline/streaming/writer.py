@@ -130,7 +130,7 @@ class TableWriter:
 
     def _append_valid(self, judged: DataFrame, this: Batch) -> dict[str, Any]:
         """Appends the valid records to the table, unless the batch is already there. Returns the figures of this reading (see
-        `_observed`), and, as `in_table`, the same figures for the table.
+        `_observed`), and, as `in_table`, the number of the batch's records in the table and their fingerprint.
 
         A single pass over the records does all of this: few records are rejected as a rule, and they are kept in memory.
         """
@@ -159,18 +159,11 @@ class TableWriter:
         is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
             this.stream, this.number
         )
-        return found | {"in_table": self._in_table(spark, found, is_compared)}
-
-    def _in_table(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
-        """Returns how many of the batch's records are in the table, and their fingerprint. Reads the table only if `is_compared`;
-        otherwise the figures of this reading are those of the table.
-        """
-        if not is_compared:
-            return found["accepted"], found["fingerprint"]
-        [[count, fingerprint]] = (
-            self._written(spark, self.tables.table, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
-        )
-        return count, fingerprint
+        in_table: tuple[int, ...] = found["accepted"], found["fingerprint"]
+        if is_compared:
+            rows = self._written(spark, self.tables.table, found)
+            [in_table] = rows.agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        return found | {"in_table": in_table}
 
     def _written(self, spark: SparkSession, table: str, found: dict[str, Any]) -> DataFrame:
         """The batch's rows in a table: their origin and, in the quarantine, their reject_reason."""

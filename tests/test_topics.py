@@ -456,12 +456,12 @@ def test_a_batch_that_would_go_back_is_not_written(world):
     """As one could that skips lost records, when a new leader has reported an outdated end of a partition."""
     world = world()
     source = KafkaSource(world.topic, accept_data_loss=True, group="test")
-    source.ends = {"0": 10, "1": 5}
+    source.ends = {0: 10, 1: 5}
     for end in ({"0": 9, "1": 6}, {"0": 12}):
-        source.begins, source.ends = {}, {"0": 10, "1": 5}
+        source.begins, source.ends = {}, {0: 10, 1: 5}
         with pytest.raises(SourceAwayError, match="outdated offsets"):
             source.contents(None, {world.topic.name: end})
-    source.ends = {"0": 10, "1": 5}
+    source.ends = {0: 10, 1: 5}
     assert source.contents(None, {world.topic.name: {"0": 10, "1": 6, "2": 1}})
     assert source.contents(None, {world.topic.name: {"0": 10, "1": 6, "2": 1}})  # repeated
 

@@ -6,7 +6,7 @@ Without them, a stream could neither get past records that Spark can't read, nor
 import time
 import uuid
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.spark.private import OUT_OF_MEMORY, _java, _scala_seq
 from pipeline.terminal.errors import java_class
@@ -193,23 +193,14 @@ class KafkaReader:
         return found, set(places)
 
 
-class LargeRecord(NamedTuple):
-    """A record that is too large, and the offsets that a consumer can't read because of it."""
-
-    # The offset after the last record before this one. A consumer that is asked for this or a later offset comes to
-    # this record, even if the offset holds none.
-    after: int
-    offset: int
-    end: int  # the offset after the message that contains it
-
-
 def large_records(
     spark: SparkSession, messages: bytes, begin: int, max_bytes: int
-) -> tuple[int | None, list[LargeRecord]]:
+) -> tuple[int | None, list[tuple[int, int, int]]]:
     """Searches raw record batches, which begin at the offset `begin`, for records larger than `max_bytes`.
 
-    Returns the offset after the last complete batch (None if there is none), and the first large record of each compressed
-    batch. The size of a record includes its headers. Records are skipped while decompressing, and never held in memory.
+    Returns the offset after the last complete batch (None if there is none), and for the first large record of each
+    compressed batch: the offset after the last record before it, its own offset, and the one after its batch. A consumer that
+    is asked for any offset from the first to the second comes to this record. The size of a record includes its headers. Records are skipped while decompressing, and never held in memory.
     """
     java = _java(spark)
     collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common
@@ -247,5 +238,5 @@ def large_records(
             after = batches[number - 1].lastOffset() + 1 if number else begin
             with closing(message.skipKeyValueIterator(no_cache)) as records:
                 after = iterators.get(records, before - 1).offset() + 1 if before else after
-                large.append(LargeRecord(after, records.next().offset(), message.lastOffset() + 1))
+                large.append((after, records.next().offset(), message.lastOffset() + 1))
     return batches[len(batches) - 1].lastOffset() + 1 if len(batches) else None, large

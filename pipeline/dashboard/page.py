@@ -94,8 +94,8 @@ def choose(readings: dict[str, str]) -> Choice:
             index=texts.index("unit") + 1 if "unit" in texts else 0,
             format_func=lambda name: name or "–",
         )
-    times = [name for name, kind in kinds.items() if kind == "timestamp"]
-    return Choice(table, span, field, series, charts, (times or ["ingest_time"])[0])
+    time_of_record = next((name for name, kind in kinds.items() if kind == "timestamp"), "ingest_time")
+    return Choice(table, span, field, series, charts, time_of_record)
 
 
 def show_readings(lake: Lake, options: argparse.Namespace) -> None:
@@ -103,12 +103,15 @@ def show_readings(lake: Lake, options: argparse.Namespace) -> None:
     newest = lake.ask("SELECT count(*) AS records, max(ingest_time) AS arrived FROM accepted").iloc[0]
     batches = lake.batches()
     rejected = int(counts["records"].sum())
-    cells = st.columns(5)
-    cells[0].metric("Accepted", f"{newest['records']:,}")
-    cells[1].metric("Rejected", f"{rejected:,}")
-    cells[2].metric("Newest arrived", age(newest["arrived"]))
-    cells[3].metric("A batch takes", "–" if batches.empty else f"{batches['seconds'].median():.1f} s")
-    cells[4].metric("Waiting in Kafka", waiting(lake.choice.table, options) if lake.is_from_kafka else "–")
+    figures = {
+        "Accepted": f"{newest['records']:,}",
+        "Rejected": f"{rejected:,}",
+        "Newest arrived": age(newest["arrived"]),
+        "A batch takes": "–" if batches.empty else f"{batches['seconds'].median():.1f} s",
+        "Waiting in Kafka": waiting(lake.choice.table, options) if lake.is_from_kafka else "–",
+    }
+    for cell, (label, value) in zip(st.columns(len(figures)), figures.items()):
+        cell.metric(label, value)
     if not newest["records"] and not rejected:
         st.info("Nothing arrived in this span. Choose a longer one, or start the stream and its source.")
         return

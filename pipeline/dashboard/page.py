@@ -80,10 +80,13 @@ def choose(readings: dict[str, str]) -> Choice:
         table = readings[st.selectbox("Table", readings, index=len(readings) - 1, key="table")]
         span = SPANS[st.selectbox("Time span, by arrival", SPANS, index=1)]
         try:
-            kinds = {field.name: getattr(field.type, "type", "") for field in DeltaTable(table).schema().fields}
+            kinds = {
+                field.name: getattr(field.type, "type", "")
+                for field in DeltaTable(table).schema().fields
+                if field.name.lower() not in RESERVED_COLUMNS
+            }
         except (DeltaError, OSError):
             kinds = {}
-        kinds = {name: kind for name, kind in kinds.items() if name.lower() not in RESERVED_COLUMNS}
         texts = [name for name, kind in kinds.items() if kind in ("string", "boolean")]
         field = st.selectbox("Field", [name for number in NUMBERS for name, kind in kinds.items() if kind == number])
         series = st.selectbox("A line for each", texts)
@@ -117,12 +120,10 @@ def show_readings(lake: Lake, options: argparse.Namespace) -> None:
         return
     show_fields(lake)
     left, right = st.columns(2)
-    with left:
-        st.subheader("Records that arrived")
-        st.altair_chart(chart(lake.arrivals(), "records", "verdict").mark_bar())
-    with right:
-        st.subheader("Seconds per batch")
-        st.altair_chart(chart(batches, "seconds").mark_line(point=True))
+    left.subheader("Records that arrived")
+    left.altair_chart(chart(lake.arrivals(), "records", "verdict").mark_bar())
+    right.subheader("Seconds per batch")
+    right.altair_chart(chart(batches, "seconds").mark_line(point=True))
     if rejected:
         st.subheader("Rejected, and why")
         left, right = st.columns([1, 2])

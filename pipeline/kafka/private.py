@@ -200,7 +200,8 @@ def large_records(
 
     Returns the offset after the last complete batch (None if there is none), and for the first large record of each
     compressed batch: the offset after the last record before it, its own offset, and the one after its batch. A consumer that
-    is asked for any offset from the first to the second comes to this record. The size of a record includes its headers. Records are skipped while decompressing, and never held in memory.
+    is asked for any offset from the first to the second comes to this record. The size of a record includes its headers.
+    Records are skipped while decompressing, and never held in memory.
     """
     java = _java(spark)
     collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common

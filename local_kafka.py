@@ -150,7 +150,6 @@ class Server:
     def __init__(self, name: str, command: list[str], environment: dict, properties: dict, data_dir: str):
         self.name = name
         self.log = Path(data_dir, f"{name.lower()}.log")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         settings = self.log.with_suffix(".properties")
         settings.write_text(javaproperties.dumps({key: str(value) for key, value in properties.items()}))
         self.command = [command[0], *shlex.split(environment["KAFKA_HEAP_OPTS"]), *command[1:], str(settings)]

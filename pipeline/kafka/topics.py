@@ -167,7 +167,7 @@ class Topic(Broker):
 
     def lost(self, unread: dict[int, int]) -> str:
         """The offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
-        first, end = (self._offsets(spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+        first, end = self.beginning(), self.end()
         gone = []
         unread = dict.fromkeys(first, 0) | unread  # new partitions are read from their beginning
         for partition, next_offset in sorted(unread.items()):
@@ -187,7 +187,7 @@ class Topic(Broker):
 
     def read_too_far(self, unread: dict[int, int]) -> str:
         """Where `unread` is beyond the start of a transaction that is still open, as text; "" if nowhere."""
-        end = self._offsets(OffsetSpec.LATEST)
+        end = self.end()
         settled = self._offsets(OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
         return ", ".join(
             f"partition {partition} from offset {settled[partition]} on"

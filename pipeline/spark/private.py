@@ -4,7 +4,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 from py4j.java_gateway import JavaObject
@@ -96,14 +96,18 @@ def dataframe_of(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
 
 
 @contextmanager
-def code_generation(spark: SparkSession) -> Iterator[None]:
-    """Enables code generation within the context, as is Spark's default. pipeline/spark/session.py disables it by this internal
-    setting.
-    """
-    setting = "spark.sql.codegen.factoryMode"
-    usual = spark.conf.get(setting) or "FALLBACK"
-    spark.conf.set(setting, "FALLBACK")
+def setting(spark: SparkSession, name: str, value: str) -> Iterator[None]:
+    """Changes a setting of the session within the context."""
+    usual = str(spark.conf.get(name))
+    spark.conf.set(name, value)
     try:
         yield
     finally:
-        spark.conf.set(setting, usual)
+        spark.conf.set(name, usual)
+
+
+def code_generation(spark: SparkSession) -> AbstractContextManager[None]:
+    """Enables code generation within the context, as is Spark's default. pipeline/spark/session.py disables it by this internal
+    setting.
+    """
+    return setting(spark, "spark.sql.codegen.factoryMode", "FALLBACK")

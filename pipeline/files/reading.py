@@ -18,12 +18,11 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
-# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
-# either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # compression never shrinks JSON to a thousandth of its size
 MAX_DEPTH = 200
 MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill memory
+# Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
+# either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _INNER = functools.reduce(lambda inner, _: rf'(?:[^"\[\]{{}}]++|{_TEXT}|[\[{{]{inner}[\]}}])*+', range(MAX_DEPTH), "")
 ELEMENT = rf'\G[\[,]\s*+([\[{{]{_INNER}[\]}}]|{_TEXT}|[^\[\]{{}}",\s]++)\s*+'
@@ -220,7 +219,9 @@ def find_unreadable(
     what = "" if is_multiline else "a line of "
     found |= dict.fromkeys(oversized, f"it has {what}more than {MAX_RECORD_BYTES:,} bytes")
     for path, fault in found.items():
-        warn(f"{path} can't be read: {fault}. {IN_QUARANTINE}")
+        warn(
+            f"{path} can't be read: {fault}. It is in the quarantine as unreadable_file; fix it and give it a new name."
+        )
     faults |= found
 
 

@@ -178,7 +178,6 @@ class Server:
     ):
         self.name, self.lock_file = name, lock_file
         self.log = Path(data_dir, f"{name.lower()}.log")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         settings = self.log.with_suffix(".properties")
         settings.write_text(javaproperties.dumps({key: str(value) for key, value in properties.items()}))
         self.command = [command[0], *shlex.split(environment.get("KAFKA_HEAP_OPTS", "")), *command[1:], str(settings)]

@@ -26,6 +26,7 @@ from pipeline.delta.tables import clean_up, time_travel
 from pipeline.paths import LAKE, local_path, tables_in
 from pipeline.readers.printing import add_reader_options, read_table, show
 from pipeline.spark.file_system import FileSystem
+from pipeline.spark.private import SPARK_ERRORS
 from pipeline.spark.session import READER_JVM, build_spark
 from pipeline.terminal.arguments import argument_parser, at_least, location, table_location
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
@@ -33,7 +34,6 @@ from pipeline.terminal.messages import say, warn
 from pipeline.terminal.script import run
 
 from delta.tables import DeltaTable
-from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -137,15 +137,32 @@ def in_the_lake(path: str) -> Iterator[None]:
     """Warns of a table that can't be read, so that the others are still shown."""
     try:
         yield
-    except (PySparkException, Py4JJavaError) as error:
+    except SPARK_ERRORS as error:
         warn(f"{path} can't be read: {first_line(root_cause(error))}")
 
 
 def lake_tables(spark: SparkSession, lake: str) -> dict[str, str]:
-    """The paths of the tables under the folder `lake` by their names there. Raises PipelineError if there is none."""
-    if tables := find_tables(spark, lake):
-        return dict(sorted(tables.items()))
-    raise PipelineError(f"No Delta table under {lake} yet. Tables appear with the first records; start {STREAMS}.")
+    """The paths of the Delta tables under the folder `lake`, on any file system that Spark reaches, by their names there. Raises
+    PipelineError if there is none.
+    """
+    if (local := local_path(lake)) is not None:
+        tables = tables_in(local)
+    else:
+        # The slash is needed for a whole bucket: s3a://bucket alone would be the user's home folder in it.
+        files = FileSystem(spark, f"{lake}/")
+        top = files.qualified(f"{lake}/")
+        tables = {path.removeprefix(top).strip("/") or ".": path for path in tables_under(files, top)}
+    if not tables:
+        raise PipelineError(f"No Delta table under {lake} yet. Tables appear with the first records; start {STREAMS}.")
+    return dict(sorted(tables.items()))
+
+
+def tables_under(files: FileSystem, folder: str) -> list[str]:
+    """The paths of the Delta tables in a folder of this file system."""
+    subfolders = files.folders_in(folder)
+    if any(subfolder.endswith("/_delta_log") for subfolder in subfolders):
+        return [folder]
+    return [table for subfolder in subfolders for table in tables_under(files, subfolder)]
 
 
 def show_overview(spark: SparkSession, options: argparse.Namespace) -> None:
@@ -190,25 +207,6 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
         say(f"Removed the files and log entries that no version of the last {time_travel(spark, options.table)} needs.")
 
 
-def find_tables(spark: SparkSession, lake: str) -> dict[str, str]:
-    """The Delta tables under the folder `lake`, on any file system that Spark reaches: their full paths by their paths below
-    `lake`.
-    """
-    if (local := local_path(lake)) is not None:
-        return tables_in(local)
-    # The slash is needed for a whole bucket: s3a://bucket alone would be the user's home folder in it.
-    files = FileSystem(spark, f"{lake}/")
-
-    def tables_under(folder: str) -> list[str]:
-        subfolders = files.folders_in(folder)
-        if any(subfolder.endswith("/_delta_log") for subfolder in subfolders):
-            return [folder]
-        return [table for subfolder in subfolders for table in tables_under(subfolder)]
-
-    top = files.qualified(f"{lake}/")
-    return {table.removeprefix(top).strip("/") or ".": table for table in tables_under(top)}
-
-
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
     read_table(spark, options.table, STREAMS)
     history = DeltaTable.forPath(spark, options.table).history(options.limit)
@@ -227,12 +225,9 @@ def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
 
 
 def show_rows(spark: SparkSession, options: argparse.Namespace) -> None:
-    moment = {}
-    if options.version is not None:
-        moment["versionAsOf"] = options.version
-    if options.timestamp is not None:
-        moment["timestampAsOf"] = options.timestamp
-    rows = read_table(spark, options.table, STREAMS, **moment)
+    moment = {"versionAsOf": options.version, "timestampAsOf": options.timestamp}
+    given = {name: value for name, value in moment.items() if value is not None}
+    rows = read_table(spark, options.table, STREAMS, **given)
     if options.sort_by is not None:
         if options.sort_by not in rows.columns:
             raise PipelineError(f"{options.table} has no column {options.sort_by}; it has {', '.join(rows.columns)}.")

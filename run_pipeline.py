@@ -136,7 +136,7 @@ class Part:
         self.is_quiet = is_quiet
         self.lines: deque[str] = deque(maxlen=20)
         self.warnings: deque[str] = deque(maxlen=20)
-        self.warning = self.behind = ""  # the warning is the last line, if that line is a warning
+        self.said, self.behind = Text(), ""  # the last line, and the backlog that it names
         self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()
         # A session of its own, so that Ctrl+C in the terminal reaches only this script, which stops the parts in order.
         command = [
@@ -162,7 +162,9 @@ class Part:
                 self.tell([line])
             is_warning = stream is self.process.stderr and not line.endswith("…")  # progress messages end with "…"
             (self.warnings if is_warning else self.lines).append(line)
-            self.warning = line if is_warning else ""
+            self.said = (
+                Text(line, "red", overflow="fold") if is_warning else Text(line, no_wrap=True, overflow="ellipsis")
+            )
             if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
                 records, now = int(count[1].replace(",", "")), time.monotonic()
                 total = self.total + records if count[2] == "rows in" else records
@@ -214,14 +216,9 @@ def overview(parts: list[Part]) -> Group:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    said = []
     for part in parts:
         table.add_row(part.name, part.state(), part.rate(), part.behind)
-        if part.warning:
-            said.append(Text(part.warning, style="red", overflow="fold"))
-        elif part.lines:
-            said.append(Text(part.lines[-1], no_wrap=True, overflow="ellipsis"))
-    return Group(table, *said)
+    return Group(table, *(part.said for part in parts if part.said))
 
 
 def tell(line: str) -> None:

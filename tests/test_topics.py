@@ -178,21 +178,22 @@ def test_single_records_are_found_by_their_offsets_however_they_are_packed(world
         admin.delete_records({TopicPartition(world.topic.name, 0): 1000})
     reader = KafkaReader(world.spark, kafka_options(world.topic))
 
+    def read(offsets: dict[int, int], seconds: float = 10) -> tuple[list, set[int] | None]:
+        ranges = {partition: (offset, offset + 1) for partition, offset in offsets.items()}
+        return reader.records_between(world.topic.name, ranges, seconds, 10**6)
+
     def values(offsets: dict[int, int], seconds: float = 10) -> dict[int, bytes | None]:
-        return {
-            partition: value
-            for partition, (_, value) in reader.records_at(world.topic.name, offsets, seconds, 10**6)[0].items()
-        }
+        return {partition: value for partition, _, _, value in read(offsets, seconds)[0]}
 
     assert values({0: 1999, 1: 1, 2: 1}) == {0: b"1999", 1: None, 2: b"y" * 900_000}
     assert values({0: 1000, 1: 0}) == {0: b"1000", 1: b"first"}
     assert values({0: 999, 1: 1}) == {1: None}  # removed
     assert values({0: 2000, 3: 0}, seconds=0.3) == {}  # not there yet
-    assert reader.records_at(world.topic.name, {0: 2000, 1: 0, 3: 0}, 3, 10**6)[1] == {0, 3}
+    assert read({0: 2000, 1: 0, 3: 0}, 3)[1] == {0, 3}
     with world.transaction() as producer:
         producer.send(world.topic.name, b"aborted", partition=3)
         producer.abort()
-    assert reader.records_at(world.topic.name, {3: 0}, 10, 10**6) == ({}, set())
+    assert read({3: 0}) == ([], set())
     assert values({0: 2001, 2: 0}) == {2: b"x" * 900_000}
     assert values({}) == {}
 
@@ -455,12 +456,12 @@ def test_a_batch_that_would_go_back_is_not_written(world):
     """A stream that skips lost records could go back when a new leader has reported an outdated end of a partition."""
     world = world()
     source = KafkaSource(world.topic, accept_data_loss=True, group="test")
-    source.ends = {"0": 10, "1": 5}
+    source.ends = {0: 10, 1: 5}
     for end in ({"0": 9, "1": 6}, {"0": 12}):
-        source.begins, source.ends = {}, {"0": 10, "1": 5}
+        source.begins, source.ends = {}, {0: 10, 1: 5}
         with pytest.raises(SourceAwayError, match="outdated offsets"):
             source.contents(None, {world.topic.name: end})
-    source.ends = {"0": 10, "1": 5}
+    source.ends = {0: 10, 1: 5}
     assert source.contents(None, {world.topic.name: {"0": 10, "1": 6, "2": 1}})
     assert source.contents(None, {world.topic.name: {"0": 10, "1": 6, "2": 1}})  # repeated
 

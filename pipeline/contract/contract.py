@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract.fields import Boolean, ContractError, Field, Integer, Number, Text, Timestamp
+from pipeline.contract.fields import ContractError, Field, Timestamp
 from pipeline.contract.private import is_deterministic, is_of_one_row
 from pipeline.paths import REPOSITORY
 from pipeline.terminal.arguments import location
@@ -23,10 +23,6 @@ from pipeline.terminal.errors import PipelineError, first_line
 
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
-
-# Names that readings.py and other contracts import from here.
-__all__ = ["Boolean", "Contract", "Integer", "Number", "Text", "Timestamp"]
-
 
 # Maximum bytes of a record, or of a file with --multiline. It has to fit into memory several times over per core.
 MAX_RECORD_BYTES = 8_000_000

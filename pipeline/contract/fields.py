@@ -191,6 +191,5 @@ class Timestamp(Field):
         # With an offset, a time written with the year 0 or 9999 can fall into another year.
         first, end = (f"timestamp_seconds({second})" for second in (FIRST_SECOND, END_SECOND))
         other_year = f" OR {value} < {first} OR {value} >= {end}" if self.format == "rfc3339" else ""
-        arrival = "coalesce(arrival_time, ingest_time)"
-        too_far = f" OR {value} > {arrival} + INTERVAL {self.at_most_ahead}" if self.at_most_ahead else ""
-        return super().is_invalid(value) + other_year + too_far
+        latest = f"coalesce(arrival_time, ingest_time) + INTERVAL {self.at_most_ahead}"
+        return super().is_invalid(value) + other_year + (f" OR {value} > {latest}" if self.at_most_ahead else "")

@@ -5,7 +5,7 @@ Without them, a rule that reads the clock or another row would be accepted, and 
 
 import re
 
-from pipeline.spark.private import _java
+from pipeline.spark.private import _java, setting
 
 from pyspark.sql import Column, DataFrame, SparkSession
 
@@ -31,29 +31,24 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
     """
     spark = rows.sparkSession
     pattern = _java(spark).org.apache.spark.sql.catalyst.trees.TreePattern
-    setting = "spark.sql.session.timeZone"
-    zone, seen = spark.conf.get(setting) or "UTC", []
-    try:
-        for there in ("+18:00", "-18:00"):  # it is never the same day in both
-            spark.conf.set(setting, there)
+    seen = []
+    for there in ("+18:00", "-18:00"):  # it is never the same day in both
+        with setting(spark, "spark.sql.session.timeZone", there):
             plan = rows.where(condition)._jdf.queryExecution().analyzed()
             finished = spark._jsparkSession.sessionState().optimizer().FinishAnalysis().apply(plan)
             on_clock = finished.condition().sql()
-            # AES with a random initialization vector counts as deterministic, although it is not.
-            if (
-                not (plan.deterministic() and finished.deterministic())
-                or plan.containsPattern(pattern.CURRENT_LIKE())
-                or "ExpressionImplUtils.aesEncrypt(" in on_clock
-            ):
-                return False
-            spark.conf.set(setting, "UTC")
-            seen.append(
-                [re.findall(r"\b(?:DATE|TIME\w*) '[^']*'", text) for text in (on_clock, finished.condition().sql())]
-            )
-            if not seen[0][0]:
-                return True  # without a time, there is nothing to compare
-    finally:
-        spark.conf.set(setting, zone)
+        # AES with a random initialization vector counts as deterministic, although it is not.
+        if (
+            not (plan.deterministic() and finished.deterministic())
+            or plan.containsPattern(pattern.CURRENT_LIKE())
+            or "ExpressionImplUtils.aesEncrypt(" in on_clock
+        ):
+            return False
+        with setting(spark, "spark.sql.session.timeZone", "UTC"):
+            texts = (on_clock, finished.condition().sql())
+        seen.append([re.findall(r"\b(?:DATE|TIME\w*) '[^']*'", text) for text in texts])
+        if not seen[0][0]:
+            return True  # without a time, there is nothing to compare
     return not any(
         one != other and instant != other_instant for one, instant, other, other_instant in zip(*seen[0], *seen[1])
     )

@@ -80,10 +80,13 @@ def choose(readings: dict[str, str]) -> Choice:
         table = readings[st.selectbox("Table", readings, index=len(readings) - 1, key="table")]
         span = SPANS[st.selectbox("Time span, by arrival", SPANS, index=1)]
         try:
-            kinds = {field.name: getattr(field.type, "type", "") for field in DeltaTable(table).schema().fields}
+            kinds = {
+                field.name: getattr(field.type, "type", "")
+                for field in DeltaTable(table).schema().fields
+                if field.name.lower() not in RESERVED_COLUMNS
+            }
         except (DeltaError, OSError):
             kinds = {}
-        kinds = {name: kind for name, kind in kinds.items() if name.lower() not in RESERVED_COLUMNS}
         texts = [name for name, kind in kinds.items() if kind in ("string", "boolean")]
         field = st.selectbox("Field", [name for number in NUMBERS for name, kind in kinds.items() if kind == number])
         series = st.selectbox("A line for each", texts)
@@ -94,8 +97,8 @@ def choose(readings: dict[str, str]) -> Choice:
             index=texts.index("unit") + 1 if "unit" in texts else 0,
             format_func=lambda name: name or "–",
         )
-    times = [name for name, kind in kinds.items() if kind == "timestamp"]
-    return Choice(table, span, field, series, charts, (times or ["ingest_time"])[0])
+    time_of_record = next((name for name, kind in kinds.items() if kind == "timestamp"), "ingest_time")
+    return Choice(table, span, field, series, charts, time_of_record)
 
 
 def show_readings(lake: Lake, options: argparse.Namespace) -> None:
@@ -103,23 +106,24 @@ def show_readings(lake: Lake, options: argparse.Namespace) -> None:
     newest = lake.ask("SELECT count(*) AS records, max(ingest_time) AS arrived FROM accepted").iloc[0]
     batches = lake.batches()
     rejected = int(counts["records"].sum())
-    cells = st.columns(5)
-    cells[0].metric("Accepted", f"{newest['records']:,}")
-    cells[1].metric("Rejected", f"{rejected:,}")
-    cells[2].metric("Newest arrived", age(newest["arrived"]))
-    cells[3].metric("A batch takes", "–" if batches.empty else f"{batches['seconds'].median():.1f} s")
-    cells[4].metric("Waiting in Kafka", waiting(lake.choice.table, options) if lake.is_from_kafka else "–")
+    figures = {
+        "Accepted": f"{newest['records']:,}",
+        "Rejected": f"{rejected:,}",
+        "Newest arrived": age(newest["arrived"]),
+        "A batch takes": "–" if batches.empty else f"{batches['seconds'].median():.1f} s",
+        "Waiting in Kafka": waiting(lake.choice.table, options) if lake.is_from_kafka else "–",
+    }
+    for cell, (label, value) in zip(st.columns(len(figures)), figures.items()):
+        cell.metric(label, value)
     if not newest["records"] and not rejected:
         st.info("Nothing arrived in this span. Choose a longer one, or start the stream and its source.")
         return
     show_fields(lake)
     left, right = st.columns(2)
-    with left:
-        st.subheader("Records that arrived")
-        st.altair_chart(chart(lake.arrivals(), "records", "verdict").mark_bar())
-    with right:
-        st.subheader("Seconds per batch")
-        st.altair_chart(chart(batches, "seconds").mark_line(point=True))
+    left.subheader("Records that arrived")
+    left.altair_chart(chart(lake.arrivals(), "records", "verdict").mark_bar())
+    right.subheader("Seconds per batch")
+    right.altair_chart(chart(batches, "seconds").mark_line(point=True))
     if rejected:
         st.subheader("Rejected, and why")
         left, right = st.columns([1, 2])

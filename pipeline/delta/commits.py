@@ -40,9 +40,11 @@ class Commits:
         """The contents recorded for a batch by `contents_note`; None if none of the newest commits has them."""
         for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
             for action in self.actions(version) or ():
-                note = _parsed(action.get("commitInfo", {}).get("userMetadata"))
-                if note.get("stream") == stream and note.get("batch") == batch_id:
-                    return note["contents"]
+                with suppress(ValueError):  # another program's note
+                    match json.loads(action.get("commitInfo", {}).get("userMetadata") or "null"):
+                        case {"stream": writer, "batch": number, "contents": contents}:
+                            if (writer, number) == (stream, batch_id):
+                                return contents
         return None
 
     def has_changed_rows_since(self, stream: str, batch_id: int) -> bool:
@@ -132,15 +134,6 @@ def _is_written_again(actions: list[dict[str, Any]] | None, stream: str | None, 
 def contents_note(stream: str, batch_id: int, contents: dict[str, Any]) -> str:
     """The note in a commit that describes the records of a batch."""
     return json.dumps({"stream": stream, "batch": batch_id, "contents": contents})
-
-
-def _parsed(note: str | None) -> dict[str, Any]:
-    """The note as a dict; {} if it is not one of this pipeline."""
-    try:
-        parsed = json.loads(note or "{}")
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def sync_commits(spark: SparkSession, table: str, versions: Iterable[int]) -> None:

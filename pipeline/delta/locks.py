@@ -4,7 +4,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from pipeline.paths import local_path
@@ -83,28 +83,19 @@ def _locked_folder(table: str) -> int | None:
         return -1
     try:
         folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(folder), os.stat(place)):  # otherwise the folder was replaced in the meantime
+                return folder
+        os.close(folder)
+        return None
     except (FileNotFoundError, NotADirectoryError):
         return -1
     except OSError as error:
-        raise _lock_error(table, error) from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(folder), os.stat(place)):  # otherwise the folder was replaced in the meantime
-            return folder
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as error:
-        os.close(folder)
-        raise _lock_error(table, error) from error
-    os.close(folder)
-    return None
-
-
-def _lock_error(table: str, error: OSError) -> PipelineError:
-    return PipelineError(
-        f"The folder {table} can't be locked against other writers: {error.strerror}. Give this user permission to "
-        f"read it, or choose a file system that has locks (flock)."
-    )
+        raise PipelineError(
+            f"The folder {table} can't be locked against other writers: {error.strerror}. Give this user permission to "
+            f"read it, or choose a file system that has locks (flock)."
+        ) from error
 
 
 def with_retries(write: Callable[[], Result]) -> Result:

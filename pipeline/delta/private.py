@@ -6,7 +6,7 @@ Without them, a writer would have to list the whole log for every batch, and `--
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeline.spark.private import _java
+from pipeline.spark.private import _java, _scala_seq
 
 from pyspark.sql import DataFrame, SparkSession
 
@@ -62,14 +62,8 @@ def commits_of(spark: SparkSession, table: str, first: int, last: int) -> Iterat
         operation = by_kind["CommitInfo"][0].operation() if by_kind["CommitInfo"] else ""
         added = [file for file in by_kind["AddFile"] if file.dataChange()]
         has_removed = any(file.dataChange() for file in by_kind["RemoveFile"])
-        files = java.java.util.ArrayList()
-        for file in added:
-            files.add(file)
         rows = log.createDataFrame(
-            log.unsafeVolatileSnapshot(),
-            java.scala.jdk.javaapi.CollectionConverters.asScala(files).toSeq(),
-            False,
-            java.scala.Option.empty(),
+            log.unsafeVolatileSnapshot(), _scala_seq(spark, added), False, java.scala.Option.empty()
         )
         yield Commit(
             change._1(),

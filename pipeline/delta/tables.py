@@ -133,9 +133,11 @@ def add_missing_columns(spark: SparkSession, path: str, columns: dict[str, str])
         say(f"New columns in {path}: {new.replace('`', '')}.")
 
 
-def set_properties(spark: SparkSession, path: str, properties: dict[str, str]) -> None:
+def set_properties(spark: SparkSession, path: str, properties: dict[str, str]) -> dict[str, str] | None:
+    """Sets properties of the table at `path`. Returns all of them."""
     changed = ", ".join(f"'{name}' = '{value}'" for name, value in properties.items())
     spark.sql(f"ALTER TABLE {as_identifier(path)} SET TBLPROPERTIES ({changed})")
+    return properties_of(spark, path)
 
 
 def clean_up(spark: SparkSession, path: str) -> None:

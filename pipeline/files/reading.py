@@ -18,7 +18,6 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-IN_QUARANTINE = "It is in the quarantine as unreadable_file; fix it and give it a new name."
 LINE_BYTES = 50  # the least that a line of a .gz counts as: each takes time, and a few kB may hold millions of them
 SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # compression never shrinks JSON to a thousandth of its size
 MAX_DEPTH = 200
@@ -225,7 +224,9 @@ def find_unreadable(
     what = "" if is_multiline else "a line of "
     found |= dict.fromkeys(oversized, f"it has {what}more than {MAX_RECORD_BYTES:,} bytes")
     for path, fault in found.items():
-        warn(f"{path} can't be read: {fault}. {IN_QUARANTINE}")
+        warn(
+            f"{path} can't be read: {fault}. It is in the quarantine as unreadable_file; fix it and give it a new name."
+        )
     faults |= found
 
 

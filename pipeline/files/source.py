@@ -15,12 +15,11 @@ from pipeline.files.reading import away, files_in, find_multiline, is_there, rea
 from pipeline.files.taken import TakenFiles, is_draft
 from pipeline.paths import plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
+from pipeline.spark.private import SPARK_ERRORS
 from pipeline.streaming.source import Backlog, Source, SourceAwayError
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import warn
 
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Row, SparkSession
 
 
@@ -167,7 +166,7 @@ class FileSource(Source):
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
         if files and not self.is_multiline and "malformed_json" in reasons:
             # It does not matter if a file is gone by now: this is only advice.
-            with suppress(PySparkException, Py4JJavaError, SourceAwayError, BrokenFileError):
+            with suppress(*SPARK_ERRORS, SourceAwayError, BrokenFileError):
                 for path in find_multiline(batch.sparkSession, files, quarantine):
                     warn(
                         f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "

@@ -70,12 +70,8 @@ class TakenFiles:
 
     def after(self, entry: int) -> list[str]:
         """The files of later entries."""
-        paths = []
-        for path in reversed(self.files):  # they are in the order of the log
-            if self.files[path].entry <= entry:
-                break
-            paths.append(path)
-        return paths
+        newest_first = reversed(self.files)  # they are in the order of the log
+        return list(itertools.takewhile(lambda path: self.files[path].entry > entry, newest_first))
 
     def note(self, path: str, modified: int) -> None:
         """Records the modification time of a file that is being read. It may be later than the one in Spark's log."""
@@ -118,9 +114,8 @@ class TakenFiles:
             '"_", and rename them when they are complete.',
         )
 
-    def name_gone(self, paths: Iterable[str]) -> None:
+    def name_gone(self, paths: list[str]) -> None:
         """Reports each of these files once, as gone before it was read."""
-        paths = list(paths)
         self._name(
             paths,
             "disappeared before it was read. If it was not renamed, and no row has it as its source_file, put it back under another name.",

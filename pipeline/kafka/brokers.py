@@ -4,7 +4,8 @@ import argparse
 import logging
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.kafka.admin import Admin
@@ -101,13 +102,14 @@ class Broker:
             bootstrap_servers=self.servers.split(","),
         )
 
-    def ask(self, question: Callable[[KafkaAdminClient], object]) -> None:
-        """Calls `question` with a client. Raises NoBrokerError if no broker answers, PipelineError if access is denied."""
+    @contextmanager
+    def asking(self) -> Iterator[Admin]:
+        """Provides a client. Raises NoBrokerError if no broker answers, PipelineError if access is denied."""
         refusals = _Refusals()
         try:
             self.require_listener()
             with refusals, self.client(Admin, bootstrap_timeout_ms=3000) as admin:
-                question(admin)
+                yield admin
         except (KafkaError, OSError) as error:
             if found := refusals.found or [error] * isinstance(error, AuthorizationError):
                 raise self.refused(str(found[0])) from error

@@ -9,15 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.kafka.private import forget_fetched_records, kafka_records, large_records
-from pipeline.kafka.properties import spark_options
 from pipeline.kafka.topics import Topic
-from pipeline.spark.private import OUT_OF_MEMORY
+from pipeline.spark.private import OUT_OF_MEMORY, SPARK_ERRORS
 from pipeline.terminal.errors import java_class, root_cause
 from pipeline.terminal.messages import say
 
 from kafka.errors import KafkaTimeoutError
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 MAX_LOOKUP_SECONDS = 2  # for looking up a single record
@@ -49,7 +46,7 @@ def kafka_options(topic: Topic) -> dict[str, Any]:
     """The options of Spark's Kafka source that say which cluster to read, and how."""
     return (
         {"kafka.isolation.level": topic.isolation_level}
-        | spark_options(topic.properties)
+        | {f"kafka.{name}": value for name, value in topic.properties.items()}
         | {"kafka.bootstrap.servers": topic.servers}
     )
 
@@ -82,7 +79,7 @@ class RecordLookup:
                 self._find_gaps(spark, offsets, one_by_one)
             try:
                 return question(self.records(spark, offsets))
-            except (PySparkException, Py4JJavaError) as error:
+            except SPARK_ERRORS as error:
                 if one_by_one == sys.maxsize or not is_too_large(error):
                     raise
         raise AssertionError("the last reading returns or raises")

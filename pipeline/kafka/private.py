@@ -6,7 +6,7 @@ Without them, a stream could neither get past records that Spark can't read, nor
 import time
 import uuid
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.spark.private import OUT_OF_MEMORY, _java, _scala_seq
 from pipeline.terminal.errors import java_class
@@ -81,7 +81,7 @@ def kafka_records(
     # Spark keeps consumers for later reads by their group's name; these have options of their own.
     group = f"pipeline-lookup-{uuid.uuid4()}"
     params = kafka.KafkaSourceProvider.kafkaParamsForExecutors(
-        java.org.apache.spark.api.python.PythonUtils.toScalaMap(_settings(spark, options)), group
+        java.org.apache.spark.api.python.PythonUtils.toScalaMap(_settings(options)), group
     )
     rdd = kafka.KafkaSourceRDD(
         spark.sparkContext._jsc.sc(), params, _scala_seq(spark, parts), POLL_TIMEOUT_MS, fail_on_data_loss
@@ -93,12 +93,9 @@ def kafka_records(
     return read.withColumn("timestampType", read.timestampType - 1)  # the first constant, for no type, is -1
 
 
-def _settings(spark: SparkSession, options: dict[str, Any]) -> Any:
+def _settings(options: dict[str, Any]) -> dict[str, str]:
     """The settings of Java's client from the options of Spark's Kafka source."""
-    settings = _java(spark).java.util.HashMap()
-    for name, value in options.items():
-        settings.put(name.removeprefix("kafka."), str(value))
-    return settings
+    return {name.removeprefix("kafka."): str(value) for name, value in options.items()}
 
 
 def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
@@ -128,81 +125,39 @@ def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> 
 
 
 class KafkaReader:
-    """Java's Kafka consumer, for looking up single records. kafka-python can't decompress snappy, lz4 or zstd by itself.
+    """Java's Kafka consumer, for looking up a few records. kafka-python can't decompress snappy, lz4 or zstd by itself.
 
     `options`: those of Spark's Kafka source.
     """
 
     def __init__(self, spark: SparkSession, options: dict[str, Any]):
         java = self._java = _java(spark)
-        settings = _settings(spark, options)
         # Never commit offsets, and never jump elsewhere if an offset is gone.
-        for name, value in {
+        settings = _settings(options) | {
             "enable.auto.commit": "false",
             "auto.offset.reset": "none",
             "max.partition.fetch.bytes": "65536",
             # User settings for better throughput must not delay this.
             "fetch.min.bytes": "1",
-        }.items():
-            settings.put(name, value)
+        }
         deserializer = java.org.apache.kafka.common.serialization.ByteArrayDeserializer()
         self._consumer = java.org.apache.kafka.clients.consumer.KafkaConsumer(settings, deserializer, deserializer)
 
     def close(self) -> None:
         self._consumer.close(self._java.java.time.Duration.ofSeconds(2))
 
-    def _place(self, topic: str, partition: int) -> Any:
-        return self._java.org.apache.kafka.common.TopicPartition(topic, partition)
-
-    def records_at(
-        self, topic: str, offsets: dict[int, int], seconds: float, max_bytes: int
-    ) -> tuple[dict[int, tuple[int, bytes | None]], set[int]]:
-        """The timestamp (milliseconds since 1970) and the value of the record at each offset, by partition, and the partitions for
-        which Kafka has given no answer within `seconds`. The value is None if it is null or larger than `max_bytes`.
-
-        Omits records that Kafka doesn't have, or that don't fit into memory.
-        """
-        places = {partition: self._place(topic, partition) for partition in offsets}
-        found: dict[int, tuple[int, bytes | None]] = {}
-        self._consumer.assign(list(places.values()))
-        self._consumer.resume(list(places.values()))
-        for partition, place in places.items():
-            self._consumer.seek(place, offsets[partition])
-        deadline = time.monotonic() + seconds
-        while places and time.monotonic() < deadline:
-            try:
-                records = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
-                looked_at = [place.partition() for place in records.partitions()]
-            except Py4JJavaError as error:
-                if java_class(error) == OUT_OF_MEMORY:
-                    self._consumer.unsubscribe()  # discards the rest of the fetched data
-                    return found, set()
-                if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
-                    raise
-                records, looked_at = None, [place.partition() for place in error.java_exception.partitions()]
-            for partition in looked_at:
-                place = places.pop(partition)
-                self._consumer.pause([place])
-                if records and (record := records.records(place)[0]).offset() == offsets[partition]:
-                    found[partition] = (
-                        record.timestamp(),
-                        record.value() if record.serializedValueSize() <= max_bytes else None,
-                    )
-            # There are only records of aborted transactions from this offset onwards.
-            for partition in [each for each, place in places.items() if self._consumer.position(place) > offsets[each]]:
-                self._consumer.pause([places.pop(partition)])
-        return found, set(places)
-
     def records_between(
         self, topic: str, offsets: dict[int, tuple[int, int]], seconds: float, max_bytes: int
-    ) -> list[tuple[int, int, int, bytes | None]] | None:
-        """The partition, offset, timestamp and value of each record at these offsets (by partition: the first, and the one after the
-        last). The value is None if it is null or larger than `max_bytes`.
+    ) -> tuple[list[tuple[int, int, int, bytes | None]], set[int] | None]:
+        """The partition, offset, timestamp (milliseconds since 1970) and value of each record at these offsets (by partition: the
+        first, and the one after the last), and the partitions that were not read to their end within `seconds`. The value is None
+        if it is null or larger than `max_bytes`.
 
-        Returns None if a record doesn't fit into memory, or if reading takes longer than `seconds`.
+        Stops at a record that doesn't fit into memory, and then returns None for the partitions.
         """
+        topic_partition = self._java.org.apache.kafka.common.TopicPartition
         places = {
-            partition: self._place(topic, partition) for partition, (begin, end) in offsets.items() if begin < end
+            partition: topic_partition(topic, partition) for partition, (begin, end) in offsets.items() if begin < end
         }
         found: list[tuple[int, int, int, bytes | None]] = []
         self._consumer.assign(list(places.values()))
@@ -210,14 +165,17 @@ class KafkaReader:
         for partition, place in places.items():
             self._consumer.seek(place, offsets[partition][0])
         deadline = time.monotonic() + seconds
-        while places:
-            if time.monotonic() > deadline:
-                return None
+        while places and time.monotonic() < deadline:
             try:
-                for record in self._consumer.poll(self._java.java.time.Duration.ofMillis(200)).iterator():
-                    if record.partition() in places and record.offset() < offsets[record.partition()][1]:
+                polled = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
+                for place in polled.partitions():
+                    partition = place.partition()
+                    for record in polled.records(place):
+                        if record.offset() >= offsets[partition][1]:
+                            break
                         value = record.value() if record.serializedValueSize() <= max_bytes else None
-                        found.append((record.partition(), record.offset(), record.timestamp(), value))
+                        found.append((partition, record.offset(), record.timestamp(), value))
+                # The position also moves past offsets that hold no record, such as those of aborted transactions.
                 done = [
                     partition
                     for partition, place in places.items()
@@ -225,33 +183,25 @@ class KafkaReader:
                 ]
             except Py4JJavaError as error:
                 if java_class(error) == OUT_OF_MEMORY:
-                    self._consumer.unsubscribe()
-                    return None
+                    self._consumer.unsubscribe()  # discards the rest of the fetched data
+                    return found, None
                 if java_class(error) != "org.apache.kafka.clients.consumer.OffsetOutOfRangeException":
                     raise
                 done = [place.partition() for place in error.java_exception.partitions()]  # removed in the meantime
             for partition in done:
                 self._consumer.pause([places.pop(partition)])
-        return found
-
-
-class LargeRecord(NamedTuple):
-    """A record that is too large, and the offsets that a consumer can't read because of it."""
-
-    # The offset after the last record before this one. A consumer that is asked for this or a later offset comes to
-    # this record, even if the offset holds none.
-    after: int
-    offset: int
-    end: int  # the offset after the message that contains it
+        return found, set(places)
 
 
 def large_records(
     spark: SparkSession, messages: bytes, begin: int, max_bytes: int
-) -> tuple[int | None, list[LargeRecord]]:
+) -> tuple[int | None, list[tuple[int, int, int]]]:
     """Searches raw record batches, which begin at the offset `begin`, for records larger than `max_bytes`.
 
-    Returns the offset after the last complete batch (None if there is none), and the first large record of each compressed
-    batch. The size of a record includes its headers. Records are skipped while decompressing, and never held in memory.
+    Returns the offset after the last complete batch (None if there is none), and for the first large record of each
+    compressed batch: the offset after the last record before it, its own offset, and the one after its batch. A consumer that
+    is asked for any offset from the first to the second comes to this record. The size of a record includes its headers.
+    Records are skipped while decompressing, and never held in memory.
     """
     java = _java(spark)
     collections, kafka = java.org.apache.commons.collections4, java.org.apache.kafka.common
@@ -289,5 +239,5 @@ def large_records(
             after = batches[number - 1].lastOffset() + 1 if number else begin
             with closing(message.skipKeyValueIterator(no_cache)) as records:
                 after = iterators.get(records, before - 1).offset() + 1 if before else after
-                large.append(LargeRecord(after, records.next().offset(), message.lastOffset() + 1))
+                large.append((after, records.next().offset(), message.lastOffset() + 1))
     return batches[len(batches) - 1].lastOffset() + 1 if len(batches) else None, large

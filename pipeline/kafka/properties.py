@@ -49,11 +49,6 @@ def read_properties(path: str) -> dict[str, str]:
         ) from None
 
 
-def spark_options(properties: dict[str, str]) -> dict[str, str]:
-    """The properties as options of Spark's Kafka source."""
-    return {f"kafka.{name}": value for name, value in properties.items()}
-
-
 def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
     """The properties as settings of a kafka-python client whose own settings are `known` (its DEFAULT_CONFIG).
 
@@ -61,15 +56,15 @@ def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[s
     `check_security`.
     """
     check_security(properties)
-    settings = {}
-    for name, value in properties.items():
-        setting = name.replace(".", "_")
-        if name in (*SSL_NAMES, "sasl.jaas.config", "bootstrap.servers") or re.fullmatch(JAVA_ONLY, f"{name}={value}"):
-            continue
-        if setting in known:
-            settings[setting] = _as_type_of(known[setting], value, name)
-    if "security.protocol" in properties:
-        settings["security_protocol"] = security_protocol(properties)
+    not_taken_over = (*SSL_NAMES, "sasl.jaas.config", "bootstrap.servers")
+    settings = {
+        setting: _as_type_of(known[setting], value, name)
+        for name, value in properties.items()
+        if (setting := name.replace(".", "_")) in known
+        and name not in not_taken_over
+        and not re.fullmatch(JAVA_ONLY, f"{name}={value}")
+    }
+    settings["security_protocol"] = security_protocol(properties)
     if properties.get("sasl.mechanism") in USER_AND_PASSWORD:
         settings |= _user_and_password(properties.get("sasl.jaas.config", ""))
     if security_protocol(properties).endswith("SSL"):

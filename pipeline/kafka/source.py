@@ -34,6 +34,7 @@ from pipeline.kafka.records import (
     time_sql,
 )
 from pipeline.kafka.topics import Topic
+from pipeline.spark.private import SPARK_ERRORS
 from pipeline.streaming.batches import done_in
 from pipeline.streaming.private import batch_time_ms, query_of
 from pipeline.streaming.source import Backlog, Source, SourceAwayError
@@ -43,8 +44,6 @@ from pipeline.terminal.signals import StopFlag, Stopped
 
 from delta.tables import DeltaTable
 from kafka.errors import KafkaError, KafkaTimeoutError, NotLeaderForPartitionError
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
@@ -73,9 +72,9 @@ class KafkaSource(Source):
         self.starting_offsets = "earliest"  # for a stream without a checkpoint, in Spark's format
         self.has_started = False
         self.reader: KafkaReader | None = None
-        self.begins: dict[str, int] = {}  # of the batch being written, by partition, where known
-        self.ends: dict[str, int] = {}
-        self.remembered: dict[str, list[dict[str, Any]]] = {}  # the last records read from each partition
+        self.begins: dict[int, int] = {}  # of the batch being written, by partition, where known
+        self.ends: dict[int, int] = {}
+        self.remembered: dict[int, list[dict[str, Any]]] = {}  # the last records read from each partition
         self.lookup = RecordLookup(topic)
         self.has_failed = False  # because of lost records, and was restarted
         self.has_warned = False  # that it can't commit offsets to Kafka
@@ -98,7 +97,7 @@ class KafkaSource(Source):
                 f"The checkpoint has begun a batch of the topic {', '.join(end)}. Give the topic {self.topic.name} its "
                 f"own --table and --checkpoint."
             )
-        if self.ends != (ends := end.get(self.topic.name, {})):  # otherwise a second attempt at the same batch
+        if self.ends != (ends := self._by_partition(end)):  # otherwise a second attempt at the same batch
             self.begins, self.ends = self.ends, ends
         if any(self.ends.get(partition, -1) < offset for partition, offset in self.begins.items()):
             # Without failOnDataLoss, Spark would go back without a message.
@@ -110,9 +109,7 @@ class KafkaSource(Source):
     def last_records(self) -> Column | None:
         if not self.ends:
             return None
-        ends = F.array(
-            *(F.lit(self.ends.get(str(partition))).cast("bigint") for partition in range(1 + max(map(int, self.ends))))
-        )
+        ends = F.array(*(F.lit(self.ends.get(partition)).cast("bigint") for partition in range(1 + max(self.ends))))
         is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED_OFFSETS
         time = F.expr(time_sql("unix_millis(kafka_timestamp)")).alias("time")
         records = F.collect_list(
@@ -123,18 +120,18 @@ class KafkaSource(Source):
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
         """The last records of each partition of the batch. A partition without any keeps those of an earlier batch."""
         observed = json.loads(last_records or "{}")
-        newest: dict[str, list[dict[str, Any]]] = {}
+        newest: dict[int, list[dict[str, Any]]] = {}
         for record in observed.get("records", ()):
-            newest.setdefault(str(record.pop("partition")), []).append(record)
+            newest.setdefault(record.pop("partition"), []).append(record)
         # Partitions whose records all precede the last offsets, for example because an aborted transaction takes those
         # offsets.
-        for partition in map(str, observed.get("partitions", ())):
+        for partition in observed.get("partitions", ()):
             begin, end, size = self.begins.get(partition, 0), self.ends[partition], FIRST_SEARCH_OFFSETS
             while partition not in newest and end > begin:
                 with self._asking():
                     rows = self._in_kafka(
                         spark,
-                        {int(partition): (max(begin, end - size), end)},
+                        {partition: (max(begin, end - size), end)},
                         lambda records: records.orderBy(F.desc("offset")).limit(REMEMBERED_OFFSETS).collect(),
                     )
                 last = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in rows]
@@ -247,8 +244,8 @@ class KafkaSource(Source):
         checkpoint: str,
         last_records: str | None,
     ) -> str | None:
-        self.remembered = json.loads(last_records or "{}")
-        self.ends = unread.get(self.topic.name, {})  # where the next batch begins
+        self.remembered = {int(partition): records for partition, records in json.loads(last_records or "{}").items()}
+        self.ends = next_offsets = self._by_partition(unread)  # where the next batch begins
         if self.accept_data_loss:
             with self._asking():
                 self.beginning = self.topic.beginning()
@@ -257,15 +254,12 @@ class KafkaSource(Source):
                 f"The checkpoint {checkpoint} is that of the topic {', '.join(unread)}. Give the topic "
                 f"{self.topic.name} a --table and a --checkpoint of its own."
             )
-        next_offsets = {int(partition): offset for partition, offset in unread.get(self.topic.name, {}).items()}
         with self._asking():
-            end = self._end_at_least(
-                {int(partition): offset for partition, offset in (planned or unread).get(self.topic.name, {}).items()}
-            )
+            end = self._end_at_least(self._by_partition(planned or unread))
             shorter = ", ".join(
-                f"partition {partition} offsets {end[int(partition)]} to {offset - 1}"
-                for partition, offset in sorted(planned.get(self.topic.name, {}).items())
-                if next_offsets.get(int(partition), 0) <= end.get(int(partition), offset) < offset
+                f"partition {partition} offsets {end[partition]} to {offset - 1}"
+                for partition, offset in sorted(self._by_partition(planned).items())
+                if next_offsets.get(partition, 0) <= end.get(partition, offset) < offset
             )
             lost, too_far = self.topic.lost(next_offsets) if unread else "", self.topic.read_too_far(next_offsets)
         if lost:
@@ -288,7 +282,7 @@ class KafkaSource(Source):
             places = places or next_offsets
         if not places and not shorter:
             return None
-        self.ends = {str(partition): offset for partition, offset in places.items()}  # where the new checkpoint begins
+        self.ends = places  # where the new checkpoint begins
         return json.dumps({self.topic.name: places})
 
     def _end_at_least(self, offsets: dict[int, int]) -> dict[int, int]:
@@ -312,32 +306,25 @@ class KafkaSource(Source):
                 "lost records, and removes those of the new topic from the tables."
             )
         newest = {
-            int(partition): max(records, key=lambda record: record["offset"])
+            partition: max(records, key=lambda record: record["offset"])
             for partition, records in self.remembered.items()
             if records
         }
-        newest = {
-            partition: record
+        offsets = {
+            partition: (record["offset"], record["offset"] + 1)
             for partition, record in newest.items()
             if record.get("time") is not None or record.get("md5")
         }
-        offsets = {partition: record["offset"] for partition, record in newest.items()}
         with self._asking():
-            for seconds in (MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS):
-                self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
-                there, silent = self.reader.records_at(self.topic.name, offsets, seconds, MAX_RECORD_BYTES)
-                if not silent:
-                    break
-                self.reader.close()  # its connection may be dead
-                self.reader = None
-            else:
+            there, silent = self._few_in_kafka(spark, offsets, MAX_LOOKUP_SECONDS)
+            if silent:
+                there, silent = self._few_in_kafka(spark, offsets, MAX_WAIT_SECONDS)
+            if silent:
                 raise KafkaTimeoutError(f"partitions {', '.join(map(str, sorted(silent)))}")
         others = [
-            f"partition {partition} offset {newest[partition]['offset']}"
-            for partition, (time, value) in there.items()
-            if differs(
-                (newest[partition].get("time"), newest[partition].get("md5")), (known_time(time), hash_of(value))
-            )
+            f"partition {partition} offset {offset}"
+            for partition, offset, time, md5 in there
+            if differs((newest[partition].get("time"), newest[partition].get("md5")), (time, md5))
         ]
         if others:
             raise PipelineError(
@@ -349,8 +336,8 @@ class KafkaSource(Source):
         self.has_started, self.starting_offsets = True, "earliest"
         if place:
             with self._asking():
-                added = dict.fromkeys(map(str, self.topic.beginning()), EARLIEST)
-            self.starting_offsets = json.dumps({self.topic.name: added | json.loads(place)[self.topic.name]})
+                added = dict.fromkeys(self.topic.beginning(), EARLIEST)
+            self.starting_offsets = json.dumps({self.topic.name: added | self._by_partition(json.loads(place))})
 
     def _replaced(self, spark: SparkSession, tables: TablePair, next_offsets: dict[int, int]) -> dict[int, int]:
         """Returns where to continue in each partition if some have lost records that were read, and may have others in their place;
@@ -362,10 +349,10 @@ class KafkaSource(Source):
         with self._asking():
             first, end = self.topic.beginning(), self.topic.end()
         known = {
-            (int(partition), record["offset"]): (record.get("time"), record.get("md5"))
+            (partition, record["offset"]): (record.get("time"), record.get("md5"))
             for partition, records in self.remembered.items()
             for record in records
-            if int(partition) in end
+            if partition in end
         }
         last = dict(sorted(known))  # the last offset of each partition wins
         is_committed = self.topic.isolation_level.lower() == "read_committed"
@@ -376,9 +363,13 @@ class KafkaSource(Source):
             )
             for partition, offset in last.items()
         }
+        with self._asking():
+            there, unread = self._few_in_kafka(spark, ranges, MAX_WAIT_SECONDS)
+            if unread != set():
+                there = [tuple(row) for row in self._in_kafka(spark, ranges, DataFrame.collect)]
         others = {
             partition
-            for partition, offset, time, md5 in self._few_in_kafka(spark, ranges)
+            for partition, offset, time, md5 in there
             if offset > last[partition] or differs(known.get((partition, offset), (time, md5)), (time, md5))
         }
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
@@ -401,7 +392,7 @@ class KafkaSource(Source):
             is_accepted=not self.has_started,
         )
         self.remembered = {
-            partition: records for partition, records in self.remembered.items() if int(partition) not in places
+            partition: records for partition, records in self.remembered.items() if partition not in places
         }
         return {
             partition: max(offset, next_offsets.get(partition, offset)) for partition, offset in first.items()
@@ -433,13 +424,13 @@ class KafkaSource(Source):
 
     def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
         """Compares offset, time and value. Records that Kafka no longer has are kept."""
-        begins, ends = (each.get(self.topic.name, {}) for each in (begin, end))
+        begins, ends = self._by_partition(begin), self._by_partition(end)
         with self._asking():
             first, last = self.topic.beginning(), self.topic.end()
         ranges = {
-            int(partition): (max(begins.get(partition, 0), first[int(partition)]), min(offset, last[int(partition)]))
+            partition: (max(begins.get(partition, 0), first[partition]), min(offset, last[partition]))
             for partition, offset in ends.items()
-            if int(partition) in last
+            if partition in last
         }
 
         def delete(records: DataFrame) -> None:
@@ -450,14 +441,18 @@ class KafkaSource(Source):
 
         self._in_kafka(spark, ranges, delete)
 
-    def _few_in_kafka(self, spark: SparkSession, offsets: Offsets) -> list[tuple[int, int, int | None, str | None]]:
-        """Like `_in_kafka`, for so few records that a Spark job would take longer."""
+    def _few_in_kafka(
+        self, spark: SparkSession, offsets: Offsets, seconds: float
+    ) -> tuple[list[tuple[int, int, int | None, str | None]], set[int] | None]:
+        """Like `_in_kafka`, for so few records that a Spark job would take longer; see `KafkaReader.records_between`."""
         self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
-        with self._asking():
-            found = self.reader.records_between(self.topic.name, offsets, MAX_WAIT_SECONDS, MAX_RECORD_BYTES)
-            if found is None:
-                return [tuple(row) for row in self._in_kafka(spark, offsets, DataFrame.collect)]
-        return [(partition, offset, known_time(time), hash_of(value)) for partition, offset, time, value in found]
+        found, unread = self.reader.records_between(self.topic.name, offsets, seconds, MAX_RECORD_BYTES)
+        if unread:
+            self.reader.close()  # its connection may be dead
+            self.reader = None
+        return [
+            (partition, offset, known_time(time), hash_of(value)) for partition, offset, time, value in found
+        ], unread
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
         """Returns `question`'s answer for the records that Kafka has at these offsets, aliased as "record": `partition`,
@@ -481,8 +476,8 @@ class KafkaSource(Source):
             first = self.topic.beginning()
         ranges = {
             partition: (
-                max(self.beginning.get(partition, 0), self.begins.get(str(partition), 0)),
-                min(offset, self.ends.get(str(partition), 0)),
+                max(self.beginning.get(partition, 0), self.begins.get(partition, 0)),
+                min(offset, self.ends.get(partition, 0)),
             )
             for partition, offset in sorted(first.items())
         }
@@ -529,8 +524,11 @@ class KafkaSource(Source):
     def _offsets(self, progress: dict[str, Any], which: str) -> dict[int, int]:
         """The offsets by partition that Spark reports for a batch under this name; {} if there are none."""
         [kafka] = progress["sources"]
-        of_topics = json.loads(kafka[which] or "null") or {}
-        return {int(partition): offset for partition, offset in of_topics.get(self.topic.name, {}).items()}
+        return self._by_partition(json.loads(kafka[which] or "null") or {})
+
+    def _by_partition(self, offsets: dict[str, Any]) -> dict[int, int]:
+        """The topic's offsets by partition, from offsets in Spark's format; {} if there are none."""
+        return {int(partition): offset for partition, offset in offsets.get(self.topic.name, {}).items()}
 
     def _lose(self, problem: str, what_follows: str, is_accepted: bool = True) -> None:
         """Prints the loss if it was accepted, else raises PipelineError."""
@@ -548,6 +546,6 @@ class KafkaSource(Source):
                 f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
                 f"then this script: it resumes from the last committed offsets."
             ) from error
-        except (PySparkException, Py4JJavaError) as error:  # from a read by Spark
+        except SPARK_ERRORS as error:  # from a read by Spark
             self.topic.require_access(error)
             raise

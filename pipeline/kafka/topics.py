@@ -1,6 +1,7 @@
 """The Kafka topic as a script sees it: whether it exists, whether it is still the same, and what to do if not."""
 
 import argparse
+import os
 import re
 import time
 from functools import cached_property
@@ -97,8 +98,7 @@ class Topic(Broker):
 
     def group_of(self, table: str) -> str:
         """The consumer group to which a stream into `table` commits its offsets, unless --group-id names another."""
-        name = table.rstrip("/").rpartition("/")[2]
-        return self.properties.get("group.id", f"pipeline-{name}")
+        return self.properties.get("group.id", f"pipeline-{os.path.basename(table.rstrip('/'))}")
 
     def wait(self, seconds: float, create: int = 0, stopping: StopFlag | None = None) -> None:
         """Returns when the topic exists or `stopping` is set. `create`: partitions for a missing topic, or 0.
@@ -118,8 +118,7 @@ class Topic(Broker):
 
     def _require(self, create: int) -> None:
         """Raises NoBrokerError or NoTopicError if either is missing. `create`: see `wait`."""
-
-        def look(admin: Admin) -> None:
+        with self.asking() as admin:
             if self.name in admin.list_topics():
                 [topic] = admin.describe_topics([self.name])
                 if any(partition["leader_id"] < 0 for partition in topic["partitions"]):
@@ -129,38 +128,33 @@ class Topic(Broker):
                     TopicPartition(self.name, partition["partition_index"]) for partition in topic["partitions"]
                 ]
                 admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
-                return
-            if not create:
+            elif create:
+                self._create(admin, create)
+            else:
                 raise NoTopicError(
                     f'No topic "{self.name}" on {self.servers}, or none that this user may see. Create it: '
                     f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
                     f"--replication-factor 1."
                 )
-            try:
-                self._create(admin, create, CONFIGS)
-            except TopicAlreadyExistsError:
-                raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
-            except BrokerResponseError as error:
-                # A broker that has just started does not know of any broker that could hold a replica.
-                if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
-                    raise
-                raise PipelineError(
-                    f"Kafka refuses to create {self} ({type(error).__name__}). Choose another --topic, or ask somebody who may create it."
-                ) from error
-            say(f'Created the topic "{self.name}" with {create} partition{"s" * (create > 1)}.')
 
-        self.ask(look)
-
-    def _create(self, admin: Admin, partitions: int, configs: dict[str, str]) -> None:
+    def _create(self, admin: Admin, partitions: int) -> None:
+        topic = {"num_partitions": partitions, "replication_factor": -1}  # -1 stands for the brokers' default
         try:
-            # -1 stands for the brokers' default.
-            topic = {"num_partitions": partitions, "replication_factor": -1, "configs": configs}
-            admin.create_topics({self.name: topic}, wait_for_metadata=True)
-        except (InvalidConfigurationError, PolicyViolationError):
-            # Brokers before 3.6 don't know message.timestamp.after.max.ms, and others may not allow it.
-            if not configs:
+            try:
+                admin.create_topics({self.name: topic | {"configs": CONFIGS}}, wait_for_metadata=True)
+            except (InvalidConfigurationError, PolicyViolationError):
+                # Brokers before 3.6 don't know message.timestamp.after.max.ms, and others may not allow it.
+                admin.create_topics({self.name: topic | {"configs": {}}}, wait_for_metadata=True)
+        except TopicAlreadyExistsError:
+            raise NoTopicError(f'The topic "{self.name}" on {self.servers} is being created or deleted.') from None
+        except BrokerResponseError as error:
+            # A broker that has just started does not know of any broker that could hold a replica.
+            if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
                 raise
-            self._create(admin, partitions, {})
+            raise PipelineError(
+                f"Kafka refuses to create {self} ({type(error).__name__}). Choose another --topic, or ask somebody who may create it."
+            ) from error
+        say(f'Created the topic "{self.name}" with {partitions} partition{"s" * (partitions > 1)}.')
 
     @cached_property
     def _admin(self) -> Admin:
@@ -173,7 +167,7 @@ class Topic(Broker):
 
     def lost(self, unread: dict[int, int]) -> str:
         """The offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
-        first, end = (self._offsets(spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+        first, end = self.beginning(), self.end()
         gone = []
         unread = dict.fromkeys(first, 0) | unread  # new partitions are read from their beginning
         for partition, next_offset in sorted(unread.items()):
@@ -193,7 +187,7 @@ class Topic(Broker):
 
     def read_too_far(self, unread: dict[int, int]) -> str:
         """Where `unread` is beyond the start of a transaction that is still open, as text; "" if nowhere."""
-        end = self._offsets(OffsetSpec.LATEST)
+        end = self.end()
         settled = self._offsets(OffsetSpec.LATEST, isolation_level=IsolationLevel[self.isolation_level.upper()])
         return ", ".join(
             f"partition {partition} from offset {settled[partition]} on"

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 
 from pipeline.delta.commits import Commits
-from pipeline.delta.private import Commit, commits_of, newest_state
+from pipeline.delta.private import commits_of, newest_state
 from pipeline.paths import quarantine_of
 from pipeline.readers.printing import as_table, csv_line, in_order, lines, newest_rows, table_of
 from pipeline.spark.private import in_memory
@@ -43,12 +43,13 @@ class Follower:
             self.version = newest
         if newest == self.version:
             return
+        log = Commits(self.spark, self.path, newest)
         for commit in commits_of(self.spark, self.path, self.version + 1, newest):
             yield from self._pass_over(commit.version - 1)
             self.version = commit.version
             if commit.has_changed_rows:
                 yield f"Version {commit.version} of {self.path} ({commit.operation}) has changed or removed rows that were shown."
-            elif any(size is None for size in self._sizes(commit)):
+            elif any(log.files.size(log.path(file)) is None for file in commit.files):
                 yield (
                     f"The rows that version {commit.version} of {self.path} has added are not shown: its files were removed before "
                     f"they were read here."
@@ -65,11 +66,6 @@ class Follower:
                 f"log lost these versions before they were read here."
             )
             self.version = version
-
-    def _sizes(self, commit: Commit) -> Iterator[int | None]:
-        """The sizes in bytes of the files added by a commit; None for a file that no longer exists."""
-        commits = Commits(self.spark, self.path, commit.version)
-        return (commits.files.size(commits.path(file)) for file in commit.files)
 
 
 def follow(spark: SparkSession, options: argparse.Namespace) -> None:

@@ -92,10 +92,9 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
     It comes from the file statistics in the table's log. Delta skips all files whose rows are older, so the newest rows are
     found without reading the whole table.
     """
-    statistics = F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>")
     files = (
         files_of(spark, path)
-        .select(statistics.alias("file"))
+        .select(F.from_json("stats", "numRecords BIGINT, minValues STRUCT<ingest_time: TIMESTAMP>").alias("file"))
         .select("file.numRecords", F.unix_micros("file.minValues.ingest_time").alias("since"))
     )
     rows = 0

@@ -64,8 +64,7 @@ def _make(archive: Path, option: str) -> None:
                 f"Java's class archive could not be made (exit code {code}). This start takes longer; the next one tries again."
             )
         else:
-            if not draft.exists():  # this Java can't create one, and also starts with an empty one
-                draft.write_bytes(b"")
+            draft.touch()  # a Java that can't create one also starts with an empty one
             os.replace(draft, archive)  # all or nothing
     finally:
         if run.returncode is None:  # after Ctrl+C: that process and its JVM

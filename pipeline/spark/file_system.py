@@ -1,7 +1,6 @@
 """Files on any file system that Spark supports: local, in a bucket, or on HDFS."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from typing import Any
 
 from pipeline.spark.private import _java, hadoop_settings
@@ -76,21 +75,13 @@ class FileSystem:
                     raise
                 raise BrokenFileError(root_cause(error)) from error
 
-    @contextmanager
-    def _open(self, path: str) -> Iterator[Any]:
-        content = self._files.open(self._path(path))
-        try:
-            yield content
-        finally:
-            content.close()
+    def _open(self, path: str) -> closing[Any]:
+        return closing(self._files.open(self._path(path)))
 
     def write(self, path: str, text: str) -> None:
         """Creates or replaces a file. This is atomic on object stores; on HDFS a crash may leave a partial file."""
-        content = self._files.create(self._path(path), True)
-        try:
+        with closing(self._files.create(self._path(path), True)) as content:
             content.write(text.encode())
-        finally:
-            content.close()
 
     def size(self, path: str) -> int | None:
         """The size of a file in bytes; None if it does not exist."""

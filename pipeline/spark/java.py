@@ -47,10 +47,9 @@ def find_java() -> Java:
     if not java or not shutil.which(java):
         raise PipelineError(f"No Java found{' in JAVA_HOME=' + home if home else ''}. {INSTALL_JAVA}")
     run = subprocess.run([java, "--list-modules"], capture_output=True, text=True, errors="replace")
-    modules = run.stdout
     if run.returncode and "--list-modules" not in run.stdout + run.stderr:  # an option that Java 8 does not know
         raise PipelineError(f"{java} can't be run: {first_line(run.stdout + run.stderr)}. {INSTALL_JAVA}")
-    version = re.search(r"^java\.base@(\d+)(?:\.(\d+)\.(\d+))?", modules, re.MULTILINE)
+    version = re.search(r"^java\.base@(\d+)(?:\.(\d+)\.(\d+))?", run.stdout, re.MULTILINE)
     if not version or int(version[1]) not in SUPPORTED_JAVA:
         raise PipelineError(
             f"{java} is {'Java ' + version[1] if version else 'older than Java 9'}, but Spark needs Java "
@@ -63,7 +62,7 @@ def find_java() -> Java:
             f"{java} is Java {version[0].removeprefix('java.base@')}, which can corrupt data. Use 25.0.3 or "
             f"later, or OpenJDK 17 or 21."
         )
-    if "jdk.incubator.vector@" not in modules:
+    if "jdk.incubator.vector@" not in run.stdout:
         raise PipelineError(
             f"{java} lacks the module jdk.incubator.vector, which Spark loads at its start. {INSTALL_JAVA}"
         )

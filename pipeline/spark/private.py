@@ -4,31 +4,23 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.java_gateway import ensure_callback_server_started
 from pyspark.sql import DataFrame, Observation, SparkSession
 
-
-def without_pandas(module: str) -> None:
-    """Imports a module as if pandas and its dependencies were not installed."""
-    hidden = ("numpy", "pandas", "pyarrow")
-    there = {name: sys.modules.get(name) for name in hidden}
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such module
-    importlib.import_module(module)
-    for name, found in there.items():
-        if found:
-            sys.modules[name] = found
-        else:
-            del sys.modules[name]
-
-
-# F.lit imports this module only to find out whether its argument may come from these libraries. Where they are
-# installed, for dashboard.py, this would add a second to each start and print a warning about their versions.
-without_pandas("pyspark.testing.utils")
+# F.lit imports a module only to find out whether its argument may come from these libraries. Where they are installed,
+# for dashboard.py, this would add a second to each start and print a warning about their versions. So the module is
+# imported here as if they were not.
+hidden = {"numpy", "pandas", "pyarrow"} - sys.modules.keys()
+sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such module
+importlib.import_module("pyspark.testing.utils")
+for name in hidden:
+    del sys.modules[name]
 
 
 def _java(spark: SparkSession) -> Any:
@@ -41,6 +33,7 @@ def hadoop_settings(spark: SparkSession) -> Any:
     return _java(spark).org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
 
 
+SPARK_ERRORS = (PySparkException, Py4JJavaError)  # the second ones come from calls of its private APIs
 OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
 
 
@@ -60,10 +53,7 @@ def protect_callbacks(spark: SparkSession) -> None:
 
 
 def _scala_seq(spark: SparkSession, values: list[Any]) -> Any:
-    several = _java(spark).java.util.ArrayList()
-    for value in values:
-        several.add(value)
-    return _java(spark).org.apache.spark.api.python.PythonUtils.toSeq(several)
+    return _java(spark).org.apache.spark.api.python.PythonUtils.toSeq(values)
 
 
 def jvm_of(spark: SparkSession) -> "subprocess.Popen[bytes] | None":
@@ -106,14 +96,18 @@ def dataframe_of(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
 
 
 @contextmanager
-def code_generation(spark: SparkSession) -> Iterator[None]:
-    """Enables code generation within the context, as is Spark's default. pipeline/spark/session.py disables it with this internal
-    setting.
-    """
-    setting = "spark.sql.codegen.factoryMode"
-    usual = spark.conf.get(setting) or "FALLBACK"
-    spark.conf.set(setting, "FALLBACK")
+def setting(spark: SparkSession, name: str, value: str) -> Iterator[None]:
+    """Changes a setting of the session within the context."""
+    usual = str(spark.conf.get(name))
+    spark.conf.set(name, value)
     try:
         yield
     finally:
-        spark.conf.set(setting, usual)
+        spark.conf.set(name, usual)
+
+
+def code_generation(spark: SparkSession) -> AbstractContextManager[None]:
+    """Enables code generation within the context, as is Spark's default. pipeline/spark/session.py disables it with this internal
+    setting.
+    """
+    return setting(spark, "spark.sql.codegen.factoryMode", "FALLBACK")

@@ -121,7 +121,7 @@ def build_spark(
     spark-submit override `SETTINGS`. Raises PipelineError if Spark can't start.
     """
     is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, whose JVM is already running
-    launch = SparkConf(loadDefaults=False) if is_submitted else _local_launch(jvm, make_archive)
+    launch = {} if is_submitted else _local_launch(jvm, make_archive)
     with delay_stop_signals():  # Spark's JVM can neither be used nor ended for a few seconds
         gateway = _start_jvm(launch, verbose)
         if not has_name():
@@ -134,7 +134,8 @@ def build_spark(
             java = gateway.jvm.Runtime.getRuntime()
             tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java does not count part of its young generation
             conf.setMaster(f"local[{max(1, min(java.availableProcessors(), tasks))}]")
-        for key, value in (SETTINGS | {"spark.hadoop.fs.permissions.umask-mode": f"{umask():03o}"}).items():
+        os.umask(umask := os.umask(0o077))  # Hadoop ignores it, and sets permissions itself
+        for key, value in (SETTINGS | {"spark.hadoop.fs.permissions.umask-mode": f"{umask:03o}"}).items():
             conf.setIfMissing(key, value)
         context = SparkContext(conf=conf, gateway=gateway)
         # After a power cut, Hadoop would reject an intact data file whose checksum file is empty. This is the instance
@@ -152,7 +153,7 @@ def build_spark(
     return SparkSession(context)
 
 
-def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
+def _local_launch(jvm: dict[str, str], make_archive: str | None) -> dict[str, str]:
     """The settings with which Spark's JVM is started locally, which are also passed in the environment."""
     java = find_java()
     jars = spark_jars(DELTA, KAFKA_SOURCE)
@@ -173,39 +174,19 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> SparkConf:
     # core.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # not whichever python3 comes first on the PATH
-    return SparkConf(loadDefaults=False).setAll(
-        [
-            *(
-                jvm
-                | {
-                    "spark.driver.memory": f"{heap_size(os.cpu_count() or 1, _memory()) // 2**20}m",
-                    "spark.driver.extraClassPath": os.pathsep.join(jars),
-                    "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options)),
-                }
-            ).items()
-        ]
-    )
+    return jvm | {
+        "spark.driver.memory": f"{heap_size() // 2**20}m",
+        "spark.driver.extraClassPath": os.pathsep.join(jars),
+        "spark.driver.extraJavaOptions": " ".join(map(quoted, java_options)),
+    }
 
 
-def heap_size(cores: int, memory: int) -> int:
-    """The heap size in bytes for a machine's cores and bytes of memory: at least 1 GB, otherwise at most half of the
-    memory.
-    """
-    return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(cores, MAX_DEFAULT_TASKS), memory // 2))
-
-
-def _memory() -> int:
-    """The memory of this machine or container in bytes."""
+def heap_size() -> int:
+    """The heap size in bytes for this machine or container: at least 1 GB, otherwise at most half of its memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # without a limit, it is "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory
-
-
-def umask() -> int:
-    """The permission bits withheld from new files of this process. Hadoop ignores the umask and sets permissions itself."""
-    os.umask(mask := os.umask(0o077))
-    return mask
+    return max(2 * TASK_MEMORY, min(TASK_MEMORY * min(os.cpu_count() or 1, MAX_DEFAULT_TASKS), memory // 2))
 
 
 def has_name() -> bool:
@@ -221,12 +202,13 @@ def quoted(option: str) -> str:
     return re.sub(r"""(["'\\\s])""", r"\\\1", option)
 
 
-def _start_jvm(launch: SparkConf, verbose: bool) -> Any:
+def _start_jvm(launch: dict[str, str], verbose: bool) -> Any:
     """Starts Spark's JVM, which ends together with the script, or connects to that of spark-submit."""
     with tempfile.TemporaryFile() as stderr:  # it prints warnings at startup, before any log setting takes effect
         try:
             # Its stdout only contains Delta's messages about a VACUUM.
-            gateway = launch_gateway(launch, {} if verbose else {"stderr": stderr, "stdout": subprocess.DEVNULL})
+            conf = SparkConf(loadDefaults=False).setAll([*launch.items()])
+            gateway = launch_gateway(conf, {} if verbose else {"stderr": stderr, "stdout": subprocess.DEVNULL})
         except PySparkRuntimeError as error:
             lines = os.pread(stderr.fileno(), 100_000, 0).decode(errors="replace").strip().splitlines()
             reason = next((line for line in lines if "rror" in line or "xception" in line), "no reason given")

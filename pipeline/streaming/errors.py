@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+from pathlib import Path
 
 from pipeline.delta.locks import CONFLICTS
 from pipeline.paths import plain
@@ -64,6 +65,4 @@ def unreadable_folder_message(folder: str) -> str:
 
 def _existing(path: str) -> str:
     """The path itself, or its nearest parent folder that exists."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
+    return next(place for place in (path, *map(str, Path(path).parents)) if os.path.exists(place))

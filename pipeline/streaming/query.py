@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.contract.contract import Contract, add_readings_option, in_file
 from pipeline.delta.tables import TablePair
 from pipeline.paths import checkpoint_of
-from pipeline.spark.private import jvm_of, protect_callbacks
+from pipeline.spark.private import SPARK_ERRORS, jvm_of, protect_callbacks
 from pipeline.streaming.batches import Batches
 from pipeline.streaming.errors import NEXT_START, explain
 from pipeline.streaming.source import Source, SourceAwayError
@@ -30,8 +30,7 @@ from pipeline.terminal.progress import in_progress
 from pipeline.terminal.script import has_no_end
 from pipeline.terminal.signals import SAME_PRESS_SECONDS, StopFlag, Stopped, on_stop_signal
 
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException, StreamingQueryException
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 AVAILABLE_NOW = {"availableNow": True}  # the trigger that ends when everything available has been read
@@ -147,7 +146,11 @@ def run_until_stopped(
         with in_file(options.readings):
             contract.check_rules(spark)
         start = check()
-        metrics = _metrics(options)
+        metrics = NoMetrics()
+        if options.metrics_port:
+            from pipeline.streaming.metrics import Metrics
+
+            metrics = Metrics(options.metrics_host, options.metrics_port)
         say(
             f"Writing to {tables.table}, rejected records to {tables.quarantine}."
             + ("" if options.once else " Ctrl+C stops.")
@@ -163,7 +166,7 @@ def run_until_stopped(
                         say("Resuming from the last committed offsets.")
                     writer = TableWriter(tables, contract, source, start)
                     batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
-                except (SourceAwayError, PySparkException, Py4JJavaError) as failed:  # the source is away again
+                except (SourceAwayError, *SPARK_ERRORS) as failed:  # the source is away again
                     error = failed
                 if not error:
                     break
@@ -181,14 +184,6 @@ def run_until_stopped(
                 source.wait_until_available(error, stopping)
     if not options.once:
         say("Stopped. The next start resumes from here.")
-
-
-def _metrics(options: argparse.Namespace) -> NoMetrics:
-    if not options.metrics_port:
-        return NoMetrics()
-    from pipeline.streaming.metrics import Metrics
-
-    return Metrics(options.metrics_host, options.metrics_port)
 
 
 def run_query(
@@ -211,7 +206,7 @@ def run_query(
             .trigger(**trigger)
             .start()
         )
-    except (PySparkException, Py4JJavaError) as error:
+    except SPARK_ERRORS as error:
         return 0, error
     clock, set_back = time.time() - time.monotonic(), None
     try:

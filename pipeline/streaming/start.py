@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,6 @@ def check_start(
     # A new checkpoint without a batch begins at the place noted when a loss was accepted.
     unread = checkpoint.unread() or json.loads(written_from.get(STARTS_AT) or "{}")
     identity = source.identity()
-    start = Start(
-        checkpoint, identity, {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
-    )
     is_ours = written_from.get(WRITER, NO_WRITER) in (NO_WRITER, checkpoint.id())
     if is_ours and source.require_same_source(identity, written_from, unread):
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, identity | {STARTS_AT: ""})
@@ -134,11 +131,13 @@ def check_start(
     if place is not None:
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, {STARTS_AT: place})
     source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
+    read_by = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
+    start = Start(checkpoint, identity, read_by)
     if written_from:
-        _fit_table(spark, checkpoint, tables, written_from, start)
+        _fit_table(spark, tables, written_from, start)
     if of_quarantine := properties[tables.quarantine]:
         _set_changed(spark, tables.quarantine, of_quarantine, history_of(tables.keep_history))
-    return replace(start, checkpoint=checkpoint)
+    return start
 
 
 def _last_written(spark: SparkSession, checkpoint: Checkpoint, properties: dict[str, dict[str, str] | None]) -> int:
@@ -170,8 +169,7 @@ def _start_over(
     """
     if properties[tables.table] is None:  # nothing has been written yet
         if properties[tables.quarantine] is not None:
-            set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
-            properties[tables.quarantine] = properties_of(spark, tables.quarantine)
+            properties[tables.quarantine] = set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
         return _set_aside(spark, checkpoint)
     written = _last_written(spark, checkpoint, properties)
     if written > checkpoint.last_done:  # the new checkpoint will know nothing about this batch
@@ -179,8 +177,8 @@ def _start_over(
     # A checkpoint that has written nothing may not own the table yet.
     replaced = (properties[tables.table] or {})[WRITER] or checkpoint.id() or NO_WRITER
     # This is a single commit. If a crash interrupts the steps after it, the next start completes them.
-    set_properties(spark, tables.table, {WRITER: NO_WRITER, REPLACED: replaced} | changed)
-    properties[tables.table] = properties_of(spark, tables.table)
+    changed = {WRITER: NO_WRITER, REPLACED: replaced} | changed
+    properties[tables.table] = set_properties(spark, tables.table, changed)
     for table in (tables.table, tables.quarantine):
         version, _ = version_and_last_batch(spark, table, None)
         sync_commits(spark, table, range(max(0, version - 2), version + 1))  # includes the commit of `take_back`
@@ -195,8 +193,7 @@ def _finish_starting_over(
     if of_table.get(WRITER) != NO_WRITER or REPLACED not in of_table:
         return checkpoint
     if of_quarantine is not None and of_quarantine.get(WRITER) == of_table[REPLACED]:
-        set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
-        properties[tables.quarantine] = properties_of(spark, tables.quarantine)
+        properties[tables.quarantine] = set_properties(spark, tables.quarantine, {WRITER: NO_WRITER})
     if checkpoint.id() != of_table[REPLACED]:
         return checkpoint
     return _set_aside(spark, checkpoint)
@@ -279,9 +276,7 @@ def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: in
         )
 
 
-def _fit_table(
-    spark: SparkSession, checkpoint: Checkpoint, tables: TablePair, properties: dict[str, str], start: Start
-) -> None:
+def _fit_table(spark: SparkSession, tables: TablePair, properties: dict[str, str], start: Start) -> None:
     """Adapts the table, which has these `properties`, to the contract's columns.
 
     Raises PipelineError if that is impossible, or if a batch is only partly written and would now be read with another
@@ -290,8 +285,8 @@ def _fit_table(
     is_changed = any(properties.get(name, value) != value for name, value in start.read_by.items())
     if (
         is_changed
-        and _last_written(spark, checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties))
-        > checkpoint.last_done
+        and _last_written(spark, start.checkpoint, dict.fromkeys((tables.table, tables.quarantine), properties))
+        > start.checkpoint.last_done
     ):
         raise PipelineError(
             f"The last batch of {tables.table} is unfinished, and was begun with a different contract or mode (now "

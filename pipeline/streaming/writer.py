@@ -8,16 +8,14 @@ from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.private import compact_own_files, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of
-from pipeline.spark.private import code_generation, dataframe_of, number_of_tasks, observed
+from pipeline.spark.private import SPARK_ERRORS, code_generation, dataframe_of, number_of_tasks, observed
 from pipeline.streaming.source import Backlog, Source
 from pipeline.streaming.start import Start, in_use_message, require_same_contents
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
 from pipeline.terminal.messages import warn
 
 from delta.tables import DeltaTable
-from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
-from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
@@ -72,7 +70,7 @@ class TableWriter:
     def __init__(self, tables: TablePair, contract: Contract, source: Source, start: Start):
         self.tables, self.contract, self.source, self.start = tables, contract, source, start
         self.appended_to: set[str] = set()  # which of the two tables this process has written to
-        self.synced: dict[str, int] = {}  # the version up to which each table is synced to the disk
+        self.synced: dict[str, int] = {}  # the version up to which "table" and "quarantine" are synced to the disk
 
     def write(self, batch: DataFrame, number: int, stream: str) -> BatchReport:
         """Writes the batch with this number of the query whose id is `stream`."""
@@ -86,7 +84,7 @@ class TableWriter:
 
         try:
             report = write(self.source.read_batch(batch))
-        except (PySparkException, Py4JJavaError) as error:  # Spark reads a batch only while it is written
+        except SPARK_ERRORS as error:  # Spark reads a batch only while it is written
             report = write(self.source.read_again(batch, error))
         self._finish(batch, report, this)
         return report
@@ -114,31 +112,25 @@ class TableWriter:
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
         """Returns the versions of both tables after syncing them to the disk."""
-        return {
-            "table": self._sync(spark, self.tables.table, stream),
-            "quarantine": self._sync(spark, self.tables.quarantine, stream),
-        }
-
-    def _sync(self, spark: SparkSession, table: str, stream: str) -> int:
-        """Returns the version of a table after syncing it to the disk."""
-        version, _ = version_and_last_batch(spark, table, stream)
-        # An earlier process may have been killed before it got here.
-        first = self.synced.get(table, version - NEWEST_COMMITS) + 1
-        sync_commits(spark, table, range(max(0, first), version + 1))
-        self.synced[table] = version
-        return version
+        for role, table in (("table", self.tables.table), ("quarantine", self.tables.quarantine)):
+            version, _ = version_and_last_batch(spark, table, stream)
+            # An earlier process may have been killed before it got here.
+            first = self.synced.get(role, version - NEWEST_COMMITS) + 1
+            sync_commits(spark, table, range(max(0, first), version + 1))
+            self.synced[role] = version
+        return self.synced
 
     def _clean_up(self, spark: SparkSession) -> None:
         for table in (self.tables.quarantine, self.tables.table):
             try:
                 clean_up(spark, table)
-            except (PySparkException, Py4JJavaError) as error:
+            except SPARK_ERRORS as error:
                 # The records are written; the clean-up is tried again after the next thousand batches.
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 
     def _append_valid(self, judged: DataFrame, this: Batch) -> dict[str, Any]:
         """Appends the valid records to the table, unless the batch is already there. Returns the figures of this reading (see
-        `_observed`), and, as `in_table`, the same figures for the table.
+        `_observed`), and, as `in_table`, the number of the batch's records in the table and their fingerprint.
 
         A single pass over the records does all of this: few records are rejected as a rule, and they are kept in memory.
         """
@@ -167,18 +159,11 @@ class TableWriter:
         is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
             this.stream, this.number
         )
-        return found | {"in_table": self._in_table(spark, found, is_compared)}
-
-    def _in_table(self, spark: SparkSession, found: dict[str, Any], is_compared: bool) -> tuple[int, int]:
-        """Returns how many of the batch's records are in the table, and their fingerprint. Reads the table only if `is_compared`;
-        otherwise the figures of this reading are those of the table.
-        """
-        if not is_compared:
-            return found["accepted"], found["fingerprint"]
-        [[count, fingerprint]] = (
-            self._written(spark, self.tables.table, found).agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
-        )
-        return count, fingerprint
+        in_table: tuple[int, ...] = found["accepted"], found["fingerprint"]
+        if is_compared:
+            rows = self._written(spark, self.tables.table, found)
+            [in_table] = rows.agg(F.count("*"), self._fingerprint(F.lit(True))).collect()
+        return found | {"in_table": in_table}
 
     def _written(self, spark: SparkSession, table: str, found: dict[str, Any]) -> DataFrame:
         """The batch's rows in a table: their origin and, in the quarantine, their reject_reason."""

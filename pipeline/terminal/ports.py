@@ -1,6 +1,7 @@
 """Local ports."""
 
 import socket
+from contextlib import ExitStack
 
 
 def is_free(port: int) -> bool:
@@ -9,8 +10,6 @@ def is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    with ExitStack() as open_ports:
+        probes = [open_ports.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]

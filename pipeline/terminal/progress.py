@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from pipeline.terminal.messages import is_screen
 
@@ -28,34 +28,29 @@ def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console, shown = Console(stderr=True), ""
-    progress: Progress | None = None
+    with ExitStack() as live:
 
-    def show(what: str) -> None:
-        nonlocal shown, progress
-        if what == shown:
-            return
-        shown = what
-        if progress:
-            progress.stop()
-            progress = None
-        if what:
-            fits = len(what) < console.width - len("⠋  0:00:00 ")
-            if not fits:
-                console.print(what, markup=False, highlight=False)
-            # Transient, and active only while there is something to show, because it hides the cursor and writes ten
-            # times a second.
-            progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-                redirect_stdout=sys.stdout.isatty(),
-            )
-            progress.add_task(what if fits else "")
-            progress.start()
+        def show(what: str) -> None:
+            nonlocal shown
+            if what == shown:
+                return
+            shown = what
+            live.close()
+            if what:
+                fits = len(what) < console.width - len("⠋  0:00:00 ")
+                if not fits:
+                    console.print(what, markup=False, highlight=False)
+                # Transient, and active only while there is something to show, because it hides the cursor and writes
+                # ten times a second.
+                progress = Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}", markup=False),
+                    TimeElapsedColumn(),
+                    console=console,
+                    transient=True,
+                    redirect_stdout=sys.stdout.isatty(),
+                )
+                progress.add_task(what if fits else "")
+                live.enter_context(progress)
 
-    try:
         yield show
-    finally:
-        show("")

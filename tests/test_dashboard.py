@@ -7,12 +7,15 @@ import socket
 import time
 
 from pipeline.contract.contract import load_contract
-from pipeline.dashboard.lake import Choice, Lake
+from pipeline.dashboard.lake import Choice, Lake, overview
 from pipeline.dashboard.page import refresh_every
+from pipeline.paths import tables_in
 from pipeline.terminal.ports import free_ports
 
 import duckdb
+import pandas as pd
 import pytest
+from deltalake import write_deltalake
 from playwright.sync_api import expect, sync_playwright
 from pyspark.sql import functions as F
 from streamlit import net_util
@@ -152,7 +155,7 @@ def test_records_without_a_time_count_by_their_arrival_and_long_texts_are_cut(sp
         *(json.dumps(record).encode() for record in records),
     )
     lake = Lake(Choice(str(tmp_path / "home"), 900, "temperature", "device", None, "last_seen"))
-    points, _ = lake.course("temperature", "device")
+    points = lake.course("temperature", "device").points
     assert sorted(points["value"]) == [0.5, 2]
     assert sorted(lake.newest_of_each()["device"]) == ["a" * 300, "b" * 300]
 
@@ -181,6 +184,65 @@ def test_a_broken_table_is_named_and_the_others_are_shown(spark, tmp_path, visit
     page.get_by_role("combobox").first.click()
     page.get_by_role("option", name="a_good", exact=True).click()
     expect(shown(page, "Accepted")).to_have_text("1")
+
+
+def lake_of(folder, device_of_row, moment_of_row, arrived_before: list[int], series="device_id", **others) -> Lake:
+    """A lake whose rows arrived so many seconds ago, with a device and a time of their own."""
+    now = pd.Timestamp.now(tz="UTC")
+    arrived = [now - pd.Timedelta(seconds=seconds) for seconds in arrived_before]
+    rows = pd.DataFrame(
+        {
+            "event_time": [moment_of_row(number, moment) for number, moment in enumerate(arrived)],
+            "device_id": [device_of_row(number) for number in range(len(arrived))],
+            "value": 20.0,
+            "ingest_time": arrived,
+        }
+        | others
+    )
+    write_deltalake(str(folder), rows)
+    return Lake(Choice(str(folder), 900, "value", series, None, "event_time"))
+
+
+@pytest.mark.parametrize("wrong", [pd.Timedelta(days=20_000), pd.Timedelta(hours=8)], ids=["1970", "hours behind"])
+@pytest.mark.parametrize("records", [1, 75])
+def test_a_device_with_a_wrong_clock_is_named_and_leaves_the_others_their_points(tmp_path, wrong, records):
+    lake = lake_of(
+        tmp_path / "readings",
+        lambda number: f"d{number % 12}",
+        lambda number, moment: moment - wrong if number % 12 == 7 and number < 12 * records else moment,
+        [number // 12 * 10 for number in range(75 * 12)],
+    )
+    course = lake.course("value", "device_id")
+    assert course.points.groupby("series").size().drop("d7", errors="ignore").to_dict() == dict.fromkeys(
+        (f"d{number}" for number in range(12) if number != 7), 75
+    )
+    assert (course.series, course.records_astray, course.series_astray) == (12, records, ["d7"])
+
+
+def test_devices_that_have_fallen_silent_come_first_and_numbers_can_name_devices(tmp_path):
+    ago = [10, 800, 1000, 9000, 10_000, 20]
+    lake = lake_of(tmp_path / "readings", lambda number: number, lambda _, moment: moment, ago)
+    assert list(lake.silent()["device_id"]) == [3, 2]  # the fourth device is as good as forgotten
+    assert list(lake.newest_of_each()["device_id"]) == [1, 5, 0]
+    assert set(lake.course("value", "device_id").points["series"]) == {"0", "1", "5"}
+
+
+def test_a_path_that_the_page_cannot_read_is_said(tmp_path):
+    write_deltalake(str(tmp_path / "plain"), pd.DataFrame({"value": [1]}))
+    (tmp_path / "plain").rename(tmp_path / "a%20b")
+    [row] = overview(tables_in(str(tmp_path))).to_dict("records")
+    assert row["table"] == "a%20b" and "because its path has a % before two digits" in row["last commit"]
+
+
+def test_a_batch_is_what_a_stream_has_written(spark, tmp_path):
+    writer = bronze_writer(spark, tmp_path / "readings")
+    write(spark, writer, 0, reading())
+    write(spark, writer, 1, reading())
+    spark.sql(f"INSERT INTO delta.`{tmp_path}/readings` SELECT * FROM delta.`{tmp_path}/readings`")
+    durations, is_cut = Lake(
+        Choice(str(tmp_path / "readings"), 900, "value", "device_id", None, "event_time")
+    ).batches()
+    assert len(durations) == 2 and not is_cut
 
 
 def test_a_query_reaches_no_file_whatever_a_column_is_called(spark, tmp_path):

@@ -2,13 +2,14 @@
 refers to the arrival of records.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.contract.columns import RESERVED_COLUMNS
 from pipeline.paths import quarantine_of
-from pipeline.terminal.errors import first_line
+from pipeline.terminal.errors import PipelineError, first_line
 
 import duckdb
 import pandas as pd
@@ -18,6 +19,7 @@ from deltalake.exceptions import TableNotFoundError
 POINTS = 200  # points of a chart, from left to right
 MIN_REFRESH_SECONDS = 2  # seconds between two refreshes
 MAX_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
+BEFORE = 10  # periods before the chosen one, in which devices that are silent now are looked for
 MAX_COPIED_RECORDS = 1_000_000  # records kept in memory while the page is drawn
 CUT_AT = 300  # characters of a text, bytes of a rejected record
 NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[
@@ -37,19 +39,37 @@ class Choice:
     time: str  # when a record was made or, if the contract has no such field, when it arrived
 
 
+def open_table(path: str) -> DeltaTable:
+    if re.search("%[0-9A-Fa-f]{2}", path):  # deltalake (1.6) decodes it, and then finds no such table
+        raise PipelineError(
+            f"The page can't read {path}, because its path has a % before two digits. Rename the folder."
+        )
+    return DeltaTable(path)
+
+
+class Course(NamedTuple):
+    """A field over time: averages (time, series, chart, value) of the series with the most records, the number of all
+    `series`, and the records that are not shown because of their time, with the series that they belong to.
+    """
+
+    points: pd.DataFrame
+    series: int
+    records_astray: int
+    series_astray: list[str]
+
+
 class Lake:
     """SQL over the rows of a table and its quarantine (`accepted` and `rejected`) that arrived in the period."""
 
     def __init__(self, choice: Choice):
         self.choice = choice
-        self.log = DeltaTable(choice.table)
+        self.log = open_table(choice.table)
         rows = self.log.to_pyarrow_dataset()
         self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
         # When a record was made or, if it does not say or its clock is ahead, when it arrived.
         self.moment = f"least(coalesce({quoted(choice.time)}, ingest_time), ingest_time)"
-        self.is_from_kafka = "offset" in rows.schema.names
         try:
-            rejected: Any = DeltaTable(quarantine_of(choice.table)).to_pyarrow_dataset()
+            rejected: Any = open_table(quarantine_of(choice.table)).to_pyarrow_dataset()
         except TableNotFoundError:
             rejected = NOTHING_REJECTED
         # Queries see only the registered tables.
@@ -58,8 +78,10 @@ class Lake:
         self.duckdb.register("all_accepted", rows)
         self.duckdb.register("all_rejected", rejected)
         # Thanks to the statistics in the table's log, files outside the span are not opened.
-        begin = choice.span and datetime.now(timezone.utc) - timedelta(seconds=choice.span)
-        of_span = f"ingest_time >= TIMESTAMPTZ '{begin}'" if begin else "true"
+        now = datetime.now(timezone.utc)
+        self.begin = choice.span and now - timedelta(seconds=choice.span)
+        self.before = choice.span and now - timedelta(seconds=choice.span * (1 + BEFORE))
+        of_span = f"ingest_time >= TIMESTAMPTZ '{self.begin}'" if self.begin else "true"
         [[records]] = self.duckdb.execute(f"SELECT count(*) FROM all_accepted WHERE {of_span}").fetchall()
         # Several queries follow, and each of them would open every file again.
         kind = "TABLE" if records <= MAX_COPIED_RECORDS else "VIEW"
@@ -79,8 +101,8 @@ class Lake:
     def ask(self, sql: str, **values: Any) -> pd.DataFrame:
         return self.duckdb.execute(sql, values).df()
 
-    def course(self, field: str, series: str) -> tuple[pd.DataFrame, int]:
-        """The field's averages (time, series, chart, value) per 200th of the period, and the number of series left out."""
+    def course(self, field: str, series: str) -> Course:
+        """The field's averages per 200th of the time that the series have in common."""
         field, series, moment = quoted(field), quoted(series), self.moment
         chart = quoted(self.choice.charts) if self.choice.charts else "NULL"
         there = f"FROM accepted WHERE {field} IS NOT NULL AND {series} IS NOT NULL"
@@ -91,14 +113,26 @@ class Lake:
             ).fetchall()
         ]
         if not names:
-            return pd.DataFrame(columns=["time", "series", "chart", "value"]), 0
-        # A device whose clock is wrong by years must not squeeze all others into a single point.
-        [[first, last, usual]] = self.duckdb.execute(
-            f"SELECT epoch_us(min({moment})), epoch_us(max({moment})), approx_quantile(epoch_us({moment}), [0.01, 0.99]) "
-            f"{there}"
+            return Course(pd.DataFrame(columns=["time", "series", "chart", "value"]), 0, 0, [])
+        # Devices whose clock is wrong by hours or years must not squeeze the others into a few points: each device counts
+        # once, however many records it sends.
+        [[first, last, begin, until, arrived]] = self.duckdb.execute(
+            "SELECT min(first), max(last), median(begin), median(until), min(arrived) FROM ("
+            "SELECT epoch_us(min(moment)) AS first, epoch_us(max(moment)) AS last, epoch_us(min(ingest_time)) AS arrived, "
+            "approx_quantile(epoch_us(moment), 0.05) AS begin, approx_quantile(epoch_us(moment), 0.95) AS until "
+            f"FROM (SELECT {moment} AS moment, {series} AS series, ingest_time {there}) GROUP BY series)"
         ).fetchall()
-        spread = usual[1] - usual[0] + 60_000_000
-        first, last = max(first, usual[0] - spread), min(last, usual[1] + spread)
+        margin = 60_000_000
+        if begin >= arrived - margin:  # as usual, records arrive within seconds
+            first = max(first, arrived - margin)
+        else:
+            first = max(first, int(begin - (until - begin)) - margin)
+            last = min(last, int(until + (until - begin)) + margin)
+        astray = self.duckdb.execute(
+            f"SELECT {series}::VARCHAR, count(*) AS records {there} AND epoch_us({moment}) NOT BETWEEN $first AND $last "
+            "GROUP BY ALL ORDER BY records DESC",
+            {"first": first, "last": last},
+        ).fetchall()
         points = self.ask(
             f"SELECT time_bucket(to_microseconds($width), {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
             f"{chart}::VARCHAR AS chart, avg({field}) AS value {there} AND list_contains($names, {series}::VARCHAR) "
@@ -108,17 +142,32 @@ class Lake:
             first=first,
             last=last,
         )
-        return points, max(0, len(names) - MAX_SERIES)
+        return Course(points, len(names), sum(records for _, records in astray), [f"{name}" for name, _ in astray])
 
     def newest_of_each(self) -> pd.DataFrame:
-        """The newest record of each series, or of each series that has a chart, newest first."""
+        """The newest record of each series, or of each series that has a chart, those first that have been silent for longest."""
         record = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in self.columns)
         keys = ", ".join(quoted(name) for name in filter(None, (self.choice.series, self.choice.charts)))
         return plain(
             self.ask(
                 f"SELECT unnest(newest) FROM (SELECT arg_max(struct_pack({record}), {self.moment}) AS newest, "
-                f"max({self.moment}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time DESC "
+                f"max({self.moment}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time "
                 f"LIMIT {MOST_DEVICES})"
+            )
+        )
+
+    def silent(self) -> pd.DataFrame:
+        """The series that have sent nothing in the period, but in the ten periods before, with the arrival of their last record; those
+        first that have been silent for longest.
+        """
+        if not self.begin:
+            return pd.DataFrame()
+        series = quoted(self.choice.series or "")
+        return plain(
+            self.ask(
+                f"SELECT {series}, max(ingest_time) AS last_arrival FROM all_accepted WHERE {series} IS NOT NULL AND "
+                f"ingest_time >= TIMESTAMPTZ '{self.before}' GROUP BY ALL HAVING last_arrival < TIMESTAMPTZ '{self.begin}' "
+                "ORDER BY last_arrival"
             )
         )
 
@@ -132,22 +181,29 @@ class Lake:
         width = max((batches["time"].max() - batches["time"].min()) / POINTS, pd.Timedelta(seconds=MIN_REFRESH_SECONDS))
         return batches.groupby([batches["time"].dt.floor(width.ceil("s")), "verdict"])["records"].sum().reset_index()
 
-    def batches(self) -> pd.DataFrame:
-        """The durations of the latest batches (time, seconds), from their start to the commit that made them visible."""
+    def batches(self) -> tuple[pd.DataFrame, bool]:
+        """The durations of the latest batches of the period (time, seconds), from their start to the commit that made them visible,
+        and whether there are more batches in it.
+        """
+        history = self.log.history(MOST_BATCHES)
+        is_cut = len(history) == MOST_BATCHES and (
+            not self.begin or history[-1]["timestamp"] > self.begin.timestamp() * 1000
+        )
         commits = [
             commit
-            for commit in self.log.history(MOST_BATCHES)
-            if commit.get("operation") == "WRITE"
+            for commit in history
+            if "contents" in commit.get("userMetadata", "")  # others have written rows, too
             and int((commit.get("operationMetrics") or {}).get("numOutputRows", 0))
         ]
         self.duckdb.register(
             "commits", pd.DataFrame({"committed": [commit["timestamp"] for commit in commits]}, dtype="int64")
         )
-        return self.ask(
+        durations = self.ask(
             "SELECT started AT TIME ZONE 'UTC' AS time, date_diff('ms', started, committed) / 1000 AS seconds FROM "
             "(SELECT to_timestamp(committed / 1000) AS committed FROM commits) ASOF JOIN "
             "(SELECT DISTINCT ingest_time AS started FROM accepted) ON committed >= started ORDER BY time"
         )
+        return durations, is_cut
 
     def newest_rejected(self) -> pd.DataFrame:
         """The newest rejected records: time, reason and first bytes."""
@@ -168,7 +224,7 @@ def overview(tables: dict[str, str]) -> pd.DataFrame:
     lines = []
     for name, path in tables.items():
         try:
-            table = DeltaTable(path)
+            table = open_table(path)
             files = table.get_add_actions(flatten=True)
             commit = next(iter(table.history(1)), {})  # empty if Delta has removed its log entry
             rows, sizes = files.column("num_records").to_pylist(), files.column("size_bytes").to_pylist()

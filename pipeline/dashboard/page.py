@@ -7,22 +7,32 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from pipeline.contract.columns import RESERVED_COLUMNS
-from pipeline.dashboard.lake import MAX_SERIES, MIN_REFRESH_SECONDS, POINTS, Choice, Lake, overview
-from pipeline.kafka.topics import Topic
+from pipeline.dashboard.lake import (
+    MAX_SERIES,
+    MIN_REFRESH_SECONDS,
+    MOST_DEVICES,
+    POINTS,
+    Choice,
+    Lake,
+    open_table,
+    overview,
+)
+from pipeline.kafka.topics import GROUP, TOPIC_NAME, Topic
 from pipeline.paths import quarantine_of, tables_in
 from pipeline.terminal.errors import PipelineError, first_line
 
 import altair as alt
 import pandas as pd
 import streamlit as st
-from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from kafka.errors import KafkaError
 
 SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "1 week": 604_800, "everything": None}
 # Delta's numeric types; measured values come before counted ones.
 NUMBERS = ("double", "float", "long", "integer", "short", "byte")
+IDS = ("string", "boolean", *NUMBERS[2:])  # what can identify a device
 IN_A_ROW = 3  # charts
+MAX_POINTS_MARKED = 10  # a line of more points is seen without marks
 MAX_REFRESH_SECONDS = 60  # seconds between two refreshes; between minimum and maximum, it is a 200th of the span
 MAX_CHARTS = 12
 DRAWING = threading.BoundedSemaphore(2)  # a website can embed the page many times, without seeing it
@@ -82,12 +92,12 @@ def choose(readings: dict[str, str]) -> Choice:
         try:
             kinds = {
                 field.name: getattr(field.type, "type", "")
-                for field in DeltaTable(table).schema().fields
+                for field in open_table(table).schema().fields
                 if field.name.lower() not in RESERVED_COLUMNS
             }
-        except (DeltaError, OSError):
+        except (DeltaError, OSError, PipelineError):
             kinds = {}
-        texts = [name for name, kind in kinds.items() if kind in ("string", "boolean")]
+        texts = [name for kind_of_id in IDS for name, kind in kinds.items() if kind == kind_of_id]
         field = st.selectbox("Field", [name for number in NUMBERS for name, kind in kinds.items() if kind == number])
         series = st.selectbox("A line for each", texts)
         # Values in different units can't share an axis.
@@ -104,14 +114,15 @@ def choose(readings: dict[str, str]) -> Choice:
 def show_readings(lake: Lake, options: argparse.Namespace) -> None:
     counts = lake.ask("SELECT reject_reason, count(*) AS records FROM rejected GROUP BY ALL ORDER BY records DESC")
     newest = lake.ask("SELECT count(*) AS records, max(ingest_time) AS arrived FROM accepted").iloc[0]
-    batches = lake.batches()
+    batches, is_cut = lake.batches()
     rejected = int(counts["records"].sum())
+    properties = lake.log.metadata().configuration
     figures = {
         "Accepted": f"{newest['records']:,}",
         "Rejected": f"{rejected:,}",
         "Newest arrived": age(newest["arrived"]),
         "A batch takes": "–" if batches.empty else f"{batches['seconds'].median():.1f} s",
-        "Waiting in Kafka": waiting(lake.choice.table, options) if lake.is_from_kafka else "–",
+        "Waiting in Kafka": waiting(properties.get(TOPIC_NAME), properties.get(GROUP), options),
     }
     for cell, (label, value) in zip(st.columns(len(figures)), figures.items()):
         cell.metric(label, value)
@@ -124,6 +135,8 @@ def show_readings(lake: Lake, options: argparse.Namespace) -> None:
     left.altair_chart(chart(lake.arrivals(), "records", "verdict").mark_bar())
     right.subheader("Seconds per batch")
     right.altair_chart(chart(batches, "seconds").mark_line(point=True))
+    if is_cut:
+        right.caption(f"The latest {len(batches)} batches.")
     if rejected:
         st.subheader("Rejected, and why")
         left, right = st.columns([1, 2])
@@ -135,26 +148,46 @@ def show_fields(lake: Lake) -> None:
     """The chosen field over time, and the newest record of each device."""
     choice = lake.choice
     if choice.field and choice.series:
-        points, left_out = lake.course(choice.field, choice.series)
+        points, series, records_astray, series_astray = lake.course(choice.field, choice.series)
         st.subheader(f"{choice.field} over time")
-        charts = list(points.groupby("chart", dropna=False))[:MAX_CHARTS]
+        all_charts = list(points.fillna({"chart": "–"}).groupby("chart"))
+        charts = all_charts[:MAX_CHARTS]
         cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
         for cell, (name, part) in zip(cells, charts):
             cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
-            cell.altair_chart(chart(part, "value", "series").mark_line())
-        if left_out:
-            st.caption(f"The {MAX_SERIES} of {left_out + MAX_SERIES:,} with the most records.")
+            lines = chart(part, "value", "series")
+            few = part.groupby("series")["value"].transform("size") < MAX_POINTS_MARKED
+            cell.altair_chart(lines.mark_line() + chart(part[few], "value", "series").mark_point(filled=True))
+        if len(all_charts) > MAX_CHARTS:
+            st.caption(f"{MAX_CHARTS} of {len(all_charts):,} charts.")
+        if series > MAX_SERIES:
+            st.caption(f"The {MAX_SERIES} of {series:,} with the most records.")
+        if records_astray:
+            others = f" and {len(series_astray) - 3:,} more" if len(series_astray) > 3 else ""
+            st.warning(
+                f"{records_astray:,} records have times far from those of the other devices, so they are not in the chart: "
+                f"{', '.join(series_astray[:3])}{others}. Perhaps a clock is wrong, or they were sent late."
+            )
     if choice.series:
+        silent = lake.silent()
+        if len(silent):
+            st.subheader("Silent")
+            st.caption("Nothing has arrived from these in the period, but in the ten periods before it.")
+            st.dataframe(silent, hide_index=True)
         st.subheader("Newest records")
-        st.dataframe(lake.newest_of_each(), hide_index=True)
+        newest = lake.newest_of_each()
+        if len(newest) == MOST_DEVICES:
+            st.caption(f"The {MOST_DEVICES} that have been silent for longest.")
+        st.dataframe(newest, hide_index=True)
 
 
 @st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
-def waiting(table: str, _options: argparse.Namespace) -> str:
-    """How many records of the topic the stream into `table` has yet to read, according to its offsets in Kafka."""
+def waiting(topic: str | None, group: str | None, _options: argparse.Namespace) -> str:
+    """How many records of the topic a stream with this consumer group has yet to read, according to its offsets in Kafka."""
     try:
-        topic = Topic.of(_options)
-        unread = topic.unread(topic.group_of(table))
+        unread = (
+            Topic.of(argparse.Namespace(**vars(_options) | {"topic": topic})).unread(group) if topic and group else None
+        )
         return "–" if unread is None else f"{unread:,}"
     except (KafkaError, OSError, PipelineError):
         return "–"

@@ -135,7 +135,8 @@ def add_missing_columns(spark: SparkSession, path: str, columns: dict[str, str])
 
 def set_properties(spark: SparkSession, path: str, properties: dict[str, str]) -> dict[str, str] | None:
     """Sets properties of the table at `path`. Returns all of them."""
-    changed = ", ".join(f"'{name}' = '{value}'" for name, value in properties.items())
+    quoted = {name: value.replace("\\", r"\\").replace("'", r"\'") for name, value in properties.items()}
+    changed = ", ".join(f"'{name}' = '{value}'" for name, value in quoted.items())
     spark.sql(f"ALTER TABLE {as_identifier(path)} SET TBLPROPERTIES ({changed})")
     return properties_of(spark, path)
 

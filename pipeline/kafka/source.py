@@ -33,7 +33,7 @@ from pipeline.kafka.records import (
     records_of,
     time_sql,
 )
-from pipeline.kafka.topics import Topic
+from pipeline.kafka.topics import GROUP, TOPIC_NAME, Topic
 from pipeline.spark.private import SPARK_ERRORS
 from pipeline.streaming.batches import done_in
 from pipeline.streaming.private import batch_time_ms, query_of
@@ -54,7 +54,7 @@ REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records ar
 FIRST_SEARCH_OFFSETS = 100_000
 ELECTION_SECONDS = 3  # seconds after an election until all replicas agree on the end of a partition
 # Properties of a table: the topic that it is written from.
-TOPIC_ID, TOPIC_NAME = ("pipeline.topic.id", "pipeline.topic.name")
+TOPIC_ID = "pipeline.topic.id"  # as a table property
 
 
 class KafkaSource(Source):
@@ -67,6 +67,7 @@ class KafkaSource(Source):
 
     def __init__(self, topic: Topic, accept_data_loss: bool, group: str):
         self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group
+        self.notes = {GROUP: group}
         self.mode = f"isolation.level={topic.isolation_level}"
         self.beginning: dict[int, int] = {}  # of the topic at startup, by partition, if data loss is accepted
         self.starting_offsets = "earliest"  # for a stream without a checkpoint, in Spark's format

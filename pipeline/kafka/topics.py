@@ -34,6 +34,9 @@ from kafka.protocol.consumer.offsets import IsolationLevel
 from kafka.structs import OffsetAndMetadata
 
 TOPIC = "sensor_data"
+# Properties of a table that a stream fills from a topic: the topic, and the consumer group that the stream commits its
+# offsets to.
+TOPIC_NAME, GROUP = "pipeline.topic.name", "pipeline.topic.group"
 PARTITIONS = 3
 # The broker rejects records whose Kafka time is more than a day ahead, such as a time in nanoseconds, and records that
 # are too large when unpacked: https://kafka.apache.org/39/documentation.html#topicconfigs
@@ -249,13 +252,15 @@ class Topic(Broker):
                 client.close()
 
     def unread(self, group: str) -> int | None:
-        """The number of records after the offsets that the consumer group has committed; None if it has committed none.
+        """The number of records after the offsets that the consumer group has committed for the topic; None if it has committed
+        none.
 
         Raises KafkaError, or OSError if no broker listens.
         """
         self.require_listener()
         with self.client(Admin, bootstrap_timeout_ms=1000) as admin:
-            noted = admin.list_group_offsets([group])[group]
+            of_group = admin.list_group_offsets([group])[group]
+            noted = {place: note for place, note in of_group.items() if place.topic == self.name}
             ends = admin.list_partition_offsets(dict.fromkeys(noted, OffsetSpec.LATEST))
         return sum(max(0, ends[place].offset - note.offset) for place, note in noted.items()) if noted else None
 

@@ -31,6 +31,7 @@ class Source:
 
     mode: str
     knows_records = False  # whether it can identify records by their origin
+    notes: dict[str, str] = {}  # properties of the table for other programs
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         """Returns the records of a micro-batch: `raw` and `ingest_time` for the contract, and the columns that say where a record

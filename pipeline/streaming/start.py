@@ -134,7 +134,7 @@ def check_start(
     read_by = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
     start = Start(checkpoint, identity, read_by)
     if written_from:
-        _fit_table(spark, tables, written_from, start)
+        _fit_table(spark, tables, written_from, start, source.notes)
     if of_quarantine := properties[tables.quarantine]:
         _set_changed(spark, tables.quarantine, of_quarantine, history_of(tables.keep_history))
     return start
@@ -276,8 +276,10 @@ def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: in
         )
 
 
-def _fit_table(spark: SparkSession, tables: TablePair, properties: dict[str, str], start: Start) -> None:
-    """Adapts the table, which has these `properties`, to the contract's columns.
+def _fit_table(
+    spark: SparkSession, tables: TablePair, properties: dict[str, str], start: Start, notes: dict[str, str]
+) -> None:
+    """Adapts the table, which has these `properties`, to the contract's columns, and adds the source's `notes`.
 
     Raises PipelineError if that is impossible, or if a batch is only partly written and would now be read with another
     contract or in another mode: some of its records would end up in both tables, or in none.
@@ -294,7 +296,7 @@ def _fit_table(spark: SparkSession, tables: TablePair, properties: dict[str, str
         )
     add_missing_columns(spark, tables.table, tables.columns)
     # An earlier start may not have known the identity.
-    wanted = start.identity | properties | start.read_by | history_of(tables.keep_history)
+    wanted = start.identity | properties | start.read_by | notes | history_of(tables.keep_history)
     _set_changed(spark, tables.table, properties, wanted)
 
 

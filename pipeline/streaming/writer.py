@@ -98,7 +98,7 @@ class TableWriter:
             properties = {WRITER: stream} | self.start.identity | history_of(tables.keep_history)
             create_table(spark, tables.quarantine, tables.quarantine_columns, properties)
             # Created last, so that nothing counts as written until this table names the stream.
-            create_table(spark, tables.table, tables.columns, properties | self.start.read_by)
+            create_table(spark, tables.table, tables.columns, properties | self.start.read_by | self.source.notes)
             checkpoint.write_last_batch({"versions": self._synced_versions(spark, stream)})
         contents = self.source.contents(batch, end)
         version, last_batch = version_and_last_batch(spark, tables.table, stream)

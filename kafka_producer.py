@@ -119,9 +119,10 @@ def write_files(
         folder.mkdir(parents=True, exist_ok=True)
         say(f"Writing to {folder}. Ctrl+C stops.")
         begun = time.monotonic()
+        until_next = 1 / options.rate if options.rate else 0
         for _, (_, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
             lines += [record] if record else []
-            if time.monotonic() - begun >= FILE_SECONDS or len(lines) >= FILE_RECORDS:
+            if time.monotonic() - begun + until_next >= FILE_SECONDS or len(lines) >= FILE_RECORDS:
                 write()
                 begun = time.monotonic()
         if lines:

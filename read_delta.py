@@ -24,7 +24,7 @@ from pipeline.delta.locks import with_retries, write_lock
 from pipeline.delta.private import newest_state
 from pipeline.delta.tables import clean_up, time_travel
 from pipeline.paths import LAKE, local_path, tables_in
-from pipeline.readers.printing import add_reader_options, read_table, show
+from pipeline.readers.printing import FEW, add_reader_options, read_table, show
 from pipeline.spark.file_system import FileSystem
 from pipeline.spark.private import SPARK_ERRORS
 from pipeline.spark.session import READER_JVM, build_spark
@@ -77,7 +77,7 @@ def parse_options() -> argparse.Namespace:
     moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
     moment.add_argument("--timestamp", metavar="T", help='the table as of this time, UTC: "2026-11-20 08:00:00"')
     parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, if no TABLE is given")
-    add_reader_options(parser)
+    add_reader_options(parser, limit=None)
     options = parser.parse_args()
     if options.table is None and (
         options.history
@@ -209,7 +209,8 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
 
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
     read_table(spark, options.table, STREAMS)
-    history = DeltaTable.forPath(spark, options.table).history(options.limit)
+    limit = options.limit or (FEW if options.format == "table" else None)
+    history = DeltaTable.forPath(spark, options.table).history(limit and limit + 1)
     # To the millisecond, as --timestamp accepts it.
     show(
         history.select(
@@ -219,7 +220,7 @@ def show_history(spark: SparkSession, options: argparse.Namespace) -> None:
             F.expr("operationMetrics['numOutputRows']").alias("rows"),
             F.expr("operationMetrics['numFiles']").alias("files"),
         ),
-        options.limit,
+        limit,
         options.format,
     )
 

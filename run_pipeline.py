@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from typing import IO
 
@@ -45,6 +45,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+RATE_SECONDS = 10  # seconds over which a rate is measured, or longer if the lines come more slowly
 QUIET_SECONDS = 30  # seconds after which the last rate counts as stale
 STOP_SECONDS = 120  # seconds that a stream may need to finish its batch
 
@@ -137,7 +138,7 @@ class Part:
         self.lines: deque[str] = deque(maxlen=20)
         self.warnings: deque[str] = deque(maxlen=20)
         self.said, self.behind = Text(), ""  # the last line, and the backlog that it names
-        self.total, self.per_second, self.counted_at = 0, 0.0, time.monotonic()
+        self.counts = deque([(time.monotonic(), 0)])  # the number of records at some moments of the last seconds
         # A session of its own, so that Ctrl+C in the terminal reaches only this script, which stops the parts in order.
         command = [
             sys.executable,
@@ -167,12 +168,9 @@ class Part:
             )
             if count := re.search(r"([\d,]+) (rows in|sent|records in)", line):
                 records, now = int(count[1].replace(",", "")), time.monotonic()
-                total = self.total + records if count[2] == "rows in" else records
-                self.per_second, self.total, self.counted_at = (
-                    (total - self.total) / (now - self.counted_at),
-                    total,
-                    now,
-                )
+                self.counts.append((now, self.counts[-1][1] + records if count[2] == "rows in" else records))
+                while len(self.counts) > 2 and now - self.counts[1][0] > RATE_SECONDS:
+                    self.counts.popleft()
             if behind := re.search(r"([\d,]+) behind", line):
                 self.behind = behind[1]
 
@@ -186,8 +184,10 @@ class Part:
         return "stopped" if self.process.returncode == 0 else f"exit code {self.process.returncode}"
 
     def rate(self) -> str:
-        """Records a second, from the last two lines with a count; "" if there was none recently."""
-        return f"{self.per_second:,.1f}" if self.total and time.monotonic() - self.counted_at < QUIET_SECONDS else ""
+        """Records a second, from the lines with a count of the last seconds; "" if there was none recently."""
+        counted_at, total = self.counts[-1]
+        is_recent = total and time.monotonic() - counted_at < QUIET_SECONDS
+        return f"{per_second(self.counts):,.1f}" if is_recent else ""
 
     def wait_for_output(self) -> None:
         for reader in self.readers:
@@ -204,6 +204,12 @@ class Part:
             )
             self.process.kill()
         self.wait_for_output()
+
+
+def per_second(counts: Sequence[tuple[float, int]]) -> float:
+    """The rate between the first and the last of the counts (time in seconds, number)."""
+    (then, before), (now, after) = counts[0], counts[-1]
+    return (after - before) / max(now - then, 1)  # two lines may come together
 
 
 def overview(parts: list[Part]) -> Group:

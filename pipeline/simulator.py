@@ -15,11 +15,11 @@ from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Time
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
-# Values that break the rules of readings.py. The simulator can't break other rules.
-WRONG_VALUES: dict[str, dict[str, Any]] = {
-    "unknown_type": {"type": "pressure"},
-    "wrong_unit": {"unit": "K"},
-    "out_of_range": {"value": 1e6},
+# How to break the rules of readings.py, given its sensor types. The simulator can't break other rules.
+WRONG_VALUES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "unknown_type": lambda types: {"type": f"not {' or '.join(types)}"},
+    "wrong_unit": lambda types: {"unit": f"not {' or '.join(each.unit for each in types.values())}"},
+    "out_of_range": lambda types: {"value": max(each.high for each in types.values()) + 1},
 }
 
 
@@ -27,11 +27,13 @@ class Simulator:
     """Generates readings according to `contract`.
 
     `sensor_types`: those of readings.py, if the contract has such a field. `breaks`: for each of the contract's reasons, a way
-    to break a reading; rules unknown to the simulator have none.
+    to break a reading; rules unknown to the simulator have none. `device`: the field that names the device, if any.
     """
 
     def __init__(self, contract: Contract, sensor_types: dict[str, Any]):
         self.contract, self.sensor_types = contract, sensor_types
+        texts = [field for field in contract.fields if isinstance(field, Text)]
+        self.device = next((field for field in texts if field.name == "device_id"), texts[0] if texts else None)
         self.breaks: dict[str, Callable[[dict[str, Any]], bytes | None]] = {
             "empty_record": lambda reading: None,
             "invalid_encoding": lambda reading: to_json(reading)[:-1] + b', "note": "\xff"}',
@@ -40,8 +42,10 @@ class Simulator:
             **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in contract.fields},
             **{
                 reason: having(wrong)
-                for reason, wrong in WRONG_VALUES.items()
-                if reason in contract.rules and wrong.keys() <= {field.name for field in contract.fields}
+                for reason, wrong_value in WRONG_VALUES.items()
+                if reason in contract.rules
+                and sensor_types
+                and (wrong := wrong_value(sensor_types)).keys() <= {field.name for field in contract.fields}
             },
         }
 
@@ -69,7 +73,7 @@ class Simulator:
                 device["value"] = round(device["exact"], 2)
             reading: dict[str, Any] = {}
             for field in self.contract.fields:
-                value = device.get(field.name)
+                value = device["device_id"] if field is self.device else device.get(field.name)
                 put(reading, field, value if is_of(field, value) else any_value(field, rng))
             is_broken = rng.random() < invalid_fraction
             yield device["device_id"], next(breaks)(reading) if is_broken else to_json(reading)

@@ -1,7 +1,9 @@
 """Contracts of any kind: how their records are read, which ones are refused, and what a change does to the tables."""
 
+import functools
 import itertools
 import json
+import operator
 import random
 import time
 from pathlib import Path
@@ -350,6 +352,12 @@ def test_the_simulator_makes_valid_records_of_contracts_whose_fields_have_the_na
         for sensor_types in ({}, SENSOR_TYPES):
             for _, record in itertools.islice(Simulator(contract, sensor_types).messages(3, seed=1), 20):
                 assert oracle.read(contract, record, time.time_ns() // 1000)[0] is None, record
+
+
+def test_the_device_in_a_record_is_the_key_of_its_message():
+    for file, path in (("readings.py", ["device_id"]), ("examples/zigbee2mqtt.py", ["device", "friendlyName"])):
+        for key, record in itertools.islice(Simulator.of(f"{REPOSITORY}/{file}").messages(12), 30):
+            assert functools.reduce(operator.getitem, path, json.loads(record)) == key
 
 
 # --- Contracts that are refused

@@ -200,6 +200,10 @@ def test_the_simulator_drops_whole_files_and_ctrl_c_writes_what_is_left(tmp_path
     assert len(list(tmp_path.glob("2*.json"))) == int(files)
     assert sum(file.read_bytes().count(b"\n") for file in tmp_path.glob("2*.json")) == int(records)
 
+    slow = start("kafka_producer.py", "--to-folder", tmp_path / "slow", "--rate", 0.01)
+    slow.wait_for("1 records in 1 file; last: ")  # and not after the next record, in 100 s
+    slow.stop()
+
     run = run_here("kafka_producer.py", "--to-folder", "/proc/none", "--count", 1)
     assert (
         run.returncode == 1

@@ -79,7 +79,7 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
 def test_a_client_that_asks_the_metrics_for_nothing_is_hung_up_on(monkeypatch):
     [port] = free_ports(1)
     monkeypatch.setattr("pipeline.streaming.metrics.CLIENT_SECONDS", 0.5)
-    Metrics("127.0.0.1", port)
+    Metrics("127.0.0.1", port, ["malformed_json"])
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(b"GET")
         client.settimeout(60)
@@ -88,19 +88,21 @@ def test_a_client_that_asks_the_metrics_for_nothing_is_hung_up_on(monkeypatch):
 
 def test_a_stream_that_does_not_run_is_unhealthy_and_a_port_in_use_is_said():
     [port] = free_ports(1)
-    metrics = Metrics("127.0.0.1", port)
+    metrics = Metrics("127.0.0.1", port, ["malformed_json"])
     for works in (False, True, False):
         metrics.working(works)
         with suppress(HTTPError):
             assert urlopen(f"http://127.0.0.1:{port}/healthz").read() == b"ok\n" and works
             continue
         assert not works
+    figures = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    assert 'pipeline_rejected_records_total{reason="malformed_json"} 0.0' in figures  # before the first one
     metrics.working(True)
     metrics.heard_at -= SILENT_SECONDS  # as after kill -STOP of Spark's JVM
     with pytest.raises(HTTPError, match="503"):
         urlopen(f"http://127.0.0.1:{port}/healthz")
     with pytest.raises(PipelineError, match=f"can't be served on 127.0.0.1:{port}: .* Choose another --metrics-port"):
-        Metrics("127.0.0.1", port)
+        Metrics("127.0.0.1", port, ["malformed_json"])
 
 
 @pytest.mark.parametrize("script", ["spark_kafka_consumer", "streaming_files_to_delta_bronze"])

@@ -91,6 +91,7 @@ def test_a_row_of_csv_is_one_row_whatever_is_in_it():
     assert list(csv.reader(io.StringIO("\n".join(map(csv_line, rows)), newline=""))) == [
         [text or "" for text in row] for row in rows
     ]
+    assert [csv_line([None, "", "a"]), csv_line([None]), csv_line([""])] == [',"",a', '""', '""']
 
 
 def test_no_text_steers_a_terminal_in_any_format(spark, monkeypatch):
@@ -104,6 +105,23 @@ def test_no_text_steers_a_terminal_in_any_format(spark, monkeypatch):
         assert line.isprintable() and "\u00e9" in line, line
         if form == "json":
             assert json.loads(line) == {"name": hostile}
+
+
+@pytest.mark.parametrize(
+    "name", ["می\u200cخواهم", "क्\u200dष", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001fae8"]
+)
+def test_names_in_every_script_are_shown_as_they_are(spark, monkeypatch, name):
+    monkeypatch.setattr(sys, "stdout", argparse.Namespace(isatty=lambda: True))
+    assert list(lines(spark.createDataFrame([(name,)], "name STRING"), "table")) == [name]
+
+
+def test_programs_get_everything_and_people_are_told_that_there_is_more(lake, run_here):
+    query = ["read_delta.py", "--lake", lake, "--sql", "SELECT id FROM range(100)"]
+    assert len(run_here(*query, "--format", "csv").stdout.splitlines()) == 101
+    assert len(run_here(*query, "--format", "json", "--limit", 30).stdout.splitlines()) == 30
+    assert run_here(*query).stdout.endswith("19\nThese are the first 20 rows; --limit N shows more.\n")
+    assert "--limit N" not in run_here(*query, "--limit", 100).stdout
+    assert len(run_here("read_delta.py", lake / "silver" / "sensor_data", "--format", "csv").stdout.splitlines()) == 31
 
 
 def test_programs_get_all_columns_as_json_or_csv(lake, run_here):

@@ -1,5 +1,6 @@
 """The contract of readings.py, tested with a table of records and the reason to reject each (None: it is valid)."""
 
+import json
 from datetime import datetime, timezone
 
 from pipeline.simulator import Simulator
@@ -23,6 +24,14 @@ def test_a_record_is_rejected_for_the_first_rule_that_it_breaks(reasons, number)
 
 def test_every_reason_has_a_case():
     assert {reason for _, reason in CASES} - {None} == set(CONTRACT.reasons)
+
+
+def test_the_simulator_breaks_the_rules_of_other_sensor_types_too():
+    types = SENSOR_TYPES | {"pressure": SENSOR_TYPES["co2"]._replace(unit="K", high=1e9)}
+    breaks = Simulator(CONTRACT, types).breaks
+    broken = {name: json.loads(breaks[name](VALID)) for name in ("unknown_type", "wrong_unit", "out_of_range")}
+    assert broken["unknown_type"]["type"] not in types and broken["out_of_range"]["value"] > 1e9
+    assert broken["wrong_unit"]["unit"] not in {each.unit for each in types.values()}
 
 
 def test_the_simulator_breaks_every_rule(spark):

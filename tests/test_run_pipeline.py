@@ -16,6 +16,7 @@ import pytest
 from kafka import KafkaConsumer
 
 from helpers.processes import REPOSITORY, Script, on_terminal
+from run_pipeline import per_second
 
 
 @pytest.fixture
@@ -40,6 +41,11 @@ def processes_of(text: str) -> list[int]:
     return [
         process.pid for process in psutil.process_iter(["cmdline"]) if text in " ".join(process.info["cmdline"] or [])
     ]
+
+
+def test_lines_that_come_together_make_no_rate_that_nothing_has():
+    assert per_second([(0, 0), (0.01, 5000), (0.011, 10_000)]) == 10_000
+    assert per_second([(0, 500), (8, 2500), (10, 2500)]) == 200
 
 
 def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):

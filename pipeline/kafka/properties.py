@@ -15,6 +15,7 @@ from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import warn
 
 import javaproperties
+import kafka.codec
 
 PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 USER_AND_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -30,6 +31,7 @@ SSL_NAMES = (
 )
 SECURITY_NAMES = ("security.protocol", *SASL_NAMES, *SSL_NAMES)  # supported by both clients
 SECRETS = {"sasl.jaas.config", "ssl.key.password"}
+CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # and the libraries that kafka-python uses
 # Properties whose value is a Java class, or the name of a default that has no name in kafka-python.
 JAVA_ONLY = r"((key|value)\.serializer|metric\.reporters)=.*|compression\.type=none"
 
@@ -69,6 +71,10 @@ def python_settings(properties: dict[str, str], known: dict[str, Any]) -> dict[s
         settings |= _user_and_password(properties.get("sasl.jaas.config", ""))
     if security_protocol(properties).endswith("SSL"):
         settings["ssl_context"] = _ssl_context(properties)
+    codec = settings.get("compression_type")
+    if codec in CODECS and not getattr(kafka.codec, f"has_{codec}")():
+        warn(f"Sending with gzip instead of {codec}, for which Python needs a library: pip install {CODECS[codec]}.")
+        settings["compression_type"] = "gzip"
     return settings
 
 

@@ -134,10 +134,17 @@ class Topic(Broker):
             elif create:
                 self._create(admin, create)
             else:
-                raise NoTopicError(
-                    f'No topic "{self.name}" on {self.servers}, or none that this user may see. Create it: '
+                create_it = (
                     f"kafka-python admin -b {self.servers} topics create -t {self.name} --num-partitions {PARTITIONS} "
-                    f"--replication-factor 1."
+                    f"--replication-factor 1"
+                )
+                if "security.protocol" in self.properties:  # for which that command has no options
+                    create_it = (
+                        f"python3 kafka_producer.py --bootstrap-servers {self.servers} --topic {self.name} --create-topic "
+                        f"--count 0, with the same --kafka-config"
+                    )
+                raise NoTopicError(
+                    f'No topic "{self.name}" on {self.servers}, or none that this user may see. Create it: {create_it}.'
                 )
 
     def _create(self, admin: Admin, partitions: int) -> None:

@@ -123,7 +123,7 @@ def _in_place(spark: SparkSession, options: argparse.Namespace) -> None:
                 if reasons
                 else ""
             )
-            table, _ = as_table(rows, console.width, options.raw)
+            table, _, _ = as_table(rows, console.width, options.raw, most_rows)
             view.update(
                 Group(
                     Text(f"{after[0]:,} accepted, {rates[0]:,.1f} a second{age}"),

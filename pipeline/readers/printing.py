@@ -1,12 +1,10 @@
 """Printing Delta tables: for people as a table that fits the terminal, for programs as JSON or CSV."""
 
 import argparse
-import csv
-import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.delta.private import files_of
@@ -24,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+FEW = 20  # rows, unless --limit says otherwise
 CUT_AT = 120  # characters of a value, unless the whole value is requested
 FOLD_AT = 30  # terminal columns for a long value if not all values fit on one line
 # Columns that a narrow terminal omits, in this order: the tables' own columns before the contract's.
@@ -38,6 +37,7 @@ LEAST_NEEDED = (
     "offset",
     "ingest_time",
 )
+JOINERS = "\u200c\u200d"  # the format characters that Persian, Indic scripts and joined emoji need
 RAW = {"raw_json", "raw"}  # the columns that hold the original record
 ISO_8601 = "yyyy-MM-dd'T'HH:mm:ss.SSSSSSZZZZZ"  # with "Z" for UTC
 
@@ -64,9 +64,10 @@ def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel:
     return in_order(rows, options, newest_first=True).limit(options.limit)
 
 
-def add_reader_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of all readers: --limit, --format."""
-    parser.add_argument("--limit", type=at_least(1), default=20, metavar="N", help="number of rows")
+def add_reader_options(parser: argparse.ArgumentParser, limit: int | None = FEW) -> None:
+    """Adds the options of all readers: --limit, whose default is `limit`, and --format."""
+    usual = "" if limit else f" (default: {FEW} as a table, all as json or csv)"
+    parser.add_argument("--limit", type=at_least(1), default=limit, metavar="N", help="number of rows" + usual)
     parser.add_argument(
         "--format",
         choices=("table", "json", "csv"),
@@ -105,18 +106,23 @@ def newest_since(spark: SparkSession, path: str, limit: int) -> int | None:
     return None
 
 
-def show(rows: DataFrame, limit: int, form: str = "table", whole: bool = False) -> None:
-    """Prints the first `limit` rows in the `form` of --format. `whole`: no value is shortened and no column omitted."""
-    rows = rows.limit(limit)
+def show(rows: DataFrame, limit: int | None, form: str = "table", whole: bool = False) -> None:
+    """Prints the first `limit` rows in the `form` of --format; without a limit, a few as a table, or all rows. `whole`: no value is
+    shortened and no column omitted.
+    """
     if form == "table":
+        limit = limit or FEW
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
-        table, left_out = as_table(rows, console.width, whole)
+        table, left_out, has_more = as_table(rows, console.width, whole, limit)
         with console.capture() as printed:  # leaves a closed pipe to `run`
             console.print(table)
         say("\n".join(map(str.rstrip, printed.get().splitlines())))
         if left_out:
             say(f"No room for {', '.join(left_out)}; --format json has all columns.")
+        if has_more:
+            say(f"These are the first {limit:,} rows; --limit N shows more.")
     else:
+        rows = rows.limit(limit) if limit else rows
         if form == "csv":
             say(csv_line(rows.columns))
         for line in lines(rows, form):
@@ -130,7 +136,8 @@ def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
 
 
 def _escaped(character: re.Match[str]) -> str:
-    return character[0] if character[0].isprintable() else json.dumps(character[0])[1:-1]
+    is_harmless = character[0].isprintable() or character[0] in JOINERS
+    return character[0] if is_harmless else json.dumps(character[0])[1:-1]
 
 
 def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
@@ -151,11 +158,16 @@ def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
             yield csv_line(row)
 
 
-def csv_line(values: Iterable[str | None]) -> str:
-    line = io.StringIO()
-    # Before Python 3.13, the writer quotes only the line breaks of its own line terminator.
-    csv.writer(line, lineterminator="\r\n").writerow(values)
-    return line.getvalue().removesuffix("\r\n")
+def csv_line(values: Sequence[str | None]) -> str:
+    """A line of CSV (RFC 4180), in which only an empty text has quotes, to tell it from null. Python's writer can do so from 3.12
+    on.
+    """
+    cells = ["" if value is None else _quoted(value) for value in values]
+    return ",".join(cells) or '""'  # programs skip an empty line
+
+
+def _quoted(value: str) -> str:
+    return '"' + value.replace('"', '""') + '"' if not value or set(value) & set('",\r\n') else value
 
 
 def _text(name: str, kind: str) -> Column:
@@ -166,7 +178,7 @@ def _text(name: str, kind: str) -> Column:
 
 def _cell(name: str, kind: str, whole: bool) -> Column:
     """The column in a form for people. Control characters in a record are shown as "�", so that they can't control the terminal."""
-    value = F.regexp_replace(_text(name, kind), r"\p{C}", "\ufffd")
+    value = F.regexp_replace(_text(name, kind), rf"[\p{{Cc}}\p{{Zl}}\p{{Zp}}[\p{{Cf}}&&[^{JOINERS}]]]", "\ufffd")
     if kind == "timestamp":
         value = F.date_format(f"`{name}`", "yyyy-MM-dd HH:mm:ss")
     elif not whole:
@@ -174,8 +186,9 @@ def _cell(name: str, kind: str, whole: bool) -> Column:
     return value.alias(name)
 
 
-def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, list[str]]:
-    """The rows as a table of at most `width` terminal columns, and the names of the columns that do not fit.
+def as_table(rows: DataFrame, width: int, whole: bool = False, limit: int = FEW) -> tuple[Table, list[str], bool]:
+    """The first `limit` rows as a table of at most `width` terminal columns, the names of the columns that do not fit, and whether
+    there are more rows.
 
     `whole`: for rows with the original record, only that record and its origin.
     """
@@ -187,7 +200,8 @@ def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, l
         ]
         columns = {"from": F.concat_ws("\n", *origin)} | {name: columns[name] for name in raw}
     kinds = dict.fromkeys(columns, "string") | {name: kind for name, kind in rows.dtypes if name in columns}
-    cells = rows.select(*(value.alias(name) for name, value in columns.items())).collect()
+    found = rows.select(*(value.alias(name) for name, value in columns.items())).limit(limit + 1).collect()
+    cells = found[:limit]
     widths = {name: max(map(cell_len, (name, *(row[name] or "null" for row in cells)))) for name in kinds}
     shown = list(kinds)
     for name in () if whole else (*filter(kinds.__contains__, LEAST_NEEDED), *reversed(kinds)):
@@ -203,4 +217,4 @@ def as_table(rows: DataFrame, width: int, whole: bool = False) -> tuple[Table, l
         )
     for row in cells:
         table.add_row(*(Text("null", style="dim") if row[name] is None else Text(row[name]) for name in shown))
-    return table, [name for name in kinds if name not in shown]
+    return table, [name for name in kinds if name not in shown], len(found) > limit

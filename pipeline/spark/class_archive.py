@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.paths import REPOSITORY
@@ -17,6 +19,7 @@ from pipeline.terminal.progress import in_progress
 
 from filelock import FileLock
 
+UNUSED_SECONDS = 30 * 86_400  # seconds after which an archive counts as left by an earlier Java; it has 200 MB
 # Java's options to create and to use an archive. From Java 25 on, the archive also contains Java's method profiles.
 OPTIONS = {False: ("-XX:ArchiveClassesAtExit", "-XX:SharedArchiveFile"), True: ("-XX:AOTCacheOutput", "-XX:AOTCache")}
 
@@ -37,9 +40,12 @@ def use_archive(java: Java, jars: list[str]) -> str:
             note("First start: preparing Java's class archive, so that each later start takes half the time …")
             with FileLock(archive.with_suffix(".lock")):
                 if not archive.exists():
-                    for older in archive.parent.glob(f"classes-{place}-*.jsa"):
-                        older.unlink()
+                    for older in archive.parent.glob("classes-*.jsa"):
+                        if place in older.name or older.stat().st_mtime < time.time() - UNUSED_SECONDS:
+                            older.unlink()
                     _make(archive, make)
+    with suppress(OSError):  # somebody else's, or none
+        os.utime(archive)  # marks it as used
     return f"{use}={archive}"
 
 

@@ -16,9 +16,11 @@ SILENT_SECONDS = 60  # a query that has not answered for this long counts as not
 
 
 class Metrics(NoMetrics):
-    """Serves http://HOST:PORT/metrics, and /healthz, which returns 200 while the query is running and answers, and 503 otherwise."""
+    """Serves http://HOST:PORT/metrics, and /healthz, which returns 200 while the query is running and answers, and 503 otherwise.
+    `reasons`: those for which a record can be rejected.
+    """
 
-    def __init__(self, host: str, port: int):
+    def __init__(self, host: str, port: int, reasons: Iterable[str]):
         self.heard_at, self.newest_at = (
             float("-inf"),
             0.0,
@@ -29,6 +31,8 @@ class Metrics(NoMetrics):
         self.rejected = Counter(
             "pipeline_rejected_records", "Records written to the quarantine", ["reason"], registry=registry
         )
+        for reason in reasons:  # otherwise rate() would not see the first burst
+            self.rejected.labels(reason)
         self.seconds = Histogram(
             "pipeline_batch_seconds",
             "Duration of a batch",

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from pipeline.contract.contract import Contract, add_readings_option, in_file
+from pipeline.contract.contract import OTHER_REASONS, Contract, add_readings_option, in_file
 from pipeline.delta.tables import TablePair
 from pipeline.paths import checkpoint_of
 from pipeline.spark.private import SPARK_ERRORS, jvm_of, protect_callbacks
@@ -150,7 +150,8 @@ def run_until_stopped(
         if options.metrics_port:
             from pipeline.streaming.metrics import Metrics
 
-            metrics = Metrics(options.metrics_host, options.metrics_port)
+            reasons = (*contract.reasons, *OTHER_REASONS)
+            metrics = Metrics(options.metrics_host, options.metrics_port, reasons)
         say(
             f"Writing to {tables.table}, rejected records to {tables.quarantine}."
             + ("" if options.once else " Ctrl+C stops.")

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 
-from pipeline.kafka.properties import SECURITY_NAMES, read_properties
+from pipeline.kafka.properties import SECURITY_NAMES, python_settings, read_properties
 from pipeline.kafka.topics import Topic
 from pipeline.spark.java import SCALA, find_java, resolve_jars
 from pipeline.terminal.errors import PipelineError
@@ -366,6 +366,16 @@ def test_what_a_producer_of_java_needs_is_left_out(broker, silver, tmp_path, run
     )
     run = run_here(PRODUCER, *silver[0][2:], "--kafka-config", file, "--create-topic", "--count", 1)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.endswith("1 sent, 1 acknowledged.\n")
+
+
+@pytest.mark.parametrize("codec, library", [("snappy", "python-snappy"), ("lz4", "lz4"), ("zstd", "zstandard")])
+def test_a_codec_that_python_lacks_is_replaced_and_said(monkeypatch, capsys, codec, library):
+    for is_there, expected in ((True, codec), (False, "gzip")):
+        monkeypatch.setattr(f"kafka.codec.has_{codec}", lambda is_there=is_there: is_there)
+        settings = python_settings({"compression.type": codec}, KafkaProducer.DEFAULT_CONFIG)
+        assert settings["compression_type"] == expected
+        assert (f"instead of {codec}" in (said := capsys.readouterr().err)) is not is_there
+    assert said.endswith(f"pip install {library}.\n")
 
 
 def test_a_config_file_that_cannot_be_read_is_said(tmp_path, run_here):

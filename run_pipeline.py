@@ -16,7 +16,6 @@ rows of both tables. If a part other than the page dies, the script names it, st
 import argparse
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -110,8 +109,7 @@ def start_parts(options: argparse.Namespace, stopping: StopFlag, in_place: bool)
         while not answers(options.port) and not stopping.wait(0.5):
             require_alive([kafka])
     broker = f"localhost:{options.port}"
-    if not stopping.is_set():
-        Topic(broker).wait(seconds=30, create=PARTITIONS, stopping=stopping)
+    Topic(broker).wait(seconds=30, create=PARTITIONS, stopping=stopping)
     if stopping.is_set():
         return
     yield Part("streaming_files_to_delta_bronze.py", is_quiet=in_place)
@@ -194,8 +192,7 @@ class Part:
             reader.join(timeout=5)
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)  # unlike SIGINT, it prints nothing in a starting process
+        self.process.terminate()  # SIGTERM, which unlike SIGINT prints nothing in a starting process
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -53,13 +53,12 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
     locked.
     """
     global _released_at
+    stopping = stopping or StopFlag()
     # A process that has been waiting gets its turn before the one that has just had the lock.
     time.sleep(max(0, _released_at + 2 * POLL_SECONDS - time.monotonic()))
     deadline = time.monotonic() + QUIET_SECONDS
     while (folder := _locked_folder(table)) is None:
-        if stopping is None:
-            time.sleep(POLL_SECONDS)
-        elif stopping.wait(POLL_SECONDS):
+        if stopping.wait(POLL_SECONDS):
             raise Stopped
         if time.monotonic() > deadline:
             warn(f"Waiting for another process that writes to {table} …")

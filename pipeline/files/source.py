@@ -30,10 +30,9 @@ class FileSource(Source):
         self.folder = FileSystem(spark, options.input).qualified(options.input)
         self.taken = TakenFiles(spark, options.checkpoint, self.folder, options.archive)
         self.options, self.waiting = options, 0  # number of files, if known
-        self.is_multiline = options.multiline
-        self.read = read_values if self.is_multiline else read_lines
+        self.read = read_values if options.multiline else read_lines
         self.max_unpacked = options.max_unpacked * 1_000_000
-        self.mode = "with --multiline" if self.is_multiline else "without --multiline"
+        self.mode = "with --multiline" if options.multiline else "without --multiline"
         self.begun: list[str] = []  # the files of a batch that an earlier run began
         self.entry = -1  # the last entry of the log of taken files that is done
         self.files: list[Row] = []  # the files of the running batch, as they were when it began
@@ -164,7 +163,7 @@ class FileSource(Source):
         files = self._files_in(batch)
         before = {file.path: file for file in self.files}
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)
-        if files and not self.is_multiline and "malformed_json" in reasons:
+        if files and not self.options.multiline and "malformed_json" in reasons:
             # It does not matter if a file is gone by now: this is only advice.
             with suppress(*SPARK_ERRORS, SourceAwayError, BrokenFileError):
                 for path in find_multiline(batch.sparkSession, files, quarantine):

@@ -100,14 +100,10 @@ def _settings(options: dict[str, Any]) -> dict[str, str]:
 
 def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
     """The offsets that a micro-batch reads from each partition: the first, and the one after the last."""
-    offsets: dict[int, tuple[int, int]] = {}
-    for part in batch._jdf.queryExecution().toRdd().partitions():
-        part = part.inputPartition().get().offsetRange()
-        begin, end = offsets.get(
-            partition := part.topicPartition().partition(), (part.fromOffset(), part.untilOffset())
-        )
-        offsets[partition] = min(begin, part.fromOffset()), max(end, part.untilOffset())
-    return offsets
+    parts = [part.inputPartition().get().offsetRange() for part in batch._jdf.queryExecution().toRdd().partitions()]
+    ranges = sorted((part.topicPartition().partition(), part.fromOffset(), part.untilOffset()) for part in parts)
+    begins = {partition: begin for partition, begin, _ in reversed(ranges)}  # the first one of a partition wins
+    return {partition: (begins[partition], end) for partition, _, end in ranges}  # and here the last one
 
 
 def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> None:

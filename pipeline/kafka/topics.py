@@ -178,14 +178,14 @@ class Topic(Broker):
     def lost(self, unread: dict[int, int]) -> str:
         """The offsets that the topic has lost since `unread` (partition: next offset), as text; "" if none."""
         first, end = self.beginning(), self.end()
-        gone = []
         unread = dict.fromkeys(first, 0) | unread  # new partitions are read from their beginning
-        for partition, next_offset in sorted(unread.items()):
-            if partition not in end:
-                gone.append(f"partition {partition} from offset {next_offset} on")
-            elif first[partition] > next_offset:
-                gone.append(f"partition {partition} offsets {next_offset} to {first[partition] - 1}")
-        return ", ".join(gone)
+        return ", ".join(
+            f"partition {partition} offsets {next_offset} to {first[partition] - 1}"
+            if partition in end
+            else f"partition {partition} from offset {next_offset} on"
+            for partition, next_offset in sorted(unread.items())
+            if partition not in end or first[partition] > next_offset
+        )
 
     def beginning(self) -> dict[int, int]:
         """The first offset of each partition."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pipeline.delta.commits import Commits
 from pipeline.delta.private import commits_of, newest_state
 from pipeline.paths import quarantine_of
-from pipeline.readers.printing import as_table, csv_line, in_order, lines, newest_rows, table_of
+from pipeline.readers.printing import as_table, csv_line, in_order, newest_rows, say_rows, table_of
 from pipeline.spark.private import in_memory
 from pipeline.terminal.messages import is_screen, say, warn
 
@@ -143,7 +143,7 @@ def _in_lines(spark: SparkSession, options: argparse.Namespace) -> None:
     columns, left_out = rows.columns, set[str]()
     if options.format != "json":
         say(csv_line(columns) if options.format == "csv" else "  ".join(columns))
-    _say_rows(rows, options)
+    say_rows(rows, options.format, options.raw)
     while True:
         time.sleep(REFRESH_SECONDS)
         wait_for_tables(spark, options.table)
@@ -159,9 +159,4 @@ def _in_lines(spark: SparkSession, options: argparse.Namespace) -> None:
                 rows = rows.select(
                     *(f"`{name}`" if name in rows.columns else F.lit(None).alias(name) for name in columns)
                 )
-            _say_rows(rows, options)
-
-
-def _say_rows(rows: DataFrame, options: argparse.Namespace) -> None:
-    for line in lines(rows, options.format, options.raw):
-        say(line)
+            say_rows(rows, options.format, options.raw)

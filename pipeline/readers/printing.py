@@ -125,37 +125,36 @@ def show(rows: DataFrame, limit: int | None, form: str = "table", whole: bool = 
         rows = rows.limit(limit) if limit else rows
         if form == "csv":
             say(csv_line(rows.columns))
-        for line in lines(rows, form):
-            say(line)
+        say_rows(rows, form)
+
+
+def say_rows(rows: DataFrame, form: str, whole: bool = False) -> None:
+    for line in lines(rows, form, whole):
+        say(line)
 
 
 def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
     """The rows as lines, in the `form` of --format. Control characters are escaped as in JSON if they would reach a terminal."""
-    for line in _lines(rows, form, whole):
+    if form == "json":
+        options = {"ignoreNullFields": "false", "timestampFormat": ISO_8601}
+        values = [_text(name, kind) if kind == "binary" else F.col(f"`{name}`") for name, kind in rows.dtypes]
+        columns = [F.to_json(F.struct(*values), options)]
+    elif form == "table":
+        cells = [F.coalesce(_cell(name, kind, whole), F.lit("null")) for name, kind in rows.dtypes]
+        columns = [F.concat_ws("  ", *cells)]
+    else:
+        columns = [
+            F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
+            for name, kind in rows.dtypes
+        ]
+    for row in rows.select(*columns).toLocalIterator():
+        line = csv_line(row) if form == "csv" else row[0]
         yield re.sub(r"[^\n -~]", _escaped, line) if sys.stdout.isatty() else line
 
 
 def _escaped(character: re.Match[str]) -> str:
     is_harmless = character[0].isprintable() or character[0] in JOINERS
     return character[0] if is_harmless else json.dumps(character[0])[1:-1]
-
-
-def _lines(rows: DataFrame, form: str, whole: bool) -> Iterator[str]:
-    if form == "json":
-        options = {"ignoreNullFields": "false", "timestampFormat": ISO_8601}
-        texts = [_text(name, kind) if kind == "binary" else F.col(f"`{name}`") for name, kind in rows.dtypes]
-        for [line] in rows.select(F.to_json(F.struct(*texts), options)).toLocalIterator():
-            yield line
-    elif form == "table":
-        for row in rows.select(*(_cell(name, kind, whole) for name, kind in rows.dtypes)).toLocalIterator():
-            yield "  ".join("null" if text is None else text for text in row)
-    else:
-        texts = [
-            F.date_format(f"`{name}`", ISO_8601).alias(name) if kind == "timestamp" else _text(name, kind)
-            for name, kind in rows.dtypes
-        ]
-        for row in rows.select(*texts).toLocalIterator():
-            yield csv_line(row)
 
 
 def csv_line(values: Sequence[str | None]) -> str:

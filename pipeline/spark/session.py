@@ -163,9 +163,8 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> dict[str, st
         f"-Djava.io.tmpdir={scratch_folder()}",
         "-Xlog:disable",
         make_archive or use_archive(java, jars),
+        *([] if has_name() else [f"-Duser.home={cache_folder()}"]),  # Java looks it up only by the name
     ]
-    if not has_name():
-        java_options.append(f"-Duser.home={cache_folder()}")  # Java looks it up only by the name
     # Not the home of another Spark that the user may have.
     os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
     # Nothing outside this machine needs to reach the driver of a local session.

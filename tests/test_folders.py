@@ -33,6 +33,7 @@ from pyspark.sql import Row
 from helpers.files import put
 from helpers.processes import run_script
 from helpers.records import reading
+from helpers.streams import plan
 
 BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
@@ -64,6 +65,8 @@ NAMES = [
     "sub:folder/deep er/x:y.ndjson",
     "sub [a]{b}*/plain.json",
     "sub [a]{b}*/x:y.json",
+    "sub [a]/12:00/plain.json",
+    "2026-11-20T08:00:00/pump[3].json",
 ]
 
 
@@ -825,6 +828,35 @@ def test_both_tables_keep_the_history_that_was_last_asked_for(ingest, spark, fir
         for table in (run.options.table, quarantine_of(run.options.table)):
             properties = properties_of(spark, table)
             assert {properties[LOG_HISTORY], properties[FILE_HISTORY]} == {f"interval {expected}"}
+
+
+def test_a_folder_with_a_colon_and_a_wildcard_in_its_path_is_refused_as_the_input(ingest, tmp_path):
+    _, run = ingest
+    (tmp_path / "12:00 [a]").mkdir()
+    with pytest.raises(PipelineError, match=r"whose path has both a colon and one of the wildcards"):
+        run(input=str(tmp_path / "12:00 [a]"))
+
+
+def test_what_other_programs_leave_in_a_checkpoint_stops_nothing(ingest, tmp_path):
+    folder, run = ingest
+    put(folder, "a.json", VALID)
+    assert run() == (1, 0)
+    for place in ("sources/0", "offsets", "commits"):
+        (tmp_path / "checkpoint" / place / "@eaDir").mkdir()
+    put(folder, "b.json", VALID)
+    assert run() == (1, 0)
+
+
+def test_a_folder_in_the_place_of_a_planned_file_is_read_with_its_own_batch(ingest):
+    folder, run = ingest
+    put(folder, "a.json", VALID)
+    put(folder, "z.json", VALID)
+    plan(run.stream)
+    (folder / "a.json").unlink()
+    (folder / "a.json").mkdir()
+    put(folder / "a.json", "b.json", VALID)
+    assert run() == (2, 0)  # z.json and a.json/b.json, each once
+    assert run() == (0, 0)
 
 
 def test_a_list_of_files_by_another_job_hides_none(ingest):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
 from pipeline.files.taken import TakenFiles, is_draft
-from pipeline.paths import local_path
+from pipeline.paths import local_path, plain
 from pipeline.spark.file_system import FileSystem
 from pipeline.spark.globs import MAX_PATTERNS, escape_glob, is_pattern
 from pipeline.streaming.errors import unreadable_folder_message
@@ -30,6 +30,10 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     """
     if not FileSystem(spark, options.input).is_folder(options.input):
         raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
+    if ":" in plain(options.input).split("://")[-1] and is_pattern(options.input):
+        raise PipelineError(
+            f"Spark can't list {options.input}, whose path has both a colon and one of the wildcards []{{}}*?. Rename a folder."
+        )
     if options.archive:
         check_archive(options.archive, options.input)
         if linked := next(links_in(options.input), None):

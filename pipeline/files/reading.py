@@ -162,9 +162,9 @@ def read_files(
 def read_text(spark: SparkSession, paths: list[str], **text_options: Any) -> DataFrame:
     """The lines of files, or with `wholetext` the files themselves, whatever their names contain."""
     reader = spark.read.options(**READ_OPTIONS)
-    # Spark treats each path as a pattern, and with a pattern, Hadoop does not find names that contain ":". Spark can be
-    # told to take a single path literally; with several paths, it would then read each of them several times.
-    literal = [path for path in paths if ":" in os.path.basename(path) and is_pattern(path)]
+    # Spark treats each path as a pattern, and with a pattern, Hadoop can't handle ":" in the name of a file or folder. Spark can
+    # be told to take a single path literally; with several paths, it would then read each of them several times.
+    literal = [path for path in paths if ":" in plain(path).split("://")[-1] and is_pattern(path)]
     patterns = [escape_glob(path) for path in paths if path not in literal]
     parts = [reader.text(patterns, **text_options)] if patterns else []
     parts += [reader.option("__globPaths__", "false").text(path, **text_options) for path in literal]

@@ -35,7 +35,8 @@ class FileSource(Source):
         self.mode = "with --multiline" if options.multiline else "without --multiline"
         self.begun: list[str] = []  # the files of a batch that an earlier run began
         self.entry = -1  # the last entry of the log of taken files that is done
-        self.files: list[Row] = []  # the files of the running batch, as they were when it began
+        self.planned: list[str] = []  # the paths of the running batch
+        self.files: list[Row] = []  # its files, as they were when it began
         self.listed: set[str] = set()  # the paths of all files that Spark has found for it
         self.faults: dict[str, str] = {}  # those that can't be read because of their own content
 
@@ -66,20 +67,20 @@ class FileSource(Source):
         return json.dumps(self.taken.read_later)
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
-        self.files, self.faults = self._files_in(batch), {}
         self.taken.read_log()
+        self.planned = self.taken.after(self.entry)
+        self.files, self.faults = self._files_in(batch), {}
         found = {plain(file.path): file.modified for file in self.files}
         # Spark skips files that it does not find, and empty files.
-        planned = self.taken.after(self.entry)
-        self._name_gone(batch.sparkSession, planned)
+        self._name_gone(batch.sparkSession, self.planned)
         self.taken.name_changed(
             path for path in self.begun if path in found and found[path] != self.taken.files[path].modified
         )
         for path, modified in found.items():
             self.taken.note(path, modified)
-        self.taken.name_packed(planned)
+        self.taken.name_packed(self.planned)
         if not self.options.archive or self.taken.archive:
-            self.taken.name_renamed(planned)
+            self.taken.name_renamed(self.planned)
         if self.options.archive:
             self.taken.name_archived_drafts(plain(path) for path in planned_files(batch) if is_draft(path, self.folder))
         return self.read(batch.sparkSession, self.files, self.faults, self.max_unpacked, careful=False)
@@ -123,8 +124,11 @@ class FileSource(Source):
         return self.taken.is_as_planned(path) if path.startswith("/") else bool(FileSystem(spark, path).size(path))
 
     def _files_in(self, batch: DataFrame) -> list[Row]:
-        """The files of a batch, without drafts that Spark doesn't recognise (`_site=A/1.json`) and files behind a link."""
-        files = [file for file in files_in(batch) if not is_draft(file.path, self.folder)]
+        """The files of a batch, without drafts that Spark doesn't recognise (`_site=A/1.json`), files behind a link, and those in a
+        folder that has taken the place of a planned file.
+        """
+        planned = set(self.planned)
+        files = [file for file in files_in(batch) if plain(file.path) in planned]
         self.listed = {plain(file.path) for file in files}
         folders = {os.path.dirname(plain(file.path)) for file in files}
         linked = {folder for folder in folders if folder.startswith("/") and is_behind_link(folder, self.taken.folder)}

@@ -5,6 +5,7 @@ a crash; and a start could not tell whether the tables have the batches that the
 """
 
 import json
+import re
 import time
 from typing import Any, cast
 from urllib.parse import unquote
@@ -87,7 +88,8 @@ class Checkpoint:
         while self.last_done >= 0 and self._drop_cut(f"commits/{self.last_done}"):
             self.last_done -= 1
         planned = self.last_begun()
-        logs = [name for name in self.files.names_in(f"{self.path}/sources/0") if name[0] != "."]
+        names = self.files.names_in(f"{self.path}/sources/0")
+        logs = [name for name in names if re.fullmatch(r"\d+(\.compact)?", name)]
         newest = max(logs, key=lambda name: int(name.removesuffix(".compact")), default=None)
         if planned > max(self.last_done, written):
             if newest and self._drop_cut(f"sources/0/{newest}"):

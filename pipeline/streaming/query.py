@@ -226,7 +226,7 @@ def run_query(
             say("Finishing the running batch. Ctrl+C again aborts it, which is safe: the next start repeats it.")
         batches.wait_for_commit(query)
         query.stop()
-        failure = batches.error or set_back
+        failure = set_back or batches.error  # which may come from stopping the query
     except StreamingQueryException as error:
         failure = batches.error or error
     finally:

@@ -173,12 +173,15 @@ class TableWriter:
 
     def _quarantine_rejected(self, judged: DataFrame, found: dict[str, Any], this: Batch) -> None:
         """Appends the rejected records to the quarantine, unless the batch is already there."""
+        again = f"{this.stream}{AGAIN}"
+        if version_and_last_batch(judged.sparkSession, self.tables.quarantine, again)[1] == this.number:
+            return  # an earlier reading differed, and all that the table lacks was quarantined then
         rejected = self._rejected(judged, found)
         self.source.require_unchanged(judged.sparkSession, self.start.identity)
         if rejected is not None:
             has_changed, rows = rejected
             # The quarantine may already have the batch from an earlier reading.
-            this = this._replace(stream=f"{this.stream}{AGAIN}") if has_changed else this
+            this = this._replace(stream=again) if has_changed else this
             self._append(rows, self.tables.quarantine, self.tables.quarantine_columns, this)
             rows.unpersist()
 

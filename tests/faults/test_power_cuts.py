@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pipeline.contract.contract import INCONSISTENT, Contract
+from pipeline.contract.contract import INCONSISTENT, OVERSIZED, Contract
 from pipeline.contract.fields import Number
 from pipeline.delta.tables import silver_tables
 from pipeline.kafka.source import KafkaSource
@@ -344,3 +344,40 @@ def test_a_verdict_that_changes_loses_no_record_and_doubles_none(spark, tmp_path
     assert "was read twice, with different results" in capsys.readouterr().err
     note = json.loads((tmp_path / "checkpoint" / LAST_BATCH).read_text())
     assert note["versions"] == {"table": 1, "quarantine": 1}
+
+
+def test_a_verdict_that_changes_and_changes_back_doubles_no_record(spark, tmp_path, monkeypatch):
+    class Given(GivenRecords):
+        topic = "the topic"
+        rejected_otherwise, knows_records = KafkaSource.rejected_otherwise, True
+
+    contract = Contract((Number("value"),))
+    tables = silver_tables(str(tmp_path / "silver"), contract.columns)
+    writer = TableWriter(tables, contract, Given(), Start(Checkpoint(spark, str(tmp_path / "checkpoint")), {}, {}))
+
+    def write(too_large: list[int], fails_at: tuple) -> None:
+        """Writes ten records, of which the last is broken and others don't fit into memory this time."""
+        records = spark.range(10).select(
+            F.when(F.col("id").isin(too_large), OVERSIZED).alias("reject_reason"),
+            F.when(F.col("id") == 9, "{").otherwise('{"value": 1}').cast("binary").alias("raw"),
+            F.lit('{"value": 1}').alias("raw_json"),
+            F.lit("topic").alias("topic"),
+            F.lit(0).alias("partition"),
+            F.col("id").alias("offset"),
+            F.timestamp_seconds("id").alias("kafka_timestamp"),
+            F.lit(b"k").alias("kafka_key"),
+            F.timestamp_seconds(F.lit(1_795_000_000)).alias("ingest_time"),
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(*fails_at, kill)
+            with pytest.raises(ZeroDivisionError):
+                writer.write(records, 0, "test")
+
+    def kill(*_: object) -> None:
+        raise ZeroDivisionError
+
+    write([], fails_at=(TableWriter, "_quarantine_rejected"))
+    write([5, 6, 7], fails_at=(writer.source, "after_batch"))
+    write([], fails_at=(writer.source, "after_batch"))
+    rows = [spark.read.format("delta").load(table).collect() for table in (tables.table, tables.quarantine)]
+    assert [sorted(row.offset for row in each) for each in rows] == [list(range(9)), [9]]

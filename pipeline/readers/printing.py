@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -153,8 +154,9 @@ def lines(rows: DataFrame, form: str, whole: bool = False) -> Iterator[str]:
 
 
 def _escaped(character: re.Match[str]) -> str:
-    is_harmless = character[0].isprintable() or character[0] in JOINERS
-    return character[0] if is_harmless else json.dumps(character[0])[1:-1]
+    # As in `_cell`. A character that Python or Java doesn't know yet, such as a new emoji, is harmless.
+    is_harmful = unicodedata.category(character[0]) in ("Cc", "Cf", "Zl", "Zp") and character[0] not in JOINERS
+    return json.dumps(character[0])[1:-1] if is_harmful else character[0]
 
 
 def csv_line(values: Sequence[str | None]) -> str:

@@ -216,7 +216,7 @@ def test_a_device_with_a_wrong_clock_is_named_and_leaves_the_others_their_points
     assert course.points.groupby("series").size().drop("d7", errors="ignore").to_dict() == dict.fromkeys(
         (f"d{number}" for number in range(12) if number != 7), 75
     )
-    assert (course.series, course.records_astray, course.series_astray) == (12, records, ["d7"])
+    assert (course.series, course.records_astray, course.series_astray) == (11 + (records < 75), records, ["d7"])
 
 
 def test_devices_that_have_fallen_silent_come_first_and_numbers_can_name_devices(tmp_path):

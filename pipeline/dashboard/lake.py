@@ -106,14 +106,6 @@ class Lake:
         field, series, moment = quoted(field), quoted(series), self.moment
         chart = quoted(self.choice.charts) if self.choice.charts else "NULL"
         there = f"FROM accepted WHERE {field} IS NOT NULL AND {series} IS NOT NULL"
-        names = [
-            name
-            for [name] in self.duckdb.execute(
-                f"SELECT {series}::VARCHAR AS name {there} GROUP BY ALL ORDER BY count(*) DESC, name"
-            ).fetchall()
-        ]
-        if not names:
-            return Course(pd.DataFrame(columns=["time", "series", "chart", "value"]), 0, 0, [])
         # Devices whose clock is wrong by hours or years must not squeeze the others into a few points: each device counts
         # once, however many records it sends.
         [[first, last, begin, until, arrived]] = self.duckdb.execute(
@@ -122,27 +114,32 @@ class Lake:
             "approx_quantile(epoch_us(moment), 0.05) AS begin, approx_quantile(epoch_us(moment), 0.95) AS until "
             f"FROM (SELECT {moment} AS moment, {series} AS series, ingest_time {there}) GROUP BY series)"
         ).fetchall()
+        if arrived is None:
+            return Course(pd.DataFrame(columns=["time", "series", "chart", "value"]), 0, 0, [])
         margin = 60_000_000
         if begin >= arrived - margin:  # as usual, records arrive within seconds
             first = max(first, arrived - margin)
         else:
             first = max(first, int(begin - (until - begin)) - margin)
             last = min(last, int(until + (until - begin)) + margin)
-        astray = self.duckdb.execute(
-            f"SELECT {series}::VARCHAR, count(*) AS records {there} AND epoch_us({moment}) NOT BETWEEN $first AND $last "
-            "GROUP BY ALL ORDER BY records DESC",
-            {"first": first, "last": last},
-        ).fetchall()
+        shown, astray = (
+            self.duckdb.execute(
+                f"SELECT {series}::VARCHAR AS name, count(*) AS records {there} AND epoch_us({moment}) {where} $first AND $last "
+                "GROUP BY ALL ORDER BY records DESC, name",
+                {"first": first, "last": last},
+            ).fetchall()
+            for where in ("BETWEEN", "NOT BETWEEN")
+        )
         points = self.ask(
             f"SELECT time_bucket(to_microseconds($width), {moment} AT TIME ZONE 'UTC') AS time, {series}::VARCHAR AS series, "
             f"{chart}::VARCHAR AS chart, avg({field}) AS value {there} AND list_contains($names, {series}::VARCHAR) "
             f"AND epoch_us({moment}) BETWEEN $first AND $last GROUP BY ALL ORDER BY time",
             width=max(1_000_000, (last - first) // POINTS),
-            names=names[:MAX_SERIES],
+            names=[name for name, _ in shown[:MAX_SERIES]],
             first=first,
             last=last,
         )
-        return Course(points, len(names), sum(records for _, records in astray), [f"{name}" for name, _ in astray])
+        return Course(points, len(shown), sum(records for _, records in astray), [f"{name}" for name, _ in astray])
 
     def newest_of_each(self) -> pd.DataFrame:
         """The newest record of each series, or of each series that has a chart, those first that have been silent for longest."""
@@ -151,7 +148,7 @@ class Lake:
         return plain(
             self.ask(
                 f"SELECT unnest(newest) FROM (SELECT arg_max(struct_pack({record}), {self.moment}) AS newest, "
-                f"max({self.moment}) AS newest_time FROM accepted GROUP BY {keys} ORDER BY newest_time "
+                f"max(ingest_time) AS arrived FROM accepted GROUP BY {keys} ORDER BY arrived, newest "
                 f"LIMIT {MOST_DEVICES})"
             )
         )

@@ -32,7 +32,6 @@ SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "
 NUMBERS = ("double", "float", "long", "integer", "short", "byte")
 IDS = ("string", "boolean", *NUMBERS[2:])  # what can identify a device
 IN_A_ROW = 3  # charts
-MAX_POINTS_MARKED = 10  # a line of more points is seen without marks
 MAX_REFRESH_SECONDS = 60  # seconds between two refreshes; between minimum and maximum, it is a 200th of the span
 MAX_CHARTS = 12
 DRAWING = threading.BoundedSemaphore(2)  # a website can embed the page many times, without seeing it
@@ -155,9 +154,9 @@ def show_fields(lake: Lake) -> None:
         cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
         for cell, (name, part) in zip(cells, charts):
             cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
-            lines = chart(part, "value", "series")
-            few = part.groupby("series")["value"].transform("size") < MAX_POINTS_MARKED
-            cell.altair_chart(lines.mark_line() + chart(part[few], "value", "series").mark_point(filled=True))
+            cell.altair_chart(
+                chart(part, "value", "series").mark_line(point={"size": 20})
+            )  # a point alone makes no line
         if len(all_charts) > MAX_CHARTS:
             st.caption(f"{MAX_CHARTS} of {len(all_charts):,} charts.")
         if series > MAX_SERIES:
@@ -197,7 +196,8 @@ def chart(points: pd.DataFrame, y: str, color: str | None = None) -> alt.Chart:
     """A chart of `y` over `time`, with a colour for each value of the column `color`; the caller chooses the mark."""
     of_days = len(points) and points["time"].max() - points["time"].min() > timedelta(days=1)
     time_axis = alt.Axis(format="%d %b %H:%M" if of_days else "%H:%M:%S", tickCount=5, labelAngle=0)
-    drawn = alt.Chart(points, height=250).encode(
+    legend = 16 * points[color].nunique() if color else 0  # its height, with two entries in a row
+    drawn = alt.Chart(points, height=250 + legend).encode(
         alt.X("time:T", title=None, axis=time_axis),
         alt.Y(f"{y}:Q", title=None).scale(zero=color != "series"),
         tooltip=[alt.Tooltip("time:T", format="%Y-%m-%d %H:%M:%S"), *points.columns[1:]],

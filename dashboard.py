@@ -50,14 +50,15 @@ def main() -> None:
     Topic.of(options)  # rejects a wrong --kafka-config here, where the user sees it
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
-    say(f"http://127.0.0.1:{options.port} shows {options.lake}. Ctrl+C stops.")
+    say(f"http://127.0.0.1:{options.port} shows {options.lake}. Press Ctrl+C to stop.")
     on_stop_signal(lambda: os._exit(0))  # until Streamlit has its own handlers, nothing needs an orderly shutdown
     from pipeline.dashboard.private import keep_to_this_machine
 
     from streamlit.web.cli import main as streamlit
 
     keep_to_this_machine()
-    # A file of a few kilobytes can unpack to gigabytes. Reading it then fails, and the machine keeps the other half.
+    # A file of a few kilobytes can unpack to gigabytes. With this limit, reading it fails, and half of the memory stays free
+    # for everything else.
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     settings = [

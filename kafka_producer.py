@@ -117,7 +117,7 @@ def write_files(
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        say(f"Writing to {folder}. Ctrl+C stops.")
+        say(f"Writing to {folder}. Press Ctrl+C to stop.")
         begun = time.monotonic()
         until_next = 1 / options.rate if options.rate else 0
         for _, (_, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
@@ -176,7 +176,7 @@ def send(
         linger_ms=0 if options.rate and options.rate < 100 else 20,
         allow_auto_create_topics=False,
     )
-    say(f"Sending to {topic}. Ctrl+C stops.")
+    say(f"Sending to {topic}. Press Ctrl+C to stop.")
     delivery, shown = Delivery(stopping), time.monotonic()
     try:
         # The tick comes first, so that the time in a message is the time at which it is sent.

@@ -88,7 +88,7 @@ def main() -> None:
                 kafka.keep_running()
             if not stopping.is_set():
                 say(
-                    f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Ctrl+C stops."
+                    f"Kafka is ready on localhost:{options.port}. Its data and logs are in {options.data_dir}. Press Ctrl+C to stop."
                 )
             while not stopping.wait(0.5):
                 zookeeper.keep_running()

@@ -136,7 +136,7 @@ class Part:
         self.lines: deque[str] = deque(maxlen=20)
         self.warnings: deque[str] = deque(maxlen=20)
         self.said, self.behind = Text(), ""  # the last line, and the backlog that it names
-        self.counts = deque([(time.monotonic(), 0)])  # the number of records at some moments of the last seconds
+        self.counts = deque([(time.monotonic(), 0)])  # the number of records at several moments in the last few seconds
         # A session of its own, so that Ctrl+C in the terminal reaches only this script, which stops the parts in order.
         command = [
             sys.executable,
@@ -182,7 +182,7 @@ class Part:
         return "stopped" if self.process.returncode == 0 else f"exit code {self.process.returncode}"
 
     def rate(self) -> str:
-        """Records a second, from the lines with a count of the last seconds; "" if there was none recently."""
+        """Records a second, from the counts in the lines of the last few seconds; "" if there was no count recently."""
         counted_at, total = self.counts[-1]
         is_recent = total and time.monotonic() - counted_at < QUIET_SECONDS
         return f"{per_second(self.counts):,.1f}" if is_recent else ""
@@ -206,7 +206,7 @@ class Part:
 def per_second(counts: Sequence[tuple[float, int]]) -> float:
     """The rate between the first and the last of the counts (time in seconds, number)."""
     (then, before), (now, after) = counts[0], counts[-1]
-    return (after - before) / max(now - then, 1)  # two lines may come together
+    return (after - before) / max(now - then, 1)  # two lines may arrive at almost the same time
 
 
 def overview(parts: list[Part]) -> Group:

@@ -294,7 +294,7 @@ def run_readers(cluster: Cluster, account: dict[str, tuple[int, ...]]) -> None:
         say(f"\n{' '.join(command[3:])}")
         output = cluster.run("reader", *command).replace(",", "")
         if missing := [rows for rows in expected if not re.search(rf"\b{rows}\b", output)]:
-            raise PipelineError(f"{' '.join(command[3:])} does not show {missing}, the rows of its tables.")
+            raise PipelineError(f"{' '.join(command[3:])} does not show {missing}, the row counts of its tables.")
 
 
 def measure(cluster: Cluster, backlog: int) -> dict[int, float]:
@@ -303,7 +303,7 @@ def measure(cluster: Cluster, backlog: int) -> dict[int, float]:
     batch = backlog // BATCHES + 100  # spare: Spark rounds down per partition, which would leave a few for another
     rates = {}
     for workers in (2, 1):
-        say(f"A backlog of {backlog:,} messages, {workers} of the workers:")
+        say(f"Reading a backlog of {backlog:,} messages with {workers} worker{'s' * (workers > 1)}:")
         output = cluster.run(
             CONSUMER,
             *cluster.documented_line(CONSUMER),

@@ -26,7 +26,7 @@ WRONG_VALUES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 class Simulator:
     """Generates readings according to `contract`.
 
-    `sensor_types`: those of readings.py, if the contract has such a field. `breaks`: for each of the contract's reasons, a way
+    `sensor_types`: the SENSOR_TYPES of the contract's file; empty if it defines none. `breaks`: for each of the contract's reasons, a way
     to break a reading; rules unknown to the simulator have none. `device`: the field that names the device, if any.
     """
 

@@ -187,7 +187,7 @@ def test_a_broken_table_is_named_and_the_others_are_shown(spark, tmp_path, visit
 
 
 def lake_of(folder, device_of_row, moment_of_row, arrived_before: list[int], series="device_id", **others) -> Lake:
-    """A lake whose rows arrived so many seconds ago, with a device and a time of their own."""
+    """A lake whose rows arrived the given numbers of seconds ago, each with its own device and time."""
     now = pd.Timestamp.now(tz="UTC")
     arrived = [now - pd.Timedelta(seconds=seconds) for seconds in arrived_before]
     rows = pd.DataFrame(

@@ -614,7 +614,7 @@ def test_hundreds_of_files_whose_names_look_like_patterns_are_read_a_few_at_a_ti
             run()
     assert run() == (160, 0)
     said = capsys.readouterr().out
-    assert "has too many files with wildcards in their names. It is split into smaller ones." in said
+    assert "has too many files with wildcards in their names. It will be split into smaller ones." in said
     assert [line.split(",")[0] for line in said.splitlines() if line.startswith("batch")] == [
         "batch 0: 100 rows in",
         "batch 1: 60 rows in",

@@ -222,7 +222,7 @@ def test_names_of_one_hash_take_no_longer_than_others(spark, tmp_path):
 
 @pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
 def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
-    """Records that once never finished, ran out of memory or took quadratic time are read separately, two at a time.
+    """Records that used to hang the reader, exhaust its memory or take quadratic time are read separately, two at a time.
     All others are read in one go, and with --long also separately.
     """
     size = 7_900_000

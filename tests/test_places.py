@@ -1,4 +1,4 @@
-"""The scripts in odd places and locales, in minimal environments, and stopped at any moment."""
+"""The scripts in odd places and locales, in minimal environments, and stopped at various moments."""
 
 import argparse
 import errno

@@ -142,7 +142,7 @@ class Lake:
         return Course(points, len(shown), sum(records for _, records in astray), [f"{name}" for name, _ in astray])
 
     def newest_of_each(self) -> pd.DataFrame:
-        """The newest record of each series, or of each series that has a chart, those first that have been silent for longest."""
+        """The newest record of each series (or of each series in each chart), longest silent first."""
         record = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in self.columns)
         keys = ", ".join(quoted(name) for name in filter(None, (self.choice.series, self.choice.charts)))
         return plain(
@@ -154,8 +154,8 @@ class Lake:
         )
 
     def silent(self) -> pd.DataFrame:
-        """The series that have sent nothing in the period, but in the ten periods before, with the arrival of their last record; those
-        first that have been silent for longest.
+        """The series that have sent nothing in the period but did in the ten periods before it, with the arrival of their last
+        record, longest silent first.
         """
         if not self.begin:
             return pd.DataFrame()

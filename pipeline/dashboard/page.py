@@ -171,7 +171,7 @@ def show_fields(lake: Lake) -> None:
         silent = lake.silent()
         if len(silent):
             st.subheader("Silent")
-            st.caption("Nothing has arrived from these in the period, but in the ten periods before it.")
+            st.caption("Nothing has arrived from these in the period, but something did in the ten periods before it.")
             st.dataframe(silent, hide_index=True)
         st.subheader("Newest records")
         newest = lake.newest_of_each()

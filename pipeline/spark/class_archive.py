@@ -19,7 +19,9 @@ from pipeline.terminal.progress import in_progress
 
 from filelock import FileLock
 
-UNUSED_SECONDS = 30 * 86_400  # seconds after which an archive counts as left by an earlier Java; it has 200 MB
+UNUSED_SECONDS = (
+    30 * 86_400
+)  # seconds after which an archive counts as left over from an earlier Java; it takes up 200 MB
 # Java's options to create and to use an archive. From Java 25 on, the archive also contains Java's method profiles.
 OPTIONS = {False: ("-XX:ArchiveClassesAtExit", "-XX:SharedArchiveFile"), True: ("-XX:AOTCacheOutput", "-XX:AOTCache")}
 

@@ -32,7 +32,7 @@ class Batches:
         with self.lock:
             try:
                 if self.stopping.is_set():
-                    raise Stopped  # before anything of this batch is written; the next start repeats it
+                    raise Stopped  # before any of this batch is written; the next start repeats it
                 with self.writer.tables.write_lock(self.stopping, create=batch_id == 0):
                     self.begun = time.monotonic()
                     # As after a crash, a second attempt skips whatever the first one has written.

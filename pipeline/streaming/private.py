@@ -96,13 +96,13 @@ class Checkpoint:
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif newest and self._has_too_many_patterns(f"sources/0/{newest}"):
                 say(
-                    f"Batch {planned} of {self.path} has too many files with wildcards in their names. It is split into smaller ones."
+                    f"Batch {planned} of {self.path} has too many files with wildcards in their names. It will be split into smaller ones."
                 )
                 self.files.delete(f"{self.path}/sources/0/{newest}")
                 self.files.delete(f"{self.path}/offsets/{planned}")
             elif not self._drop_cut(f"offsets/{planned}") and _goes_back(self.unread(), self.end_of(planned)):
                 say(
-                    f"Batch {planned} of {self.path} was planned to end before it begins. None of it was written; it is planned again."
+                    f"Batch {planned} of {self.path} was planned to end before it begins. None of it was written; it will be planned again."
                 )
                 self.files.delete(f"{self.path}/offsets/{planned}")
         elif newest and (

@@ -154,7 +154,7 @@ def run_until_stopped(
             metrics = Metrics(options.metrics_host, options.metrics_port, reasons)
         say(
             f"Writing to {tables.table}, rejected records to {tables.quarantine}."
-            + ("" if options.once else " Ctrl+C stops.")
+            + ("" if options.once else " Press Ctrl+C to stop.")
         )
         for stream, trigger in streams:
             error: Exception | None = None

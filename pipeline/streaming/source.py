@@ -98,8 +98,8 @@ class Source:
         return None
 
     def require_unchanged(self, spark: SparkSession, identity: dict[str, str]) -> None:
-        """Raises PipelineError if the records of the running batch may come from another source than the one with this `identity`,
-        or if those read last before it have been replaced by others.
+        """Raises PipelineError if the records of the running batch may come from a source other than the one with this `identity`,
+        or if the last records read before this batch have been replaced by others.
         """
 
     def begin_at(self, place: str) -> None:

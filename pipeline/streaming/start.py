@@ -292,7 +292,7 @@ def _fit_table(
     ):
         raise PipelineError(
             f"The last batch of {tables.table} is unfinished, and was begun with a different contract or mode (now "
-            f"{start.read_by[MODE]}). Run it once as before (--readings FILE --once), then as now."
+            f"{start.read_by[MODE]}). Run it once as before (--readings FILE --once), then with the new settings."
         )
     add_missing_columns(spark, tables.table, tables.columns)
     # An earlier start may not have known the identity.

@@ -1,5 +1,5 @@
 """Kafka comes back with an older copy of its log, which fills up again, or a topic is recreated. The stream is killed
-at any moment.
+at various moments.
 """
 
 import os

@@ -324,7 +324,7 @@ CONFIGS = [
 
 
 def misspelt(name: str) -> set[str]:
-    """The name with a letter missing, doubled or swapped, in other case, or as other tools write it."""
+    """The name with a letter missing, doubled or swapped, in a different case, or as other tools write it."""
     letters = range(len(name))
     return (
         {name[:i] + name[i + 1 :] for i in letters}

@@ -1,4 +1,4 @@
-"""Records of any size that are hard on a reader that takes quadratic time anywhere, or memory for every part."""
+"""Records of any size that are hard on a reader that takes quadratic time anywhere, or memory for every part of a record."""
 
 import itertools
 import random

@@ -45,7 +45,7 @@ def run_streams(spark, streams: Iterable, source, tables, options, writer_type=T
 
 
 def plan(run, **options) -> None:
-    """Lets a stream plan a batch, and stops it before anything of the batch is written."""
+    """Lets a stream plan a batch, and stops it before any of the batch is written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TableWriter, "write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

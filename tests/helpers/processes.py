@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 240  # seconds until a step counts as hung, far more than any step takes
+PATIENCE = 400  # seconds until a step counts as hung, far more than any step takes
 
 
 def until(holds: Callable) -> None:

@@ -1,6 +1,7 @@
 """Folders and files of every kind, read by the stream's own functions in one Spark session."""
 
 import argparse
+import errno
 import gzip
 import itertools
 import json
@@ -15,10 +16,11 @@ from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.delta.tables import FILE_HISTORY, LOG_HISTORY, properties_of
 from pipeline.files.folder import check_archive, count_waiting
 from pipeline.files.private import TakenFile
-from pipeline.files.reading import find_unreadable, with_elements
+from pipeline.files.reading import find_unreadable, is_sparse, with_elements
 from pipeline.files.source import FileSource
 from pipeline.files.taken import TakenFiles
 from pipeline.paths import quarantine_of
+from pipeline.spark import durable
 from pipeline.spark.file_system import BrokenFileError
 from pipeline.streaming.source import SourceAwayError
 from pipeline.terminal.arguments import location
@@ -835,6 +837,33 @@ def test_a_folder_with_a_colon_and_a_wildcard_in_its_path_is_refused_as_the_inpu
     (tmp_path / "12:00 [a]").mkdir()
     with pytest.raises(PipelineError, match=r"whose path has both a colon and one of the wildcards"):
         run(input=str(tmp_path / "12:00 [a]"))
+
+
+@pytest.mark.parametrize(
+    "content, length, expected",
+    [(5000, 5000, False), (4096, 10_000_000, True), (0, 10_000_000, True), (20_000, 10_000_000, False)],
+)
+def test_a_file_of_holes_is_told_by_its_content(tmp_path, monkeypatch, content, length, expected):
+    monkeypatch.setattr("pipeline.files.reading.SPARSE_BYTES", 1000)
+    file = tmp_path / "a.json"
+    file.write_bytes(b"x" * content)
+    os.truncate(file, length)
+    assert is_sparse(Row(path=f"file:{file}", length=length)) is expected
+    file.unlink()
+    assert not is_sparse(Row(path=f"file:{file}", length=length))
+
+
+def test_a_folder_that_cannot_be_synced_stops_nothing_and_a_file_does(tmp_path, monkeypatch):
+    def fsync(number: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{number}") or is_broken:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    is_broken = False
+    durable.replace(f"{tmp_path}/a", "text")
+    is_broken = True
+    with pytest.raises(OSError, match="Invalid argument"):
+        durable.replace(f"{tmp_path}/a", "text")
 
 
 def test_what_other_programs_leave_in_a_checkpoint_stops_nothing(ingest, tmp_path):

@@ -1,5 +1,6 @@
 """Reading whole files of JSON records: every record of each file, whatever its name and content."""
 
+import errno
 import functools
 import os
 from contextlib import suppress
@@ -7,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.contract.contract import MAX_RECORD_BYTES, UNREADABLE
-from pipeline.paths import plain
+from pipeline.paths import local_path, plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
 from pipeline.spark.globs import escape_glob, is_pattern
 from pipeline.streaming.source import SourceAwayError
@@ -247,13 +248,25 @@ def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = Fa
     try:
         return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path, limit)
     except Py4JJavaError as error:
+        if not is_there(spark, plain(file.path)):  # as if it had been removed before
+            return 0, 0
         raise SourceAwayError(away(file.path, error)) from error
 
 
 def is_sparse(file: Row) -> bool:
     """Whether a large local file consists of holes, which take no space on the disk and hours to read."""
-    with suppress(OSError):
-        return file.length > SPARSE_BYTES and os.stat(plain(file.path)).st_blocks * 512 < file.length / SPARSE_RATIO
+    if file.length <= SPARSE_BYTES or local_path(file.path) is None:
+        return False
+    # Some file systems report no blocks for a file, but those that know no holes report all of it as data.
+    content, end = 0, 0
+    with suppress(OSError), open(plain(file.path), "rb") as opened:
+        try:
+            while content * SPARSE_RATIO < file.length:
+                begin = os.lseek(opened.fileno(), end, os.SEEK_DATA)
+                end = os.lseek(opened.fileno(), begin, os.SEEK_HOLE)
+                content += end - begin
+        except OSError as error:
+            return error.errno == errno.ENXIO  # there is no more content
     return False
 
 

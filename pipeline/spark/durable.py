@@ -1,5 +1,6 @@
 """Makes local files survive a power cut. Spark, Delta and Hadoop never sync the files that they write."""
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,10 @@ def sync(paths: Iterable[str | Path]) -> None:
         number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)
+        except OSError as error:
+            # Some file systems, such as shared folders of virtual machines, can't sync a folder.
+            if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+                raise
         finally:
             os.close(number)
 

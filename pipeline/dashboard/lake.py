@@ -189,7 +189,7 @@ class Lake:
         commits = [
             commit
             for commit in history
-            if "contents" in commit.get("userMetadata", "")  # others have written rows, too
+            if "contents" in (commit.get("userMetadata") or "")  # others have written rows, too
             and int((commit.get("operationMetrics") or {}).get("numOutputRows", 0))
         ]
         self.duckdb.register(

@@ -75,8 +75,16 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Runs the tests with the largest records first, while the memory of Spark's JVM is still free."""
-    items.sort(key=lambda item: (item.path.name != "test_hostile_records.py", "large_record" not in item.name))
+    """Runs the tests with the largest records first, while the memory of Spark's JVM is still free, and then the file that takes
+    longest: at the end, it would keep one process busy and the others idle.
+    """
+    first = ["test_hostile_records.py", "test_topics.py"]
+    items.sort(
+        key=lambda item: (
+            first.index(item.path.name) if item.path.name in first else len(first),
+            "large_record" not in item.name,
+        )
+    )
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def zookeeper_properties(environment: dict, port: int, data_dir: str) -> dict[st
 def kafka_properties(environment: dict, port: int, zookeeper_port: int, data_dir: str) -> dict[str, object]:
     """Kafka's properties from the service's environment, as the image makes them: KAFKA_BROKER_ID is broker.id.
 
-    Host names of containers and 0.0.0.0 become localhost. Port 9092 becomes `port`, and each other one a free port.
+    Host names of containers and 0.0.0.0 become localhost. Port 9092 becomes `port`, and every other port becomes a free one.
     """
     signs = {"_": ".", "__": "_", "___": "-"}
     settings = {

@@ -109,7 +109,8 @@ def query(spark: SparkSession, options: argparse.Namespace) -> DataFrame:
                 spark.catalog.createTable(f"{database}.`{table}`", tables[path], source="delta")
             if given != name:
                 warn(
-                    f"In --sql, {tables[path]} is {given.replace('`', '')}, because another table is {name.replace('`', '')}."
+                    f"In --sql, {tables[path]} is named {given.replace('`', '')}, because another table is already named "
+                    f"{name.replace('`', '')}."
                 )
     try:
         rows = spark.sql(f"SELECT * FROM (\n{options.sql.strip().rstrip(';')}\n)")

@@ -925,8 +925,8 @@ def test_it_is_named_too_if_its_time_has_no_fraction_or_its_old_name_is_used_aga
         os.utime(folder / name, ns=(1_795_000_000_000_000_000 + number * 1_000_000,) * 2)
     assert run() == (2, 0)
     (folder / "done").mkdir()
-    (folder / "a.json").rename(folder / "done" / "a.json")  # as tar and curl leave times
-    (folder / "b.json").rename(folder / "b-1.json")  # as a log that is rotated
+    (folder / "a.json").rename(folder / "done" / "a.json")  # its time is in whole seconds, as set by tar or curl
+    (folder / "b.json").rename(folder / "b-1.json")  # like a rotated log
     put(folder, "b.json", VALID)
     put(folder, "other.json", VALID)
     os.utime(folder / "other.json", ns=(1_795_000_000_000_000_000,) * 2)

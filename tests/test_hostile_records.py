@@ -238,7 +238,7 @@ def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, 
 
 @pytest.mark.parametrize("record", ["valid", "array"])
 def test_many_large_records_of_a_batch_fit_into_the_memory(spark, tmp_path, pytestconfig, account, start, record):
-    """Runs in its own process, with the default heap. Once, 25 such records did not fit, valid or not."""
+    """Runs in its own process, with the default heap. In an earlier version, 25 such records did not fit into memory, valid or not."""
     (tmp_path / "input").mkdir()
     count, large = (100 if pytestconfig.option.long else 25), random.Random(1).randbytes(3_900_000).hex()
     text = (

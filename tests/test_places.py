@@ -240,7 +240,7 @@ def test_tables_and_checkpoints_are_closed_to_strangers(tmp_path, mask, closed):
 
 def test_a_training_run_that_fails_leaves_no_archive_and_the_next_start_tries_again(tmp_path, capsys):
     archive = tmp_path / "classes.jsa"
-    class_archive._make(archive, "-Xmx")  # fails: the path is no valid size
+    class_archive._make(archive, "-Xmx")  # fails: the path is not a valid size
     assert list(tmp_path.iterdir()) == [] and "could not be made (exit code 1)" in capsys.readouterr().err
 
 

@@ -82,7 +82,9 @@ STRANGERS = [
 
 
 def test_imports_between_rooms_go_one_way_and_no_script_imports_another():
-    """A room may import only from the rooms before it in ROOMS. STRANGERS may not import from each other at all."""
+    """A package or module may import only from those before it in ROOMS. Those paired in STRANGERS may not import from each
+    other at all.
+    """
     for file in (*REPOSITORY.glob("*.py"), *(REPOSITORY / "pipeline").rglob("*.py")):
         place = file.relative_to(REPOSITORY)
         room = place.parts[1].removesuffix(".py") if place.parts[0] == "pipeline" else ""

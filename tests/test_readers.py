@@ -400,8 +400,8 @@ def test_tables_whose_names_differ_in_signs_only_can_all_be_asked(spark, tmp_pat
     run = run_here("read_delta.py", "--lake", tmp_path, "--format", "csv", "--sql", sql)
     assert run.stdout.splitlines()[1:] == ["2,1,0,4"], run
     assert run.stderr == (
-        f"In --sql, {tmp_path}/x/a b is x.a_b_3, because another table is x.a_b.\n"
-        f"In --sql, {tmp_path}/x/a-b is x.a_b_4, because another table is x.a_b.\n"
+        f"In --sql, {tmp_path}/x/a b is named x.a_b_3, because another table is already named x.a_b.\n"
+        f"In --sql, {tmp_path}/x/a-b is named x.a_b_4, because another table is already named x.a_b.\n"
     )
 
 

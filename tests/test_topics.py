@@ -215,7 +215,8 @@ def test_only_failures_without_a_quiet_time_between_them_are_counted_together(
 
     seen: list[None] = []
     monkeypatch.setattr(streams, "run_query", run)
-    monkeypatch.setattr(streams, "RECOVERED_SECONDS", 0.2)
+    if idle:
+        monkeypatch.setattr(streams, "RECOVERED_SECONDS", 0.2)
     monkeypatch.setattr(streams, "on_stop_signal", lambda _: None)
     monkeypatch.setattr(type(spark), "stop", lambda _: None)
     options = argparse.Namespace(
@@ -473,7 +474,7 @@ def test_a_record_whose_kafka_time_is_no_time_is_read_as_any_other_and_named(wor
     send_at(world, USUAL_TIMES, VALID, BROKEN, None, partition=1, key=b"k")
     assert world.consume() == (12, 24)
     [warning] = capsys.readouterr().err.splitlines()
-    assert f"partition 0 18, first at offset 0 ({NANOSECONDS})" in warning and "partition 1" not in warning
+    assert f"18 in partition 0, the first at offset 0 ({NANOSECONDS})" in warning and "partition 1" not in warning
     assert kafka_times(world) == {(0, offset): None for offset in range(18)} | {
         (1, offset): time for offset, time in enumerate(each for each in USUAL_TIMES for _ in range(3))
     } | {(1, offset): None for offset in range(3)}  # -1 stands for no time
@@ -591,7 +592,7 @@ def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(wor
     world.send(*[VALID] * 3, partition=1)
     assert world.consume() == (7, 8)
     strange, oversized = capsys.readouterr().err.splitlines()
-    assert "partition 0 1, first at offset 11" in strange
+    assert "1 in partition 0, the first at offset 11" in strange
     assert "partition 0 offsets 4 to 6" in oversized and "partition 1" not in oversized
     both = {
         table: {

@@ -66,7 +66,7 @@ class Lake:
         self.log = open_table(choice.table)
         rows = self.log.to_pyarrow_dataset()
         self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
-        # When a record was made or, if it does not say or its clock is ahead, when it arrived.
+        # When a record was made or, if it does not say or names a time in the future, when it arrived.
         self.moment = f"least(coalesce({quoted(choice.time)}, ingest_time), ingest_time)"
         try:
             rejected: Any = open_table(quarantine_of(choice.table)).to_pyarrow_dataset()

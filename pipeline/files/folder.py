@@ -54,7 +54,7 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         .option("pathGlobFilter", FILE_NAMES)
         .option("recursiveFileLookup", "true")
         .option("maxFilesPerTrigger", most_files)
-        # Spark skips files that are older than the newest one seen by more than this. The newest one may have a time in
+        # Spark skips files that are more than this much older than the newest one seen. The newest one may have a time in
         # any year, so no file is ever skipped.
         .option("maxFileAge", f"{2**63 - 1}ms")
         .option("ignoreMissingFiles", "true")  # renamed or removed since it was listed

@@ -34,7 +34,7 @@ READ_OPTIONS = {
     # name contains ":".
     "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
     "fs.file.impl.disable.cache": "true",
-    # These override Spark's configuration: a broken file goes to the quarantine, and not half of it into the table.
+    # These override Spark's configuration: a broken file goes to the quarantine, instead of half of it going into the table.
     "ignoreCorruptFiles": "false",
     "ignoreMissingFiles": "false",
 }
@@ -257,7 +257,7 @@ def is_sparse(file: Row) -> bool:
     """Whether a large local file consists of holes, which take no space on the disk and hours to read."""
     if file.length <= SPARSE_BYTES or local_path(file.path) is None:
         return False
-    # Some file systems report no blocks for a file, but those that know no holes report all of it as data.
+    # Some file systems report no blocks for a file, but those that don't support holes report all of it as data.
     content, end = 0, 0
     with suppress(OSError), open(plain(file.path), "rb") as opened:
         try:

@@ -154,7 +154,7 @@ def _ssl_context(properties: dict[str, str]) -> ssl.SSLContext:
         if keystore := properties.get("ssl.keystore.location"):
             context.load_cert_chain(keystore, password=properties.get("ssl.key.password"))
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise PipelineError(f"The certificates that the Kafka properties name can't be loaded: {error}.") from None
+        raise PipelineError(f"The certificates named in the Kafka properties can't be loaded: {error}.") from None
     # Kafka's clients also verify the host name, unless this property is empty.
     context.check_hostname = properties.get("ssl.endpoint.identification.algorithm", "https") != ""
     return context

@@ -194,7 +194,7 @@ class KafkaSource(Source):
 
     def _name_unusual(self, found: list[Row], gaps: list[Gap]) -> None:
         strange = [
-            f"partition {row.partition} {row.records:,}, first at offset {row.first.offset} ({row.first.timestamp})"
+            f"{row.records:,} in partition {row.partition}, the first at offset {row.first.offset} ({row.first.timestamp})"
             for row in found
             if not row.is_oversized
         ]
@@ -204,7 +204,7 @@ class KafkaSource(Source):
                 f"{', '.join(strange)}. The records are read like any others, but their kafka_timestamp is null."
             )
         oversized = [
-            f"partition {row.partition} {row.records:,}, first at offset {row.first.offset}"
+            f"{row.records:,} in partition {row.partition}, the first at offset {row.first.offset}"
             for row in found
             if row.is_oversized
         ]

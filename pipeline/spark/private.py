@@ -33,7 +33,7 @@ def hadoop_settings(spark: SparkSession) -> Any:
     return _java(spark).org.apache.hadoop.conf.Configuration(spark._jsc.hadoopConfiguration())
 
 
-SPARK_ERRORS = (PySparkException, Py4JJavaError)  # the second ones come from calls of its private APIs
+SPARK_ERRORS = (PySparkException, Py4JJavaError)  # the latter come from calls to its private APIs
 OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
 
 

@@ -31,7 +31,7 @@ def stream_of(batch: DataFrame) -> str:
 
 
 def query_of(batch: DataFrame) -> StreamingQuery:
-    """The query that passed this micro-batch to `foreachBatch`. The batch's own session is a copy that knows no queries."""
+    """The query that passed this micro-batch to `foreachBatch`. The batch's own session is a copy that doesn't know about any queries."""
     query = SparkSession.builder.getOrCreate().streams.get(stream_of(batch))
     assert query
     return query

@@ -304,7 +304,7 @@ def alternate(*measures: Callable[[], float], rounds: int = ROUNDS) -> list[list
 
 
 def compared(what: str, ours: Sequence[float], other: Sequence[float], goal: str) -> tuple:
-    """A table row: medians, and the median of the ratios of the rounds. `what`: "label | what it is compared with"."""
+    """A table row: medians, and the median of the ratios of the rounds. `what`: "label | baseline"."""
     what, _, against = what.partition(" | ")
     ratio = statistics.median(a / b for a, b in zip(ours, other))
     figures = [shown(statistics.median(each)) for each in (ours, other)]

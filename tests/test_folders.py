@@ -16,7 +16,7 @@ from pipeline.contract.contract import MAX_RECORD_BYTES
 from pipeline.delta.tables import FILE_HISTORY, LOG_HISTORY, properties_of
 from pipeline.files.folder import check_archive, count_waiting
 from pipeline.files.private import TakenFile
-from pipeline.files.reading import find_unreadable, is_sparse, with_elements
+from pipeline.files.reading import find_unreadable, is_sparse, unpacked_size, with_elements
 from pipeline.files.source import FileSource
 from pipeline.files.taken import TakenFiles
 from pipeline.paths import quarantine_of
@@ -851,6 +851,14 @@ def test_a_file_of_holes_is_told_by_its_content(tmp_path, monkeypatch, content, 
     assert is_sparse(Row(path=f"file:{file}", length=length)) is expected
     file.unlink()
     assert not is_sparse(Row(path=f"file:{file}", length=length))
+
+
+def test_a_packed_file_that_is_removed_while_its_batch_begins_stops_nothing(spark, tmp_path):
+    gone, there = (Row(path=f"file:{tmp_path}/{name}.json.gz", length=100_000) for name in ("gone", "there"))
+    assert unpacked_size(spark, gone, 10**9) == (0, 0)
+    (tmp_path / "there.json.gz").mkdir()  # can't be read, and is not gone
+    with pytest.raises(SourceAwayError):
+        unpacked_size(spark, there, 10**9)
 
 
 def test_a_folder_that_cannot_be_synced_stops_nothing_and_a_file_does(tmp_path, monkeypatch):

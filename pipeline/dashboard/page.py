@@ -30,7 +30,7 @@ from kafka.errors import KafkaError
 SPANS = {"5 minutes": 300, "15 minutes": 900, "1 hour": 3600, "1 day": 86_400, "1 week": 604_800, "everything": None}
 # Delta's numeric types; measured values come before counted ones.
 NUMBERS = ("double", "float", "long", "integer", "short", "byte")
-IDS = ("string", "boolean", *NUMBERS[2:])  # what can identify a device
+IDS = ("string", "boolean", *NUMBERS[2:])  # types of columns that may identify a device
 IN_A_ROW = 3  # charts
 MAX_REFRESH_SECONDS = 60  # seconds between two refreshes; between minimum and maximum, it is a 200th of the span
 MAX_CHARTS = 12
@@ -154,9 +154,8 @@ def show_fields(lake: Lake) -> None:
         cells = [cell for _ in range(0, len(charts), IN_A_ROW) for cell in st.columns(min(IN_A_ROW, len(charts)))]
         for cell, (name, part) in zip(cells, charts):
             cell.text(f"{choice.charts}: {name}" if choice.charts else choice.field)
-            cell.altair_chart(
-                chart(part, "value", "series").mark_line(point={"size": 20})
-            )  # a point alone makes no line
+            # With points, because a single one makes no line.
+            cell.altair_chart(chart(part, "value", "series").mark_line(point={"size": 20}))
         if len(all_charts) > MAX_CHARTS:
             st.caption(f"{MAX_CHARTS} of {len(all_charts):,} charts.")
         if series > MAX_SERIES:

@@ -356,7 +356,7 @@ def test_a_verdict_that_changes_and_changes_back_doubles_no_record(spark, tmp_pa
     writer = TableWriter(tables, contract, Given(), Start(Checkpoint(spark, str(tmp_path / "checkpoint")), {}, {}))
 
     def write(too_large: list[int], fails_at: tuple) -> None:
-        """Writes ten records, of which the last is broken and others don't fit into memory this time."""
+        """Writes ten records: the last is broken, and this time those at the offsets `too_large` don't fit into memory."""
         records = spark.range(10).select(
             F.when(F.col("id").isin(too_large), OVERSIZED).alias("reject_reason"),
             F.when(F.col("id") == 9, "{").otherwise('{"value": 1}').cast("binary").alias("raw"),

@@ -650,7 +650,7 @@ def test_a_record_is_in_one_table_where_only_the_second_reading_of_its_batch_fin
 def test_a_start_takes_as_long_as_it_needs_to_compare_the_last_records(world, monkeypatch):
     world = world()
     world.make(2)
-    monkeypatch.setattr("pipeline.kafka.source.MAX_WAIT_SECONDS", 0)
+    monkeypatch.setattr("pipeline.kafka.last_records.MAX_WAIT_SECONDS", 0)
     world.send(*[VALID] * 3)
     assert world.consume() == (3, 0)
     world.send(VALID, partition=1)

@@ -61,7 +61,7 @@ def md5_sql(value: str) -> str:
 
 
 def is_same_sql(value: str) -> str:
-    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `KafkaSource._in_kafka`."""
+    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `LastRecords._in_kafka`."""
     return (
         f"row.partition = record.partition AND row.offset = record.offset AND {md5_sql(f'row.{value}')} <=> record.md5 "
         f"AND {time_sql('unix_millis(row.kafka_timestamp)')} <=> record.time"

@@ -3,36 +3,16 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from pipeline.contract.contract import INCONSISTENT, MAX_RECORD_BYTES, OVERSIZED
 from pipeline.delta.tables import TablePair
-from pipeline.kafka.lookup import (
-    MAX_LOOKUP_SECONDS,
-    MAX_WAIT_SECONDS,
-    Gap,
-    Offsets,
-    RecordLookup,
-    Result,
-    is_too_large,
-    kafka_options,
-)
-from pipeline.kafka.private import KafkaReader, forget_fetched_records, kafka_offsets
-from pipeline.kafka.records import (
-    GREGORIAN_START_MS,
-    MAX_TIMESTAMP_MS,
-    differs,
-    hash_of,
-    is_oversized,
-    is_same_sql,
-    known_time,
-    md5_sql,
-    record_columns,
-    records_of,
-    time_sql,
-)
+from pipeline.kafka.last_records import LastRecords
+from pipeline.kafka.lookup import Gap, RecordLookup, is_too_large
+from pipeline.kafka.private import forget_fetched_records, kafka_offsets
+from pipeline.kafka.records import GREGORIAN_START_MS, MAX_TIMESTAMP_MS, is_oversized, records_of
 from pipeline.kafka.topics import GROUP, TOPIC_NAME, Topic
 from pipeline.spark.private import SPARK_ERRORS
 from pipeline.streaming.batches import done_in
@@ -42,19 +22,14 @@ from pipeline.terminal.errors import PipelineError, first_line, java_class, root
 from pipeline.terminal.messages import say, warn
 from pipeline.terminal.signals import StopFlag, Stopped
 
-from delta.tables import DeltaTable
-from kafka.errors import KafkaError, KafkaTimeoutError, NotLeaderForPartitionError
+from kafka.errors import KafkaError, NotLeaderForPartitionError
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 GOES_ON = "the stream continues with the remaining records"
 EARLIEST = -2  # Spark's number for the earliest offset
-REMEMBERED_OFFSETS = 10  # offsets at the end of each partition whose records are remembered; some may hold no record
-# Offsets searched first for the last record that was read, or that Kafka and the tables have in common.
-FIRST_SEARCH_OFFSETS = 100_000
 ELECTION_SECONDS = 3  # seconds after an election until all replicas agree on the end of a partition
-# Properties of a table: the topic that it is written from.
-TOPIC_ID = "pipeline.topic.id"  # as a table property
+TOPIC_ID = "pipeline.topic.id"  # a property of a table: the topic that it is written from
 
 
 class KafkaSource(Source):
@@ -72,11 +47,10 @@ class KafkaSource(Source):
         self.beginning: dict[int, int] = {}  # of the topic at startup, by partition, if data loss is accepted
         self.starting_offsets = "earliest"  # for a stream without a checkpoint, in Spark's format
         self.has_started = False
-        self.reader: KafkaReader | None = None
         self.begins: dict[int, int] = {}  # of the batch being written, by partition, where known
         self.ends: dict[int, int] = {}
-        self.remembered: dict[int, list[dict[str, Any]]] = {}  # the last records read from each partition
         self.lookup = RecordLookup(topic)
+        self.last = LastRecords(self.lookup)
         self.has_failed = False  # because of lost records, and was restarted
         self.has_warned = False  # that it can't commit offsets to Kafka
 
@@ -108,38 +82,11 @@ class KafkaSource(Source):
         return end
 
     def last_records(self) -> Column | None:
-        if not self.ends:
-            return None
-        ends = F.array(*(F.lit(self.ends.get(partition)).cast("bigint") for partition in range(1 + max(self.ends))))
-        is_last = F.col("offset") >= F.get(ends, F.col("partition")) - REMEMBERED_OFFSETS
-        time = F.expr(time_sql("unix_millis(kafka_timestamp)")).alias("time")
-        records = F.collect_list(
-            F.when(is_last, F.struct("partition", "offset", time, F.expr(md5_sql("raw")).alias("md5")))
-        )
-        return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
+        return self.last.observed(self.ends) if self.ends else None
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
-        """The last records of each partition of the batch. A partition without any keeps those of an earlier batch."""
-        observed = json.loads(last_records or "{}")
-        newest: dict[int, list[dict[str, Any]]] = {}
-        for record in observed.get("records", ()):
-            newest.setdefault(record.pop("partition"), []).append(record)
-        # Partitions whose records all precede the last offsets, for example because an aborted transaction takes those
-        # offsets.
-        for partition in observed.get("partitions", ()):
-            begin, end, size = self.begins.get(partition, 0), self.ends[partition], FIRST_SEARCH_OFFSETS
-            while partition not in newest and end > begin:
-                with self._asking():
-                    rows = self._in_kafka(
-                        spark,
-                        {partition: (max(begin, end - size), end)},
-                        lambda records: records.orderBy(F.desc("offset")).limit(REMEMBERED_OFFSETS).collect(),
-                    )
-                last = [{"offset": row.offset, "time": row.time, "md5": row.md5} for row in rows]
-                newest |= {partition: last} if last else {}
-                end, size = end - size, size * 10
-        self.remembered |= newest
-        return json.dumps(self.remembered)
+        with self._asking():
+            return self.last.add(spark, last_records, self.begins, self.ends)
 
     def rejected_otherwise(self, judged: DataFrame, written: DataFrame) -> DataFrame:
         warn(
@@ -245,7 +192,7 @@ class KafkaSource(Source):
         checkpoint: str,
         last_records: str | None,
     ) -> str | None:
-        self.remembered = {int(partition): records for partition, records in json.loads(last_records or "{}").items()}
+        self.last.restore(last_records)
         self.ends = next_offsets = self._by_partition(unread)  # where the next batch begins
         if self.accept_data_loss:
             with self._asking():
@@ -306,27 +253,8 @@ class KafkaSource(Source):
                 f"While it was being read, somebody deleted and recreated {self}. Start again: the start names the "
                 "lost records, and removes those of the new topic from the tables."
             )
-        newest = {
-            partition: max(records, key=lambda record: record["offset"])
-            for partition, records in self.remembered.items()
-            if records
-        }
-        offsets = {
-            partition: (record["offset"], record["offset"] + 1)
-            for partition, record in newest.items()
-            if record.get("time") is not None or record.get("md5")
-        }
         with self._asking():
-            there, silent = self._few_in_kafka(spark, offsets, MAX_LOOKUP_SECONDS)
-            if silent:
-                there, silent = self._few_in_kafka(spark, offsets, MAX_WAIT_SECONDS)
-            if silent:
-                raise KafkaTimeoutError(f"partitions {', '.join(map(str, sorted(silent)))}")
-        others = [
-            f"partition {partition} offset {offset}"
-            for partition, offset, time, md5 in there
-            if differs((newest[partition].get("time"), newest[partition].get("md5")), (time, md5))
-        ]
+            others = [f"partition {partition} offset {offset}" for partition, offset in self.last.replaced(spark)]
         if others:
             raise PipelineError(
                 f"While the stream was running, Kafka lost records of {self.topic} that were already read, and now has "
@@ -344,44 +272,21 @@ class KafkaSource(Source):
         """Returns where to continue in each partition if some have lost records that were read, and may have others in their place;
         {} if none has.
 
-        Other records are recognised by their values. With read_committed, any record between the last one read and the next
-        offset is also a different one. Raises PipelineError if the loss is not accepted.
+        Raises PipelineError if the loss is not accepted.
         """
         with self._asking():
             first, end = self.topic.beginning(), self.topic.end()
-        known = {
-            (partition, record["offset"]): (record.get("time"), record.get("md5"))
-            for partition, records in self.remembered.items()
-            for record in records
-            if partition in end
-        }
-        last = dict(sorted(known))  # the last offset of each partition wins
-        is_committed = self.topic.isolation_level.lower() == "read_committed"
-        ranges = {
-            partition: (
-                max(offset - REMEMBERED_OFFSETS, first[partition]),
-                min(max(offset + 1, next_offsets.get(partition, 0) if is_committed else 0), end[partition]),
-            )
-            for partition, offset in last.items()
-        }
-        with self._asking():
-            there, unread = self._few_in_kafka(spark, ranges, MAX_WAIT_SECONDS)
-            if unread != set():
-                there = [tuple(row) for row in self._in_kafka(spark, ranges, DataFrame.collect)]
-        others = {
-            partition
-            for partition, offset, time, md5 in there
-            if offset > last[partition] or differs(known.get((partition, offset), (time, md5)), (time, md5))
-        }
+            others = self.last.partitions_replaced(spark, first, end, next_offsets)
         others |= {partition for partition, offset in next_offsets.items() if end.get(partition, offset) < offset}
         if not others:
             return {}
-        places = {
-            partition: self._parting(
-                spark, tables, partition, first[partition], min(end[partition], next_offsets[partition])
-            )
-            for partition in sorted(others & next_offsets.keys())
-        }
+        with self._asking():
+            places = {
+                partition: self.last.common_end(
+                    spark, tables, partition, first[partition], min(end[partition], next_offsets[partition])
+                )
+                for partition in sorted(others & next_offsets.keys())
+            }
         lost = ", ".join(
             f"partition {partition} offsets {place} to {next_offsets[partition] - 1}"
             for partition, place in places.items()
@@ -392,36 +297,10 @@ class KafkaSource(Source):
             "the new records are read, too",
             is_accepted=not self.has_started,
         )
-        self.remembered = {
-            partition: records for partition, records in self.remembered.items() if partition not in places
-        }
+        self.last.forget(places.keys())
         return {
             partition: max(offset, next_offsets.get(partition, offset)) for partition, offset in first.items()
         } | places
-
-    def _parting(self, spark: SparkSession, tables: TablePair, partition: int, first: int, end: int) -> int:
-        """The offset between `first` and `end` at which Kafka and the tables begin to differ."""
-
-        def newest_same(records: DataFrame) -> int | None:
-            same = [
-                spark.read.format("delta")
-                .load(table)
-                .alias("row")
-                .join(records, F.expr(is_same_sql(value)))
-                .select("record.offset")
-                for table, value in record_columns(tables).items()
-            ]
-            [[offset]] = same[0].union(same[1]).agg(F.max("offset")).collect()
-            return offset
-
-        size = FIRST_SEARCH_OFFSETS
-        while first < end:
-            begin = max(first, end - size)
-            newest = self._in_kafka(spark, {partition: (begin, end)}, newest_same)
-            if newest is not None:
-                return newest + 1
-            end, size = begin, size * 10
-        return first
 
     def take_back(self, spark: SparkSession, tables: TablePair, begin: dict[str, Any], end: dict[str, Any]) -> None:
         """Compares offset, time and value. Records that Kafka no longer has are kept."""
@@ -433,41 +312,7 @@ class KafkaSource(Source):
             for partition, offset in ends.items()
             if partition in last
         }
-
-        def delete(records: DataFrame) -> None:
-            for table, value in record_columns(tables).items():
-                DeltaTable.forPath(spark, table).alias("row").merge(
-                    records, is_same_sql(value)
-                ).whenMatchedDelete().execute()
-
-        self._in_kafka(spark, ranges, delete)
-
-    def _few_in_kafka(
-        self, spark: SparkSession, offsets: Offsets, seconds: float
-    ) -> tuple[list[tuple[int, int, int | None, str | None]], set[int] | None]:
-        """Like `_in_kafka`, for so few records that a Spark job would take longer; see `KafkaReader.records_between`."""
-        self.reader = self.reader or KafkaReader(spark, kafka_options(self.topic))
-        found, unread = self.reader.records_between(self.topic.name, offsets, seconds, MAX_RECORD_BYTES)
-        if unread:
-            self.reader.close()  # its connection may be dead
-            self.reader = None
-        return [
-            (partition, offset, known_time(time), hash_of(value)) for partition, offset, time, value in found
-        ], unread
-
-    def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
-        """Returns `question`'s answer for the records that Kafka has at these offsets, aliased as "record": `partition`,
-        `offset`, `time` (`time_sql`) and `md5` (`md5_sql`) of the value.
-        """
-        return self.lookup.ask(
-            spark,
-            offsets,
-            lambda records: question(
-                records.selectExpr(
-                    "partition", "offset", f"{time_sql('timestamp')} AS time", "md5(value) AS md5"
-                ).alias("record")
-            ),
-        )
+        self.last.delete_from(spark, tables, ranges)
 
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names the records that Kafka removes while the stream skips lost ones."""

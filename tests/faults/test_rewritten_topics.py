@@ -141,7 +141,7 @@ def test_a_kafka_that_does_not_say_whether_it_has_them_is_not_taken_to_have_them
     send(world, range(100, 120))
     with monkeypatch.context() as patch:
         for name in ("MAX_LOOKUP_SECONDS", "MAX_WAIT_SECONDS"):
-            patch.setattr(f"pipeline.kafka.source.{name}", -1)
+            patch.setattr(f"pipeline.kafka.last_records.{name}", -1)
         with pytest.raises(PipelineError, match="no longer answers"):
             world.consume()
     world.consume()

@@ -37,9 +37,9 @@ def run_streams(spark, streams: Iterable, source, tables, options, writer_type=T
         _, error = run_query(
             stream, trigger, writer_type(tables, CONTRACT, source, start), options.checkpoint, StopFlag(), NoMetrics()
         )
-        if isinstance(source, KafkaSource) and source.reader:
-            source.reader.close()
-            source.reader = None
+        if isinstance(source, KafkaSource) and source.last.reader:
+            source.last.reader.close()
+            source.last.reader = None
         if error:
             raise error
 

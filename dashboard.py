@@ -47,7 +47,7 @@ def main() -> None:
         raise PipelineError(
             "The page needs libraries that are not installed: pip install -r requirements-dashboard.txt"
         )
-    Topic.of(options)  # rejects a wrong --kafka-config here, where the user sees it
+    Topic.of(options)  # rejects an invalid --kafka-config here, where the user sees it
     if not is_free(options.port):
         raise PipelineError(f"Port {options.port} is in use. Choose another: --port {options.port + 1}.")
     say(f"http://127.0.0.1:{options.port} shows {options.lake}. Press Ctrl+C to stop.")

@@ -3,7 +3,7 @@
 All KAFKA_… and ZOOKEEPER_… settings come from docker-compose.yml, and so does the version (Confluent 7.9 is Kafka 3.9).
 The first start downloads Kafka with the Ivy that comes with pyspark; only Java is required. The script says when Kafka is
 ready, and restarts a server that has died. Ctrl+C stops Kafka, then ZooKeeper. Topics and messages are kept in --data-dir
-for the next start. A second Kafka needs a --port and a --data-dir of its own.
+for the next start. A second broker needs a --port and a --data-dir of its own.
 
     python3 local_kafka.py
     python3 local_kafka.py --port 9093 --data-dir ~/kafka-9093
@@ -62,7 +62,7 @@ def main() -> None:
     lock_file = lock_folder(options)
     if not is_free(options.port):
         raise PipelineError(
-            f"Port {options.port} is in use, perhaps by a Kafka that is already running. "
+            f"Port {options.port} is in use, perhaps by a Kafka broker that is already running. "
             f"Stop it, or choose another port with --port, and a --data-dir of its own."
         )
     jars = resolve_jars([f"org.apache.kafka:kafka_{SCALA}:{kafka_version(services['kafka']['image'])}", LOGGING])
@@ -109,8 +109,8 @@ def parse_options() -> argparse.Namespace:
 
 
 def lock_folder(options: argparse.Namespace) -> int:
-    """Locks the data folder and returns the file that has the lock. The servers inherit it, so that they keep the lock even if
-    this script is killed. Raises PipelineError if another Kafka has it.
+    """Locks the data folder and returns the file that holds the lock. The servers inherit it, so that they keep the lock even if
+    this script is killed. Raises PipelineError if another local Kafka holds it.
     """
     file = os.open(place := Path(options.data_dir, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -1,6 +1,6 @@
 """Prints the newest readings of the Bronze table, newest first by ingest_time, then event_time.
 
-Below them are the row counts of the table and of its quarantine, which has the rejected records.
+Below them are the row counts of the table and of its quarantine, which holds the rejected records.
 
     python3 read_bronze.py
     python3 read_bronze.py --limit 5

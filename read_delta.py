@@ -143,7 +143,7 @@ def in_the_lake(path: str) -> Iterator[None]:
 
 
 def lake_tables(spark: SparkSession, lake: str) -> dict[str, str]:
-    """The paths of the Delta tables under the folder `lake`, on any file system that Spark reaches, by their names there. Raises
+    """The paths of the Delta tables under the folder `lake`, on any file system that Spark can reach, by their names there. Raises
     PipelineError if there is none.
     """
     if (local := local_path(lake)) is not None:
@@ -189,11 +189,11 @@ def show_overview(spark: SparkSession, options: argparse.Namespace) -> None:
 
 
 def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
-    """Merges small files and removes old ones, as asked for; a stream that writes to the table waits meanwhile."""
+    """Merges small files and removes old ones, as requested; a stream that writes to the table waits until that is done."""
     read_table(spark, options.table, STREAMS)
     if local_path(options.table) is None:
         warn(
-            f"{options.table} has no lock. Make sure that no stream writes to it meanwhile: on S3, commits could be lost."
+            f"{options.table} has no lock. Make sure that no stream writes to it in the meantime: on S3, commits could be lost."
         )
     if options.optimize:
         with write_lock(options.table):
@@ -205,7 +205,9 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
     if options.vacuum:
         with write_lock(options.table):
             clean_up(spark, options.table)
-        say(f"Removed the files and log entries that no version of the last {time_travel(spark, options.table)} needs.")
+        say(
+            f"Removed the files and log entries that no version from the last {time_travel(spark, options.table)} needs."
+        )
 
 
 def show_history(spark: SparkSession, options: argparse.Namespace) -> None:

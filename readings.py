@@ -6,8 +6,8 @@ Each field is one line: Text, Number, Integer (64 bits unless bits=32), Boolean,
 "epoch_ms"). `required=False` makes it optional, `column=` names its column, and a dotted name such as "device.id" leads into
 nested objects. Records are read fastest if they have their fields in the order listed here.
 
-A rule consists of a reason and SQL that is true for the records it rejects, over the columns and `ingest_time` (when
-the record arrived). The first rule that is true gives the reason.
+A rule consists of a reason and an SQL condition over the columns and `ingest_time` (when the record arrived) that is true for
+the records it rejects. The first rule that is true gives the reason.
 """
 
 from typing import NamedTuple

@@ -237,7 +237,7 @@ def require_alive(parts: list[Part]) -> None:
             if part.is_quiet:
                 part.tell(part.lines)
             raise PipelineError(
-                f"{part.name} has ended with exit code {part.process.returncode}; its output is "
+                f"{part.name} exited with code {part.process.returncode}; its output is "
                 f"above. The other parts are being stopped."
             )
 

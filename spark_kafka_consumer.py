@@ -8,7 +8,7 @@ table; all other records go to its quarantine, unchanged and with a reason. Ever
 exactly once, even if the script or the machine is killed: the checkpoint holds the offsets read so far, and a repeated
 batch is not written twice. The first start reads the topic from its earliest offset, and each later start continues
 where the previous run ended. Ctrl+C finishes the running batch first. If Kafka stops answering, the script waits for up
-to five minutes. If Kafka has lost unread records, it names them and stops.
+to five minutes. If Kafka has lost unread records, the script names them and stops.
 
     python3 spark_kafka_consumer.py
     python3 spark_kafka_consumer.py --once

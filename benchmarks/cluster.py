@@ -174,7 +174,7 @@ class Cluster:
             see(line.rstrip())
         if code := process.wait():
             errors = re.findall(r"^error: (.*)", self.log(name).read_text(), re.MULTILINE)
-            raise PipelineError(f"{name} has ended with exit code {code}: {' '.join(errors) or 'it gives no reason'}")
+            raise PipelineError(f"{name} exited with code {code}: {' '.join(errors) or 'it gives no reason'}")
         return output
 
     def produce(self, topic: str, partitions: int, count: int) -> None:

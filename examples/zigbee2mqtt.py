@@ -1,7 +1,7 @@
-"""Readings as Zigbee2MQTT publishes them: one record with whatever a device measures.
+"""Readings as Zigbee2MQTT publishes them: one record with all the values that a device measures.
 
 Two of its settings are needed: `last_seen: epoch`, and `include_device_information: true`, which adds the object `device`.
-The names: https://www.zigbee2mqtt.io/guide/usage/mqtt_topics_and_messages.html
+For the field names, see https://www.zigbee2mqtt.io/guide/usage/mqtt_topics_and_messages.html
 
     python3 streaming_files_to_delta_bronze.py --readings examples/zigbee2mqtt.py --input examples/zigbee2mqtt --table lake/bronze/zigbee2mqtt
     python3 spark_kafka_consumer.py --readings examples/zigbee2mqtt.py --topic zigbee2mqtt --table lake/silver/zigbee2mqtt

@@ -42,7 +42,7 @@ def checkpoint_of(table: str) -> str:
 def tables_in(lake: str) -> dict[str, str]:
     """The paths of the Delta tables in the local folder `lake`, by their names relative to it, sorted."""
     tables, visited = {}, set()
-    for folder, subfolders, _ in os.walk(lake, followlinks=True):  # a table may lie on another disk
+    for folder, subfolders, _ in os.walk(lake, followlinks=True):  # a table may be on another disk
         real = os.path.realpath(folder)
         if "_delta_log" in subfolders:
             tables[os.path.relpath(folder, lake)] = folder

@@ -135,7 +135,7 @@ def test_a_stream_that_waits_for_another_writer_stops_when_asked_to(tmp_path, st
     for number in (2, 3):  # first during a batch, then at the start of the stream
         with write_lock(str(tmp_path / "bronze")):
             (tmp_path / "input" / f"{number}.json").write_bytes(reading())
-            stream.wait_for(f"Waiting for another process that writes to {tmp_path}/bronze …")
+            stream.wait_for(f"Waiting for another process that is writing to {tmp_path}/bronze …")
             asked = time.monotonic()
             assert stream.stop() == 0 and "Stopped." in stream.output and "error" not in stream.output
             assert time.monotonic() - asked < 60
@@ -151,7 +151,7 @@ def test_maintenance_waits_for_a_writer(spark, tmp_path, start, option):
     with write_lock(str(tmp_path / "table")):
         for signal_sent in (True, False):
             maintenance = start("read_delta.py", tmp_path / "table", option)
-            maintenance.wait_for(f"Waiting for another process that writes to {tmp_path}/table …")
+            maintenance.wait_for(f"Waiting for another process that is writing to {tmp_path}/table …")
             if signal_sent:
                 assert maintenance.stop() == 130 and maintenance.output.count("\n") == 1
     assert maintenance.wait() == 0 and re.search("^(Merged|Removed) ", maintenance.output, re.MULTILINE)

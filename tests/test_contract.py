@@ -372,8 +372,8 @@ def test_the_device_in_a_record_is_the_key_of_its_message():
         ("CONTRACT = Contract((Text('a', bits=3),))", "fails on line 2: TypeError"),
         ("import nowhere", "fails on line 2: ModuleNotFoundError"),
         ("from common.contract import Text", 'Write "from pipeline.contract import …" instead'),
-        ("CONTRACT = Contract(())", "it needs at least one field, of the kinds"),
-        ("CONTRACT = Contract(('a',))", "it needs at least one field, of the kinds"),
+        ("CONTRACT = Contract(())", "it needs at least one field, of one of the kinds"),
+        ("CONTRACT = Contract(('a',))", "it needs at least one field, of one of the kinds"),
         ("CONTRACT = Contract((Text('a'), Number('a', column='b')))", "the field a appears twice"),
         ("CONTRACT = Contract((Text('a'), Number('A')))", "the fields a and A share a column, A"),
         ("CONTRACT = Contract((Text('a.b'), Number('a_b')))", "the fields a.b and a_b share a column, a_b"),
@@ -418,7 +418,7 @@ def test_a_contract_that_cannot_be_is_one_sentence(tmp_path, source, complaint):
 
 def test_a_contract_that_is_not_there_is_one_sentence(tmp_path):
     for path in (tmp_path / "none.py", tmp_path):
-        with pytest.raises(PipelineError, match=f"No file {path} with a contract"):
+        with pytest.raises(PipelineError, match=f"There is no contract file {path}"):
             load_contract(str(path))
 
 

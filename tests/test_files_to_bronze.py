@@ -268,7 +268,7 @@ def test_a_missing_input_folder_is_an_error_with_a_way_out(tmp_path, run_here):
     run = run_here(SCRIPT, "--input", tmp_path / "nowhere", "--once")
     assert (run.returncode, run.stderr) == (
         1,
-        f"error: No folder {tmp_path}/nowhere. Make it, or name another with --input.\n",
+        f"error: There is no folder {tmp_path}/nowhere. Create it, or name another with --input.\n",
     )
 
 

@@ -533,7 +533,7 @@ def test_a_link_to_links_could_be_followed_without_end(ingest, tmp_path):
     (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(
-        PipelineError, match=f"{folder}/linked is a link to a folder with a further link, .*linked/again"
+        PipelineError, match=f"{folder}/linked is a link to a folder that contains another link, .*linked/again"
     ):
         run()
 
@@ -797,7 +797,7 @@ def test_what_is_at_the_table_and_not_of_this_pipeline_is_left_alone(spark, inge
         spark.range(3).write.format("delta").save(str(table))
     before = sorted(table.rglob("*"))
     for _ in range(2):
-        with pytest.raises(PipelineError, match="There is something at .*bronze that this pipeline has not created"):
+        with pytest.raises(PipelineError, match="There is something at .*bronze that this pipeline did not create"):
             run()
     assert sorted(table.rglob("*")) == before
 

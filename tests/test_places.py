@@ -83,10 +83,10 @@ def test_every_place_may_have_blanks_quotes_and_other_letters_in_every_locale(tm
 @pytest.mark.parametrize(
     "environment, words",
     [
-        ({"HOME": "/proc"}, ["The folder /proc/.ivy2 for Spark's jars can't be made", "export PIPELINE_CACHE="]),
+        ({"HOME": "/proc"}, ["The folder /proc/.ivy2 for Spark's jars can't be created", "export PIPELINE_CACHE="]),
         (
             {"PIPELINE_CACHE": "/dev/null"},
-            ["The folder /dev/null for Spark's jars can't be made", "export PIPELINE_CACHE="],
+            ["The folder /dev/null for Spark's jars can't be created", "export PIPELINE_CACHE="],
         ),
         ({"PIPELINE_CACHE": "/tmp/a:b"}, ['has a ":" in its path', "export PIPELINE_CACHE="]),
     ],
@@ -104,7 +104,7 @@ def test_a_place_that_cannot_hold_the_jars_is_said_with_the_way_out(environment,
 )
 @pytest.mark.parametrize(
     "value, complaint",
-    [("a`b", 'has a "`"'), ("a\udcff", "is not in UTF-8"), ("", "it is empty")],
+    [("a`b", 'has a "`"'), ("a\udcff", "is not in UTF-8"), ("", "it must not be empty")],
     ids=["backtick", "no UTF-8", "empty"],
 )
 def test_a_path_that_cannot_be_is_refused_at_the_start(script, option, value, complaint, run_here):
@@ -175,7 +175,7 @@ def test_a_folder_that_others_could_change_is_trusted_with_nothing(tmp_path, mon
 
 def test_a_jar_that_is_not_the_one_that_was_tested_is_never_run(tmp_path, monkeypatch):
     for name, problem in (
-        ("kafka-clients-3.9.2.jar", "another SHA-256 sum"),
+        ("kafka-clients-3.9.2.jar", "a different SHA-256 sum"),
         ("kafka-clients-9.jar", "no SHA-256 sum"),
     ):
         (tmp_path / name).write_bytes(b"class Hostile")
@@ -241,7 +241,7 @@ def test_tables_and_checkpoints_are_closed_to_strangers(tmp_path, mask, closed):
 def test_a_training_run_that_fails_leaves_no_archive_and_the_next_start_tries_again(tmp_path, capsys):
     archive = tmp_path / "classes.jsa"
     class_archive._make(archive, "-Xmx")  # fails: the path is not a valid size
-    assert list(tmp_path.iterdir()) == [] and "could not be made (exit code 1)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [] and "could not be built (exit code 1)" in capsys.readouterr().err
 
 
 def test_each_virtual_environment_has_an_archive_of_its_own_which_follows_its_jars(tmp_path, monkeypatch):

@@ -322,8 +322,8 @@ def test_follow_says_what_happens_to_the_table_and_goes_on(spark, lake, tmp_path
         rows = [line for line in follower.lines if re.search(name := r"(new|lost|vacuumed|kept|again)-\d", line)]
         expected = [f"{batch}-{n}" for batch in ("again", "kept", "new") for n in range(10)]
         assert sorted(re.search(name, row)[0] for row in rows) == expected
-        assert f"versions 8 to 8 of {table} have added are not shown" in follower.output
-        assert f"version 9 of {table} has added are not shown" in follower.output
+        assert f"added by versions 8 to 8 of {table} are not shown" in follower.output
+        assert f"added by version 9 of {table} are not shown" in follower.output
         if form == "json":
             assert json.loads(rows[0])["battery"] == 0.5
         else:

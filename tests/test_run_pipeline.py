@@ -116,7 +116,7 @@ def test_when_a_part_dies_the_others_are_stopped_and_a_broker_that_was_there_is_
         assert pipeline.wait() == 1
     finally:
         pipeline.process.kill()
-    assert "error: spark_kafka_consumer.py has ended with exit code -9" in pipeline.output
+    assert "error: spark_kafka_consumer.py exited with code -9" in pipeline.output
     assert "Traceback" not in pipeline.output and "local_kafka.py" not in pipeline.output
     assert processes_of(str(clone)) == []
     with KafkaConsumer(bootstrap_servers=broker) as consumer:

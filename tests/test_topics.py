@@ -306,7 +306,7 @@ def test_uncommitted_records_are_read_where_the_user_wants_them_and_committed_on
 
 
 def test_an_isolation_level_that_there_is_not_is_said():
-    with pytest.raises(PipelineError, match="isolation.level is serializable; it can be read_committed or"):
+    with pytest.raises(PipelineError, match="isolation.level is serializable; it must be read_committed or"):
         Topic("localhost:9092", "t", {"isolation.level": "serializable"})
 
 

@@ -8,8 +8,8 @@ KAFKA_ORIGIN = {
     "kafka_timestamp": "TIMESTAMP",
     "kafka_key": "BINARY",
 }
-# Lower-case names that a contract's columns can't have: the tables' own columns, and the intermediate columns of
-# processing.
+# Lower-case names that a contract's columns can't have: the tables' own columns, and the intermediate columns used
+# while processing.
 RESERVED_COLUMNS = {
     *FILE_ORIGIN,
     *KAFKA_ORIGIN,

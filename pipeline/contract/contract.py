@@ -26,7 +26,7 @@ from pyspark.sql import SparkSession
 
 # Maximum bytes of a record, or of a file with --multiline. It has to fit into memory several times over per core.
 MAX_RECORD_BYTES = 8_000_000
-# Reasons that come from reading, not from a contract: two readings of a record disagree, a message is larger than
+# Reasons that come from reading, not from a contract: two reads of a record disagree, a message is larger than
 # MAX_RECORD_BYTES, or a file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
 
@@ -36,7 +36,7 @@ class Contract:
     """Defines which records are valid. Raises ContractError.
 
     `fields`: in the order of the table's columns; records are read fastest if they have their fields in the same order.
-    `rules`: reasons to reject a record, each with SQL over the columns and `ingest_time` that is true for such a record. The
+    `rules`: reasons to reject a record, each with an SQL condition over the columns and `ingest_time` that is true for such a record. The
     first rule that is true gives the reason.
     """
 
@@ -45,7 +45,7 @@ class Contract:
 
     def __post_init__(self) -> None:
         if not self.fields or not all(isinstance(each, Field) for each in self.fields):
-            raise ContractError("it needs at least one field, of the kinds in pipeline.contract")
+            raise ContractError("it needs at least one field, of one of the kinds in pipeline.contract")
         columns: dict[str, Field] = {}
         for each in self.fields:
             if any(each.name == other.name for other in columns.values()):
@@ -73,7 +73,7 @@ class Contract:
 
     @property
     def time(self) -> str:
-        """The column that says when a record was made; if there is none, when it arrived."""
+        """The column that says when a record was created; if there is none, when it arrived."""
         return next((each.column for each in self.fields if isinstance(each, Timestamp)), "ingest_time")
 
     @property
@@ -102,7 +102,7 @@ class Contract:
             try:
                 if not is_of_one_row(empty, condition):
                     raise ContractError(
-                        f"the rule {reason} depends on more than the record, and may change when a batch is "
+                        f"the rule {reason} depends on more than the record, and its result may change when a batch is "
                         f"repeated; it can only use {', '.join(columns)}: {told}"
                     )
                 if not is_deterministic(empty, condition):
@@ -145,7 +145,7 @@ def load_contract(path: str) -> Contract:
 def load_readings(path: str) -> dict[str, Any]:
     """Returns everything defined in the Python file at `path`. Raises PipelineError if it defines no CONTRACT."""
     if not Path(path).is_file():
-        raise PipelineError(f"No file {path} with a contract. Name one with --readings; readings.py is an example.")
+        raise PipelineError(f"There is no contract file {path}. Name one with --readings; readings.py is an example.")
     try:
         with in_file(path):
             names = runpy.run_path(path)

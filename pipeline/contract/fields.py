@@ -159,7 +159,7 @@ class Timestamp(Field):
             )
         if self.at_most_ahead and not re.fullmatch(r"\d{1,6} (second|minute|hour|day|week)s?", self.at_most_ahead):
             raise ContractError(
-                f"the field {self.name} has at_most_ahead={self.at_most_ahead!r}, which must be like "
+                f"the field {self.name} has at_most_ahead={self.at_most_ahead!r}, which must be a duration such as "
                 f'"10 minutes" or "1 day"'
             )
 

@@ -1,4 +1,4 @@
-"""Judging records by a contract: a strict way for all of them, and a fast way for plain ones.
+"""Judging records by a contract: a strict method for all of them, and a fast one for plain records.
 
 A record consists of the bytes of a message or a line. It is valid if it is one JSON object (RFC 8259, UTF-8, no duplicate
 names) that has each field of the contract with a value of the right kind, and no rule rejects it. Nothing is coerced: 7 is
@@ -39,7 +39,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     """Reads each record according to the contract, and determines why it is rejected, if it is.
 
     In: `raw` (binary: the record as it arrived, or null) and `ingest_time` (timestamp), among other columns. An existing
-    `reject_reason` is kept. If there is an `arrival_time` (timestamp), times must not be too far ahead of it, otherwise of
+    `reject_reason` is kept. Times must not be too far ahead of `arrival_time` (timestamp) if there is one, or else of
     `ingest_time`. Out: the same columns; the contract's columns (null without a valid value); `reject_reason` (string: the
     first of `contract.reasons` that applies, null for a valid record); `_rescued_data` (string: the fields outside the
     contract as a JSON object, or null); `_unknown_fields` (array of strings: up to MAX_NAMED_FIELDS of their names).
@@ -84,7 +84,7 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
 
 
 def _computable(condition: str, contract: Contract) -> str:
-    """SQL: the condition of a rule; null if it would match a pattern against too long a text (`MAX_PATTERN_TEXT`)."""
+    """SQL: the condition of a rule; null if it would match a pattern against too long a string (`MAX_PATTERN_TEXT`)."""
     texts = [
         field.column
         for field in contract.fields
@@ -96,7 +96,7 @@ def _computable(condition: str, contract: Contract) -> str:
     return f"(CASE WHEN {too_long} THEN NULL ELSE {condition} END)"
 
 
-# A plain record, which nearly all should be, is an object of the contract's fields, each with its usual JSON and
+# A plain record (nearly all should be plain) is an object of the contract's fields, each with its usual JSON and
 # without escapes; optional fields may be absent or null. A single pattern match extracts the values. The pattern for
 # the contract's order is the fastest; the other one accepts any order, and unknown fields. All quantifiers are
 # possessive, because backtracking would never help.
@@ -175,7 +175,7 @@ def _has_repeated_name(fields: str) -> str:
 
 
 # All other records are read by `from_json`, which reads the first JSON value, ignores anything after it, and takes the
-# last of several equal names. It therefore gets the record in a form that reveals all of this:
+# last field if several have the same name. It therefore gets the record in a form that reveals all of this:
 # - The record is in the array [RECORD, {"end": CHECKSUM}]. Anything after the object in RECORD breaks the array or
 #   changes its number of elements, and no record can contain its own SHA-256 to forge the end.
 # - RECORD, as a map of variants, contains each name as often as it occurs, and each value with its JSON type: STRING,
@@ -186,7 +186,7 @@ def _has_repeated_name(fields: str) -> str:
 def _strict_reading(contract: Contract) -> str:
     """SQL: the content of a record as a struct of `value` (f1, f2, … in the fields' order), `reason`, `rescued`, `unknown`.
 
-    Spark analyses each level of `_let` again for each batch, so there are few levels.
+    Spark analyses each level of `_let` again for each batch, so the number of levels is kept small.
     """
     # SQL of each object that contains fields of the contract, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
@@ -265,13 +265,13 @@ def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, 
 
 
 def _unnamed(objects: dict[tuple[str, ...], str], contract: Contract, path: tuple[str, ...]) -> str:
-    """SQL: the content of an object outside the contract, as a map."""
+    """SQL: the fields of an object that are outside the contract, as a map."""
     named = {field.path[len(path)] for field in contract.fields if field.path[: len(path)] == path}
     return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(_quoted, sorted(named)))}))"
 
 
 def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
-    """SQL: the content of an object and its nested objects outside the contract, as a map."""
+    """SQL: the fields of an object and its nested objects that are outside the contract, as a map."""
     parts = [f"coalesce({rests[path]}, {NOTHING})"]
     for inner in rests:
         if inner and inner[:-1] == path:

@@ -55,7 +55,7 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
 
 
 def attempt(spark: SparkSession, condition: str) -> Column:
-    """A column that is null for rows for which the SQL can't be computed. SQL's own `try_…` functions cover only some cases."""
+    """A column that is null for rows for which the SQL can't be evaluated. SQL's own `try_…` functions cover only some cases."""
     java = _java(spark).org.apache.spark.sql
     parsed = spark._jsparkSession.sessionState().sqlParser().parseExpression(condition)
     return Column(java.classic.ExpressionUtils.column(java.catalyst.expressions.TryEval(parsed)))

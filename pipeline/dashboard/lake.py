@@ -19,9 +19,9 @@ from deltalake.exceptions import TableNotFoundError
 POINTS = 200  # points of a chart, from left to right
 MIN_REFRESH_SECONDS = 2  # seconds between two refreshes
 MAX_SERIES, MOST_DEVICES, MOST_REJECTED, MOST_BATCHES = 20, 500, 20, 200
-BEFORE = 10  # periods before the chosen one, in which devices that are silent now are looked for
+BEFORE = 10  # periods before the chosen one that are searched for devices that are silent now
 MAX_COPIED_RECORDS = 1_000_000  # records kept in memory while the page is drawn
-CUT_AT = 300  # characters of a text, bytes of a rejected record
+CUT_AT = 300  # characters of a string, bytes of a rejected record
 NOTHING_REJECTED = pd.DataFrame({"reject_reason": [""], "raw": [b""], "ingest_time": [pd.Timestamp(0, tz="UTC")]}).iloc[
     :0
 ]
@@ -36,7 +36,7 @@ class Choice:
     field: str | None
     series: str | None
     charts: str | None
-    time: str  # when a record was made or, if the contract has no such field, when it arrived
+    time: str  # when a record was created or, if the contract has no such field, when it arrived
 
 
 def open_table(path: str) -> DeltaTable:
@@ -66,7 +66,7 @@ class Lake:
         self.log = open_table(choice.table)
         rows = self.log.to_pyarrow_dataset()
         self.columns = [name for name in rows.schema.names if name.lower() not in RESERVED_COLUMNS]
-        # When a record was made or, if it does not say or names a time in the future, when it arrived.
+        # When a record was created or, if it does not say or gives a time in the future, when it arrived.
         self.moment = f"least(coalesce({quoted(choice.time)}, ingest_time), ingest_time)"
         try:
             rejected: Any = open_table(quarantine_of(choice.table)).to_pyarrow_dataset()
@@ -117,7 +117,7 @@ class Lake:
         if arrived is None:
             return Course(pd.DataFrame(columns=["time", "series", "chart", "value"]), 0, 0, [])
         margin = 60_000_000
-        if begin >= arrived - margin:  # as usual, records arrive within seconds
+        if begin >= arrived - margin:  # the usual case: records arrive within seconds
             first = max(first, arrived - margin)
         else:
             first = max(first, int(begin - (until - begin)) - margin)
@@ -189,7 +189,7 @@ class Lake:
         commits = [
             commit
             for commit in history
-            if "contents" in (commit.get("userMetadata") or "")  # others have written rows, too
+            if "contents" in (commit.get("userMetadata") or "")  # other programs' commits may have rows, too
             and int((commit.get("operationMetrics") or {}).get("numOutputRows", 0))
         ]
         self.duckdb.register(
@@ -255,5 +255,5 @@ def plain(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def quoted(name: str) -> str:
-    """A name as an SQL identifier. Tables of other projects may have any names."""
+    """A name as an SQL identifier. Columns in other projects' tables may have any name."""
     return '"' + name.replace('"', '""') + '"'

@@ -34,7 +34,7 @@ IDS = ("string", "boolean", *NUMBERS[2:])  # types of columns that may identify 
 IN_A_ROW = 3  # charts
 MAX_REFRESH_SECONDS = 60  # seconds between two refreshes; between minimum and maximum, it is a 200th of the span
 MAX_CHARTS = 12
-DRAWING = threading.BoundedSemaphore(2)  # a website can embed the page many times, without seeing it
+DRAWING = threading.BoundedSemaphore(2)  # a website can embed the page many times, although it can't read it
 
 
 def show_page(options: argparse.Namespace) -> None:

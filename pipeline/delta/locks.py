@@ -61,7 +61,7 @@ def write_lock(table: str, stopping: StopFlag | None = None) -> Iterator[None]:
         if stopping.wait(POLL_SECONDS):
             raise Stopped
         if time.monotonic() > deadline:
-            warn(f"Waiting for another process that writes to {table} …")
+            warn(f"Waiting for another process that is writing to {table} …")
             deadline = float("inf")
     try:
         yield

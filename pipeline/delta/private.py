@@ -17,8 +17,8 @@ def _delta_log(spark: SparkSession, table: str) -> Any:
 
 
 def version_and_last_batch(spark: SparkSession, table: str, stream: str | None) -> tuple[int, int]:
-    """The version of a table, and the last batch that `stream` has written to it (-1 for none), as far as this session knows. It
-    is the only writer, so the log is not listed again.
+    """The version of a table, and the last batch that `stream` has written to it (-1 for none), as far as this session knows. The
+    session is the only writer, so the log is not listed again.
     """
     snapshot = _delta_log(spark, table).unsafeVolatileSnapshot()
     last_batch = snapshot.transactions().get(stream)

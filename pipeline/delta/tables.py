@@ -118,7 +118,7 @@ def create_table(spark: SparkSession, path: str, columns: dict[str, str], proper
 def add_missing_columns(spark: SparkSession, path: str, columns: dict[str, str]) -> None:
     """Adds the `columns` that the table at `path` lacks; they are null in older rows.
 
-    A column that is no longer listed stays, and is null in newer rows. Raises PipelineError if a column has another type.
+    A column that is no longer listed stays, and is null in newer rows. Raises PipelineError if a column has a different type.
     """
     there = {name.lower(): kind.upper() for name, kind in spark.read.format("delta").load(path).dtypes}
     for name, kind in columns.items():

@@ -29,7 +29,7 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
     The stream does not read the files themselves, so that an unreadable file can't stop a batch; FileSource reads them.
     """
     if not FileSystem(spark, options.input).is_folder(options.input):
-        raise PipelineError(f"No folder {options.input}. Make it, or name another with --input.")
+        raise PipelineError(f"There is no folder {options.input}. Create it, or name another with --input.")
     if ":" in plain(options.input).split("://")[-1] and is_pattern(options.input):
         raise PipelineError(
             f"Spark can't list {options.input}, whose path has both a colon and one of the wildcards []{{}}*?. Rename a folder."
@@ -38,7 +38,7 @@ def list_new_files(spark: SparkSession, options: argparse.Namespace) -> DataFram
         check_archive(options.archive, options.input)
         if linked := next(links_in(options.input), None):
             raise PipelineError(
-                f"{linked} is a link to a folder, whose files --archive would move away unread. Remove it."
+                f"{linked} is a link to a folder, whose files --archive would move away unread. Remove the link."
             )
     has_patterns = is_pattern(options.input)
     for path in paths_in(options.input):
@@ -82,8 +82,8 @@ def check_archive(archive: str, folder: str) -> None:
         for path in (place.path, source.path):  # otherwise Spark would silently leave the files where they are
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PipelineError(
-                    f"This user may not move files from {folder} to {archive}: {path} can't be written to. Give it "
-                    f"permission, or name another folder with --archive."
+                    f"This user may not move files from {folder} to {archive}: {path} can't be written to. Give this "
+                    f"user permission, or name another folder with --archive."
                 )
 
 
@@ -101,7 +101,7 @@ def count_waiting(taken: TakenFiles, options: argparse.Namespace) -> int:
 def paths_in(folder: str) -> Iterator[str]:
     """The files in a local folder and its subfolders, without drafts and links; none for a URI.
 
-    Raises PipelineError if a folder can't be read, or contains a link that Spark might follow without end.
+    Raises PipelineError if a folder can't be read, or contains a link that Spark might follow forever.
     """
 
     def refuse(error: OSError) -> None:
@@ -118,8 +118,8 @@ def paths_in(folder: str) -> Iterator[str]:
                 )
             if os.path.islink(path) and (further := next(links_in(path), None)):
                 raise PipelineError(
-                    f"{path} is a link to a folder with a further link, {further}, and Spark might follow such links without "
-                    f"end. Remove it."
+                    f"{path} is a link to a folder that contains another link, {further}, and Spark might follow them "
+                    f"forever. Remove the first link."
                 )
         yield from (
             path for name in names if not is_draft(name) and not os.path.islink(path := os.path.join(place, name))

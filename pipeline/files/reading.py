@@ -233,7 +233,7 @@ def find_unreadable(
 
 def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = False) -> tuple[int, int]:
     """The uncompressed size of `file` in bytes, or `limit` + 1 if it is larger, and the number of lines in it if it is a .gz.
-    Unless `exactly`, returns the compressed size of a .gz that is small in any case.
+    Unless `exactly`, returns the compressed size of a .gz that is small even when unpacked.
 
     Raises BrokenFileError for a broken .gz, and SourceAwayError for a file that can't be read.
     """
@@ -248,7 +248,7 @@ def unpacked_size(spark: SparkSession, file: Row, limit: int, exactly: bool = Fa
     try:
         return FileSystem(spark, file.path, **READ_OPTIONS).unpacked_size(file.path, limit)
     except Py4JJavaError as error:
-        if not is_there(spark, plain(file.path)):  # as if it had been removed before
+        if not is_there(spark, plain(file.path)):  # as if it had already been removed
             return 0, 0
         raise SourceAwayError(away(file.path, error)) from error
 
@@ -275,7 +275,7 @@ def is_there(spark: SparkSession, path: str) -> bool:
     try:
         if not path.startswith("/"):
             return FileSystem(spark, path).size(path) is not None
-        os.stat(path)  # Hadoop would report a file that may not be accessed as missing
+        os.stat(path)  # Hadoop would report an inaccessible file as missing
         return True
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -295,6 +295,6 @@ def unreadable_file_of(error: Exception) -> str | None:
 def away(path: str, error: Exception) -> str:
     """What to do about a file that can't be read through no fault of its own."""
     return (
-        f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost: fix its storage or "
+        f"{path} can't be read at the moment: {first_line(root_cause(error))}. Nothing is lost. Fix its storage or "
         "permissions, or move it out of the folder, and start again."
     )

@@ -172,6 +172,6 @@ class FileSource(Source):
             with suppress(*SPARK_ERRORS, SourceAwayError, BrokenFileError):
                 for path in find_multiline(batch.sparkSession, files, quarantine):
                     warn(
-                        f"{path} holds one JSON value, and its lines were read as records. They are in the quarantine; start with "
+                        f"{path} holds one JSON value, but its lines were read as records. They are in the quarantine; start with "
                         f"--multiline, and give the file a new name."
                     )

@@ -13,7 +13,7 @@ from pipeline.terminal.messages import warn
 
 from pyspark.sql import SparkSession
 
-MAX_NAMED_FILES = 10  # files named at once; of the rest, only the number is given
+MAX_NAMED_FILES = 10  # files named at once; the rest are only counted
 ROUND_SECONDS = 60  # seconds
 AT_ONCE = 1000  # files that one call of `watch` checks, in a few milliseconds
 
@@ -175,8 +175,8 @@ class TakenFiles:
         self._name(
             sorted(renamed),
             "looks like a file that was read before and then renamed or moved: it has the same time, and the other "
-            "one is gone. If so, its records are now in the tables twice. Move files that were read out of the "
-            "folder, or use --archive.",
+            "one is gone. If so, its records are now in the tables twice. Move files out of the folder once "
+            "they have been read, or use --archive.",
         )
 
     def _name(self, paths: Iterable[str], what: str, at_most: int = MAX_NAMED_FILES) -> None:

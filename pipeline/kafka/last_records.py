@@ -45,7 +45,7 @@ class LastRecords:
         }
 
     def observed(self, ends: dict[int, int]) -> Column:
-        """An aggregate over the records of a batch with these ends: the text that `add` takes."""
+        """An aggregate over the records of a batch with these ends: the string that `add` takes."""
         by_partition = F.array(*(F.lit(ends.get(partition)).cast("bigint") for partition in range(1 + max(ends))))
         is_last = F.col("offset") >= F.get(by_partition, F.col("partition")) - REMEMBERED_OFFSETS
         time = F.expr(time_sql("unix_millis(kafka_timestamp)")).alias("time")
@@ -55,8 +55,8 @@ class LastRecords:
         return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
 
     def add(self, spark: SparkSession, observed: str | None, begins: dict[int, int], ends: dict[int, int]) -> str:
-        """Remembers the records `observed` at the end of a batch from `begins` to `ends`, and returns a note of all that are
-        remembered. A partition without a record in the batch keeps those of an earlier one.
+        """Remembers the records `observed` at the end of a batch from `begins` to `ends`, and returns a note of all remembered
+        records. A partition without a record in the batch keeps those of an earlier one.
         """
         batch = json.loads(observed or "{}")
         newest: dict[int, list[dict[str, Any]]] = {}
@@ -79,7 +79,7 @@ class LastRecords:
         return json.dumps(self._remembered)
 
     def replaced(self, spark: SparkSession) -> list[tuple[int, int]]:
-        """The partitions, with the offset of the last record read, that have another record there now. Raises KafkaError if Kafka
+        """The partitions that now have a different record at the offset of the last one read, with that offset. Raises KafkaError if Kafka
         does not answer.
         """
         newest = {
@@ -106,10 +106,10 @@ class LastRecords:
     def partitions_replaced(
         self, spark: SparkSession, first: dict[int, int], end: dict[int, int], next_offsets: dict[int, int]
     ) -> set[int]:
-        """The partitions that have another record than the remembered ones. `first`, `end`: those of the topic, by partition.
+        """The partitions that have records other than the remembered ones. `first`, `end`: those of the topic, by partition.
 
         Other records are recognised by their values. With read_committed, any record between the last one read and the next
-        offset is also a different one.
+        offset also counts as different.
         """
         known = {
             (partition, record["offset"]): (record.get("time"), record.get("md5"))
@@ -160,7 +160,7 @@ class LastRecords:
         return first
 
     def delete_from(self, spark: SparkSession, tables: TablePair, offsets: Offsets) -> None:
-        """Deletes the records that Kafka has at these offsets from `tables`, which may have others at the same ones."""
+        """Deletes the records that Kafka has at these offsets from `tables`, which may have others at the same offsets."""
 
         def delete(records: DataFrame) -> None:
             for table, value in record_columns(tables).items():

@@ -32,7 +32,7 @@ Offsets = dict[int, tuple[int, int]]  # by partition: the first offset, and the 
 
 
 class Gap(NamedTuple):
-    """Offsets that are not read, from `begin` up to but excluding `end`: a record that is too large, and the records behind it in
+    """Offsets that are not read, from `begin` up to but excluding `end`: a record that is too large, and the records after it in
     the same batch, which a consumer can only reach by decompressing it. There are no records between `after` and `begin`.
     """
 

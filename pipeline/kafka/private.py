@@ -38,8 +38,8 @@ def kafka_records(
     """The records of a topic in these ranges of offsets (partition, begin and end), with their original timestamps, and null
     for keys and values larger than `max_bytes`.
 
-    Spark's own reader fails on a time outside the range of a TIMESTAMP, copies every value, however large, and takes one
-    range of each partition.
+    Spark's own reader fails on a time outside the range of a TIMESTAMP, copies every value, however large, and accepts only one
+    range per partition.
     `options`: those of Spark's Kafka source. Each range is a task.
     Out: the columns of `KAFKA_RECORD` (`timestamp` in milliseconds; sizes in bytes, -1 for null) and Spark's `timestampType`.
     """
@@ -108,7 +108,7 @@ def kafka_offsets(batch: DataFrame) -> dict[int, tuple[int, int]]:
 
 def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> None:
     """Makes the next batch read all of its records from Kafka, including those that Spark prefetched during an earlier batch.
-    Since then Kafka may have lost the end of its log and have other records there.
+    Since then, Kafka may have lost the end of its log and now have other records there.
 
     `and_consumers`: closes idle consumers, too. A consumer that ran out of memory would fail again at the same record, and
     the others keep the last record that they read.
@@ -196,7 +196,7 @@ def large_records(
 
     Returns the offset after the last complete batch (None if there is none), and for the first large record of each
     compressed batch: the offset after the last record before it, its own offset, and the one after its batch. A consumer that
-    is asked for any offset from the first to the second comes to this record. The size of a record includes its headers.
+    is asked for any offset from the first to the second reaches this record. The size of a record includes its headers.
     Records are skipped while decompressing, and never held in memory.
     """
     java = _java(spark)

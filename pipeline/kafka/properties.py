@@ -98,7 +98,9 @@ def check_security(properties: dict[str, str]) -> None:
             )
     protocol = security_protocol(properties)
     if protocol not in PROTOCOLS:
-        raise PipelineError(f"The Kafka property security.protocol is {protocol}; it can be {', '.join(PROTOCOLS)}.")
+        raise PipelineError(
+            f"The Kafka property security.protocol is {protocol}; it must be one of {', '.join(PROTOCOLS)}."
+        )
     for names, user in ((SASL_NAMES, "SASL"), (SSL_NAMES, "SSL")):
         if user not in protocol and (unused := sorted(properties.keys() & set(names))):
             raise PipelineError(

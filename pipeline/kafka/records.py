@@ -8,7 +8,7 @@ from pipeline.delta.tables import TablePair
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-# 15 October 1582: Spark's reader takes earlier times for times of the Julian calendar.
+# 15 October 1582: Spark's reader interprets earlier times as Julian calendar times.
 GREGORIAN_START_MS = -12_219_292_800_000
 NO_TIMESTAMP = -1  # of a record in the message format before Kafka 0.10
 LOG_APPEND_TIME = 1  # a value of Spark's timestampType
@@ -35,7 +35,7 @@ def hash_of(value: bytes | None) -> str | None:
 
 
 def differs(known: tuple[int | None, str | None], found: tuple[int | None, str | None]) -> bool:
-    """Whether two readings of an offset (time and hash each) are certainly of different records."""
+    """Whether two reads of an offset (time and hash each) certainly returned different records."""
     (known_time, known_md5), (time, md5) = known, found
     return known_time is not None and known_time != time or None not in (known_md5, md5) and known_md5 != md5
 

@@ -75,9 +75,9 @@ class KafkaSource(Source):
         if self.ends != (ends := self._by_partition(end)):  # otherwise a second attempt at the same batch
             self.begins, self.ends = self.ends, ends
         if any(self.ends.get(partition, -1) < offset for partition, offset in self.begins.items()):
-            # Without failOnDataLoss, Spark would go back without a message.
+            # Without failOnDataLoss, Spark would silently go back.
             raise SourceAwayError(
-                f"Kafka has reported outdated offsets of {self.topic}."
+                f"Kafka has reported outdated offsets for {self.topic}."
             ) from NotLeaderForPartitionError()
         return end
 
@@ -176,8 +176,8 @@ class KafkaSource(Source):
             return False
         start = unread.get(self.topic.name) or "its beginning"
         self._lose(
-            f"{self.topic} was deleted and recreated since the table was written: the unread records of the old topic, from {start} on "
-            f"(partition: offset), are gone.",
+            f"{self.topic} has been deleted and recreated since the table was written: the unread records of the old topic, from "
+            f"{start} on (partition: offset), are gone.",
             "the new topic is read from its beginning",
             is_accepted=not self.has_started,
         )
@@ -199,7 +199,7 @@ class KafkaSource(Source):
                 self.beginning = self.topic.beginning()
         if unread and self.topic.name not in unread:
             raise PipelineError(
-                f"The checkpoint {checkpoint} is that of the topic {', '.join(unread)}. Give the topic "
+                f"The checkpoint {checkpoint} belongs to the topic {', '.join(unread)}. Give the topic "
                 f"{self.topic.name} a --table and a --checkpoint of its own."
             )
         with self._asking():
@@ -217,8 +217,8 @@ class KafkaSource(Source):
             )
         if too_far:  # checked first, because records of an open transaction can't be read for the comparison
             raise PipelineError(
-                f"More of {self.topic} was read than is committed: a transaction is still open in {too_far}. Start "
-                f"again when it has ended, or go on with isolation.level=read_uncommitted in --kafka-config."
+                f"More of {self.topic} was read than has been committed: a transaction is still open in {too_far}. Start "
+                f"again when it has ended, or continue with isolation.level=read_uncommitted in --kafka-config."
             )
         places = self._replaced(spark, tables, next_offsets) if unread else {}
         if shorter:
@@ -250,7 +250,7 @@ class KafkaSource(Source):
         # An empty identity (deleted, or no permission to ask) does not count as a different one.
         if (now := self.identity()) and identity and now != identity:
             raise PipelineError(
-                f"While it was being read, somebody deleted and recreated {self}. Start again: the start names the "
+                f"While it was being read, somebody deleted and recreated {self}. Start again: the next start names the "
                 "lost records, and removes those of the new topic from the tables."
             )
         with self._asking():
@@ -380,7 +380,7 @@ class KafkaSource(Source):
         """Prints the loss if it was accepted, else raises PipelineError."""
         problem = problem[0].upper() + problem[1:]
         if not self.accept_data_loss or not is_accepted:
-            raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss {what_follows}.")
+            raise PipelineError(f"{problem} Nothing was skipped. With --accept-data-loss, {what_follows}.")
         say(f"{problem} --accept-data-loss: {what_follows}.")
 
     @contextmanager
@@ -390,7 +390,7 @@ class KafkaSource(Source):
         except (KafkaError, TimeoutError) as error:
             raise SourceAwayError(
                 f"Kafka on {self.topic.servers} no longer answers ({first_line(str(error))}). Start it, "
-                f"then this script: it resumes from the last committed offsets."
+                f"then this script, which resumes from the last committed offsets."
             ) from error
         except SPARK_ERRORS as error:  # from a read by Spark
             self.topic.require_access(error)

@@ -83,7 +83,7 @@ class Topic(Broker):
         self.isolation_level = self.properties.get("isolation.level", "read_committed")
         if self.isolation_level.upper() not in IsolationLevel.__members__:
             raise PipelineError(
-                f"The Kafka property isolation.level is {self.isolation_level}; it can be read_committed or "
+                f"The Kafka property isolation.level is {self.isolation_level}; it must be read_committed or "
                 f"read_uncommitted."
             )
 
@@ -162,7 +162,8 @@ class Topic(Broker):
             if error.retriable or isinstance(error, (AuthorizationError, InvalidReplicationFactorError)):
                 raise
             raise PipelineError(
-                f"Kafka refuses to create {self} ({type(error).__name__}). Choose another --topic, or ask somebody who may create it."
+                f"Kafka refuses to create {self} ({type(error).__name__}). Choose another --topic, or ask somebody who "
+                f"may create topics."
             ) from error
         say(f'Created the topic "{self.name}" with {partitions} partition{"s" * (partitions > 1)}.')
 

@@ -51,7 +51,7 @@ class Follower:
                 yield f"Version {commit.version} of {self.path} ({commit.operation}) has changed or removed rows that were shown."
             elif any(log.files.size(log.path(file)) is None for file in commit.files):
                 yield (
-                    f"The rows that version {commit.version} of {self.path} has added are not shown: its files were removed before "
+                    f"The rows added by version {commit.version} of {self.path} are not shown: its files were removed before "
                     f"they were read here."
                 )
             elif commit.files:
@@ -62,7 +62,7 @@ class Follower:
         """Names the versions up to this one that the table's log no longer has."""
         if version > self.version:
             yield (
-                f"The rows that versions {self.version + 1} to {version} of {self.path} have added are not shown: the table's "
+                f"The rows added by versions {self.version + 1} to {version} of {self.path} are not shown: the table's "
                 f"log lost these versions before they were read here."
             )
             self.version = version
@@ -152,7 +152,7 @@ def _in_lines(spark: SparkSession, options: argparse.Namespace) -> None:
                 warn(new)
                 continue
             rows = in_order(new, options)
-            if options.format != "json":  # all lines have the columns of the only header
+            if options.format != "json":  # the header is printed only once, so all lines have its columns
                 if added := sorted({*rows.columns} - {*columns} - left_out):
                     warn(f"New columns of {follower.path} are not shown: {', '.join(added)}. Start again to see them.")
                     left_out.update(added)

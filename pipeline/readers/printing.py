@@ -119,7 +119,7 @@ def show(rows: DataFrame, limit: int | None, form: str = "table", whole: bool = 
             console.print(table)
         say("\n".join(map(str.rstrip, printed.get().splitlines())))
         if left_out:
-            say(f"No room for {', '.join(left_out)}; --format json has all columns.")
+            say(f"No room for {', '.join(left_out)}; --format json shows all columns.")
         if has_more:
             say(f"These are the first {limit:,} rows; --limit N shows more.")
     else:
@@ -160,7 +160,7 @@ def _escaped(character: re.Match[str]) -> str:
 
 
 def csv_line(values: Sequence[str | None]) -> str:
-    """A line of CSV (RFC 4180), in which only an empty text has quotes, to tell it from null. Python's writer can do so from 3.12
+    """A line of CSV (RFC 4180), in which an empty string is quoted, to tell it from null. Python's writer can do so from 3.12
     on.
     """
     cells = ["" if value is None else _quoted(value) for value in values]
@@ -178,7 +178,7 @@ def _text(name: str, kind: str) -> Column:
 
 
 def _cell(name: str, kind: str, whole: bool) -> Column:
-    """The column in a form for people. Control characters in a record are shown as "�", so that they can't control the terminal."""
+    """The column in human-readable form. Control characters in a record are shown as "�", so that they can't control the terminal."""
     value = F.regexp_replace(_text(name, kind), rf"[\p{{Cc}}\p{{Zl}}\p{{Zp}}[\p{{Cf}}&&[^{JOINERS}]]]", "\ufffd")
     if kind == "timestamp":
         value = F.date_format(f"`{name}`", "yyyy-MM-dd HH:mm:ss")

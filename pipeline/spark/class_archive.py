@@ -69,7 +69,7 @@ def _make(archive: Path, option: str) -> None:
     try:
         if code := run.wait():
             warn(
-                f"Java's class archive could not be made (exit code {code}). This start takes longer; the next one tries again."
+                f"Java's class archive could not be built (exit code {code}). This start takes longer; the next one tries again."
             )
         else:
             draft.touch()  # a Java that can't create one also starts with an empty one

@@ -64,7 +64,7 @@ def find_java() -> Java:
         )
     if "jdk.incubator.vector@" not in run.stdout:
         raise PipelineError(
-            f"{java} lacks the module jdk.incubator.vector, which Spark loads at its start. {INSTALL_JAVA}"
+            f"{java} lacks the module jdk.incubator.vector, which Spark loads at startup. {INSTALL_JAVA}"
         )
     return Java(java, int(version[1]))
 
@@ -99,7 +99,7 @@ def cache_folder() -> Path:
         raise PipelineError(f"This user has no home folder to keep Spark's jars in. {elsewhere}") from None
     except OSError as error:
         raise PipelineError(
-            f"The folder {folder} for Spark's jars can't be made: {error.strerror}. {elsewhere}"
+            f"The folder {folder} for Spark's jars can't be created: {error.strerror}. {elsewhere}"
         ) from None
     require_own(folder, "PIPELINE_CACHE")
     if os.pathsep in str(folder):
@@ -129,7 +129,7 @@ def resolve_jars(coordinates: Iterable[str], without: Iterable[str] = ()) -> lis
         return jars
     if not os.access(cache, os.W_OK):
         raise PipelineError(
-            f"This user may not write Spark's jars to {cache}. Give it permission, or name another folder: "
+            f"This user may not write Spark's jars to {cache}. Give this user permission, or name another folder: "
             f"export PIPELINE_CACHE=/path/to/folder."
         )
     with in_progress() as note:
@@ -147,7 +147,7 @@ def require_known(jars: Iterable[Path]) -> None:
         if hashlib.sha256(jar.read_bytes()).hexdigest() != sums.get(jar.name):
             raise PipelineError(
                 f"{jar} is not the file that this project was tested with: {SUMS} has "
-                f"{'another SHA-256 sum' if jar.name in sums else 'no SHA-256 sum'} for it. Remove it and start again; if "
+                f"{'a different SHA-256 sum' if jar.name in sums else 'no SHA-256 sum'} for it. Remove it and start again; if "
                 f"you have changed a version yourself, add the sums of its jars there (sha256sum)."
             )
 

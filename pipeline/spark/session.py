@@ -23,7 +23,7 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.logger import PySparkLogger
 from pyspark.sql import SparkSession
 
-# A record nested 999 levels deep, or a rule's pattern on a long text, needs more than Java's default stack of 1 MB. A
+# A record nested 999 levels deep, or a rule's pattern on a long string, needs more than Java's default stack of 1 MB. A
 # stack overflow ends the JVM.
 STACK = "-Xss16m"
 UTC = "-Duser.timezone=UTC"  # else Spark's Kafka source shifts times before 1900 by the machine's offset at the time
@@ -31,7 +31,7 @@ SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.sql.session.timeZone": "UTC",
-    # A rule that can't be computed for a record (a division by 0) is null, so it does not apply; by default, it would
+    # A rule that can't be evaluated for a record (a division by 0) is null, so it does not apply; by default, it would
     # stop the stream.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.legacy.sizeOfNull": "false",  # null, not -1, as with ANSI
@@ -40,7 +40,7 @@ SETTINGS = {
     "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
     # Writing INT96, the default, takes a quarter more time.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    # The first look at a table is split into this many tasks. Delta's default, 50, is meant for clusters.
+    # The first snapshot of a table is split into this many tasks. Delta's default, 50, is meant for clusters.
     "spark.databricks.delta.snapshotPartitions": "1",
     # A list of all files with each commit, which nothing reads. If the machine's time zone is not UTC, Delta would also
     # check the list each time.
@@ -48,7 +48,7 @@ SETTINGS = {
     # A histogram of the table's file sizes, which nothing reads. It is a fifth of what a small batch adds to the log.
     "spark.databricks.delta.fileSizeHistogramMetrics.enabled": "false",
     # Delta's log has few rows but a hundred columns, for which Spark would generate and compile thousands of lines of
-    # Java. TableWriter lifts this restriction for the records. Whole stages are compiled in any case.
+    # Java. TableWriter lifts this restriction for the records. Whole stages are compiled regardless.
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     # HotSpot never compiles a method with more bytecode than this, and the rules would produce such methods. With this
     # limit, Spark splits them.
@@ -103,11 +103,11 @@ STREAM_JVM = {
         "-XX:Tier4CompileThreshold=300000 -XX:Tier4BackEdgeThreshold=800000"
     )
 }
-# A reader runs for seconds, most of them startup. The quick compiler (C1) alone shortens it.
+# A reader runs for seconds, most of them startup. Using only the quick compiler (C1) shortens it.
 READER_JVM = {"spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1"}
 
 
-# Bytes of heap per task: with any record within the limits, two tasks were seen to fit into 1 GB.
+# Bytes of heap per task: with any record within the limits, two tasks fit into 1 GB in tests.
 TASK_MEMORY = 512 * 1024 * 1024
 MAX_DEFAULT_TASKS = 8  # more tasks need a larger heap, which the user has to request
 
@@ -165,7 +165,7 @@ def _local_launch(jvm: dict[str, str], make_archive: str | None) -> dict[str, st
         make_archive or use_archive(java, jars),
         *([] if has_name() else [f"-Duser.home={cache_folder()}"]),  # Java looks it up only by the name
     ]
-    # Not the home of another Spark that the user may have.
+    # Not the home of another Spark installation that the user may have.
     os.environ["SPARK_HOME"] = str(SPARK_JARS.parent)
     # Nothing outside this machine needs to reach the driver of a local session.
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")

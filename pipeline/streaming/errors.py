@@ -31,7 +31,7 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     if isinstance(error, CONFLICTS):
         return (
             f"Something else changed {table} or its quarantine each time a batch was about to be written "
-            f"({message}). Keep it stopped while the stream runs, and start again. {NEXT_START}"
+            f"({message}). Keep that program stopped while the stream is running, and start again. {NEXT_START}"
         )
     file_of_checkpoint = rf"{re.escape(plain(checkpoint))}/(metadata|(offsets|commits)/\d+) already exists$"
     if (
@@ -46,7 +46,7 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
     if re.search(r"(No space left on device|Disk quota exceeded|Not enough space)\)?$", message):
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
         fullest = min(free, key=lambda place: free[place], default=table)
-        return f"There is no space left for {fullest} ({message}). Free some and start again. {NEXT_START}"
+        return f"There is no space left for {fullest} ({message}). Free up some space and start again. {NEXT_START}"
     denied = re.search(r"(/.*): Permission denied$", message)
     if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
         return unreadable_folder_message(denied[1])
@@ -55,12 +55,14 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
         message,
     ):
         closed = next((place for place in places if not os.access(_existing(place), os.W_OK)), table)
-        return f"This user may not write to {closed} ({message}). Give it permission and start again. {NEXT_START}"
+        return (
+            f"This user may not write to {closed} ({message}). Give the user permission and start again. {NEXT_START}"
+        )
     return None
 
 
 def unreadable_folder_message(folder: str) -> str:
-    return f"This user may not read the folder {folder}. Give it permission, or move the folder, and start again. {NEXT_START}"
+    return f"This user may not read the folder {folder}. Give the user permission, or move the folder, and start again. {NEXT_START}"
 
 
 def _existing(path: str) -> str:

@@ -73,7 +73,7 @@ class Checkpoint:
         return max((int(name) for name in self.files.names_in(f"{self.path}/{folder}") if name.isdecimal()), default=-1)
 
     def drop_cut_id(self) -> None:
-        """Deletes the stream's id if a power cut left it empty. Nothing can refer to it then, because the id is synced before the
+        """Deletes the stream's id if a power cut left it empty. Nothing can refer to it in that case, because the id is synced before the
         tables are created.
         """
         if self.last_done < 0 and ID in self.files.names_in(self.path):
@@ -142,7 +142,7 @@ class Checkpoint:
         return self.end_of(self.last_done)
 
     def end_of(self, batch_id: int) -> dict[str, Any]:
-        """Where a batch ends, in the source's format; {} for a batch that was not begun."""
+        """Where a batch ends, in the source's format; {} for a batch that has not begun."""
         file = f"offsets/{batch_id}"
         text = self.files.read(f"{self.path}/{file}")
         if text is None and (batch_id > self.last_done or batch_id < 0):

@@ -127,7 +127,7 @@ def run_until_stopped(
     stopping = StopFlag()
 
     def stop() -> None:
-        if stopping.is_set() and stopping.seconds() > SAME_PRESS_SECONDS:  # the second time, as after kill -9
+        if stopping.is_set() and stopping.seconds() > SAME_PRESS_SECONDS:  # the second time: like kill -9
             if jvm := jvm_of(spark):
                 jvm.kill()
             os._exit(128 + signal.SIGINT)
@@ -140,7 +140,7 @@ def run_until_stopped(
         with tables.write_lock(stopping):
             return check_start(spark, source, tables, contract, options.checkpoint)
 
-    # The session ends before the lock, and the query with it, whatever happens here.
+    # Whatever happens here, the session ends, and the query with it, before the lock is released.
     with lock_checkpoint(options.checkpoint), spark, suppress(Stopped):
         protect_callbacks(spark)
         with in_file(options.readings):
@@ -167,7 +167,7 @@ def run_until_stopped(
                         say("Resuming from the last committed offsets.")
                     writer = TableWriter(tables, contract, source, start)
                     batches, error = run_query(stream, trigger, writer, options.checkpoint, stopping, metrics)
-                except (SourceAwayError, *SPARK_ERRORS) as failed:  # the source is away again
+                except (SourceAwayError, *SPARK_ERRORS) as failed:  # the source is unavailable again
                     error = failed
                 if not error:
                     break

@@ -218,7 +218,7 @@ def _check_tables(
         in_the_way = [name for name in FileSystem(spark, table).names_in(table) if name[0] not in "._"]
         if properties is None and in_the_way or properties is not None and WRITER not in properties:
             raise PipelineError(
-                f"There is something at {table} that this pipeline has not created. Name another place with --table."
+                f"There is something at {table} that this pipeline did not create. Name another place with --table."
             )
         is_free = properties is not None and properties[WRITER] == NO_WRITER and checkpoint.last_done < 0
         if properties is not None and properties[WRITER] != checkpoint.id() and not is_free:

@@ -32,8 +32,8 @@ class BatchReport(NamedTuple):
     """The outcome of a batch.
 
     `rows`: row counts by reject_reason (None: accepted). `with_unknown`: accepted records with fields outside the contract;
-    `unknown`: the names of those fields. `newest`: the latest of the records' times (microseconds since 1970), None without
-    one. `last_records`: what the source observed of the last records.
+    `unknown`: the names of those fields. `newest`: the latest of the records' times (microseconds since 1970), None if there
+    is none. `last_records`: the source's observation of the last records.
     """
 
     rows: dict[str | None, int]
@@ -277,7 +277,7 @@ class TableWriter:
         """
         if not DeltaTable.isDeltaTable(records.sparkSession, table):
             raise PipelineError(
-                f"Somebody deleted the table {table} while the stream ran. Put it back and start again: the "
+                f"Somebody deleted the table {table} while the stream was running. Put it back and start again: the "
                 "next start names any missing batches."
             )
         compact_own_files(records.sparkSession, is_first_commit=table not in self.appended_to)

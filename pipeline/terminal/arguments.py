@@ -34,7 +34,7 @@ def location(value: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{value!r} is not in UTF-8, which Java needs for file names") from None
     if not value:
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError("it must not be empty")
     if uri := re.fullmatch(r"([a-zA-Z][\w+.-]+):/(?!/)(.*)", value, re.DOTALL):  # file:/data, as Java writes it
         return f"{uri[1]}:///{uri[2]}"
     return value if "://" in value else os.path.abspath(os.path.expanduser(value))

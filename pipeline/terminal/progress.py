@@ -11,7 +11,7 @@ from pipeline.terminal.messages import is_screen
 def in_progress(only_on_terminal: bool = False) -> Iterator[Callable[[str], None]]:
     """Provides a function that shows on stderr what the script is waiting for; "" hides the status.
 
-    On a terminal, the status is updated in place and shows the elapsed time. Elsewhere each text is printed once as a line, or
+    On a terminal, the status is updated in place and shows the elapsed time. Elsewhere, each message is printed once as a line, or
     not at all if `only_on_terminal`.
     """
     if not is_screen(sys.stderr):

@@ -38,7 +38,7 @@ def test_a_table_that_is_deleted_while_the_stream_runs_stops_it_and_can_be_put_b
             return super().write(*batch)
 
     world.send(reading(), b"{")
-    with pytest.raises(PipelineError, match=f"Somebody deleted the table {table} while the stream ran"):
+    with pytest.raises(PipelineError, match=f"Somebody deleted the table {table} while the stream was running"):
         world.consume(Deleting)
     assert not os.path.exists(table)
     with pytest.raises(PipelineError, match="there is no such table"):
@@ -80,7 +80,7 @@ def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(world, 
         os.rename(away, table)
     other.options = kafka.options
     with pytest.raises(
-        PipelineError, match=f"is that of the topic {kafka.topic.name}. Give the topic {other.topic.name} a --table"
+        PipelineError, match=f"belongs to the topic {kafka.topic.name}. Give the topic {other.topic.name} a --table"
     ):
         other.consume()
 

@@ -51,7 +51,7 @@ def test_a_folder_of_the_input_that_may_not_be_read_is_named(tmp_path):
             "--once",
         ]
     )
-    assert f"This user may not read the folder {closed}. Give it permission" in said
+    assert f"This user may not read the folder {closed}. Give the user permission" in said
     closed.chmod(0o700)
 
 

@@ -76,7 +76,7 @@ def test_records_that_retention_removed_stop_the_job_which_names_them_and_can_be
     removed = f"partition 0 offsets {read[0]} to {read[0] + 14}, partition 1 offsets {read[1]} to {read[1] + 19}"
 
     with pytest.raises(
-        PipelineError, match=f"{removed}.* Nothing was skipped. With --accept-data-loss the stream continues with the"
+        PipelineError, match=f"{removed}.* Nothing was skipped. With --accept-data-loss, the stream continues with the"
     ):
         world.consume()
     assert origins(spark, broker, options)[1:] == (accepted, rejected)
@@ -107,7 +107,7 @@ def test_a_topic_that_was_made_again_stops_the_job_even_where_it_has_more_record
     wait_for_more(broker, topic, read, 1)
 
     complaint = re.escape(
-        f'"{topic}" on {broker} was deleted and recreated since the table was written: the unread records of the old topic, from '
+        f'"{topic}" on {broker} has been deleted and recreated since the table was written: the unread records of the old topic, from '
         f"{{'0': {read[0]}}} on (partition: offset), are gone. Nothing was skipped. With --accept-data-loss"
     )
     with pytest.raises(PipelineError, match=complaint):
@@ -301,7 +301,7 @@ def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(rea
     until(lambda: topic not in admin.list_topics())
     make_topic(admin, topic)
 
-    with pytest.raises(PipelineError, match="was deleted and recreated"):
+    with pytest.raises(PipelineError, match="has been deleted and recreated"):
         world.consume()
     assert [world.consume(accept_data_loss=True), world.consume()] == [(0, 0), (0, 0)]
     assert len(list(tmp_path.glob("checkpoint.*"))) == 1

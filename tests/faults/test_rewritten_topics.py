@@ -103,7 +103,7 @@ def test_a_log_that_lost_its_tail_stops_the_job_and_what_it_has_instead_is_read_
     rewrite(world, log, [*range(1000, 1050), *range(2000, 2010)])
     lost = f"and has, or will have, others in their place: partition 0 offsets {place} to 99. .*"
     with pytest.raises(
-        PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss the new records are read, too"
+        PipelineError, match=lost + "Nothing was skipped. With --accept-data-loss, the new records are read, too"
     ):
         world.consume()
     assert arrived(world) == [*range(100), *range(1000, 1050)]
@@ -211,7 +211,7 @@ def test_a_log_that_lost_the_end_of_a_planned_batch_is_noticed_though_it_fills_u
     rewrite(world, range(end - 10))
     lost = f"Kafka lost records of .* that were about to be read: partition 0 offsets {end - 10} to {end - 1}"
     with pytest.raises(
-        PipelineError, match=f"{lost}. Nothing was skipped. With --accept-data-loss the stream continues with the"
+        PipelineError, match=f"{lost}. Nothing was skipped. With --accept-data-loss, the stream continues with the"
     ):
         world.consume()
     world.consume(accept_data_loss=True)
@@ -378,7 +378,7 @@ def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_a
         world.consume(Killed)
     half_done = len(arrived(world))
     assert half_done > 4
-    with pytest.raises(PipelineError, match="was deleted and recreated since the table was written"):
+    with pytest.raises(PipelineError, match="has been deleted and recreated since the table was written"):
         world.consume()
     assert len(arrived(world)) == half_done
     for _ in range(2):

@@ -2,9 +2,10 @@
 
     {"timestamp": "2026-11-20T08:00:00Z", "device_id": "sensor-001", "building": "B", "floor": 1, "type": "humidity", "value": 43.5, "unit": "%"}
 
-Each field is one line: Text, Number, Integer (64 bits unless bits=32), Boolean, or Timestamp (format="rfc3339", "epoch_s" or
-"epoch_ms"). `required=False` makes it optional, `column=` names its column, and a dotted name such as "device.id" leads into
-nested objects. Records are read fastest if they have their fields in the order listed here.
+Each field is one line: Text, Number, Integer (64 bits unless bits=32), Boolean, or Timestamp (format="rfc3339", "iso8601",
+"epoch_s", "epoch_ms", …); docs/readings.md lists their options. `required=False` makes it optional, `column=` names its column,
+and a dotted name such as "device.id" leads into nested objects. Records are read fastest if they have their fields in the order
+listed here.
 
 A rule consists of a reason and an SQL condition over the columns and `ingest_time` (when the record arrived) that is true for
 the records it rejects. The first rule that is true gives the reason.
@@ -48,6 +49,8 @@ CONTRACT = Contract(
         Text("unit"),
     ),
     rules={
+        # A device that has not set its clock counts from 1970 or 2000.
+        "no_clock": "event_time < '2001-01-01'",
         "unknown_type": "type NOT IN ('" + "', '".join(SENSOR_TYPES) + "')",
         "wrong_unit": for_its_type("unit <> '{unit}'"),
         "out_of_range": for_its_type("value NOT BETWEEN {low} AND {high}"),

@@ -99,6 +99,9 @@ def check(messages: list[Message], now: datetime) -> tuple[pa.Table, pa.Table]:
         f"missing_{field.name}": blank(columns[field.column]) for field in CONTRACT.fields if field.type == "STRING"
     }
     rules["invalid_timestamp"] = pc.greater(columns["event_time"], pa.scalar(now + AHEAD, MICROSECONDS))
+    rules["no_clock"] = pc.less(
+        columns["event_time"], pa.scalar(datetime(2001, 1, 1, tzinfo=timezone.utc), MICROSECONDS)
+    )
     rules["unknown_type"] = pc.invert(pc.is_in(columns["type"], pa.array(list(SENSOR_TYPES))))
     wrong_unit = out_of_range = pa.repeat(False, len(raws))
     for name, sensor in SENSOR_TYPES.items():

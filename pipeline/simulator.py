@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import reduce
@@ -19,6 +20,7 @@ FLOORS = range(6)
 WRONG_VALUES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "unknown_type": lambda types: {"type": f"not {' or '.join(types)}"},
     "wrong_unit": lambda types: {"unit": f"not {' or '.join(each.unit for each in types.values())}"},
+    "no_clock": lambda types: {"timestamp": "1970-01-01T00:30:00Z"},
     "out_of_range": lambda types: {"value": max(each.high for each in types.values()) + 1},
 }
 
@@ -32,20 +34,24 @@ class Simulator:
 
     def __init__(self, contract: Contract, sensor_types: dict[str, Any]):
         self.contract, self.sensor_types = contract, sensor_types
-        texts = [field for field in contract.fields if isinstance(field, Text)]
+        texts = [field for field in contract.json_fields if isinstance(field, Text)]
         self.device = next((field for field in texts if field.name == "device_id"), texts[0] if texts else None)
         self.breaks: dict[str, Callable[[dict[str, Any]], bytes | None]] = {
             "empty_record": lambda reading: None,
             "invalid_encoding": lambda reading: to_json(reading)[:-1] + b', "note": "\xff"}',
             "malformed_json": lambda reading: to_json(reading)[:-1],
-            **{f"missing_{field.name}": changing(field, lambda _: None) for field in contract.fields if field.required},
-            **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in contract.fields},
+            **{
+                f"missing_{field.name}": changing(field, lambda _: None)
+                for field in contract.json_fields
+                if field.required
+            },
+            **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in contract.json_fields},
             **{
                 reason: having(wrong)
                 for reason, wrong_value in WRONG_VALUES.items()
                 if reason in contract.rules
                 and sensor_types
-                and (wrong := wrong_value(sensor_types)).keys() <= {field.name for field in contract.fields}
+                and (wrong := wrong_value(sensor_types)).keys() <= {field.name for field in contract.json_fields}
             },
         }
 
@@ -72,7 +78,7 @@ class Simulator:
                 device["exact"] += rng.gauss(0, step) + (device["usual"] - device["exact"]) / 20
                 device["value"] = round(device["exact"], 2)
             reading: dict[str, Any] = {}
-            for field in self.contract.fields:
+            for field in self.contract.json_fields:
                 value = device["device_id"] if field is self.device else device.get(field.name)
                 put(reading, field, value if is_of(field, value) else any_value(field, rng))
             is_broken = rng.random() < invalid_fraction
@@ -96,14 +102,18 @@ def is_of(field: Field, value: Any) -> bool:
 
 def any_value(field: Field, rng: random.Random) -> Any:
     if isinstance(field, Timestamp):
-        now = datetime.now(timezone.utc)
+        now = time.time_ns()
+        text = datetime.fromtimestamp(now / 1e9, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return {
-            "rfc3339": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "epoch_s": round(now.timestamp(), 3),
-            "epoch_ms": int(now.timestamp() * 1000),
+            "rfc3339": text,
+            "iso8601": text,
+            "epoch_s": now // 1_000_000 / 1000,
+            "epoch_ms": now // 1_000_000,
+            "epoch_us": now // 1000,
+            "epoch_ns": now,
         }[field.format]
     if isinstance(field, Boolean):
-        return rng.random() < 0.5
+        return rng.choice(rng.choice((field.true or (True,), field.false or (False,))))
     if isinstance(field, (Integer, Number)):
         return rng.randrange(100)
     return f"{field.column}-{rng.randrange(10)}"

@@ -6,6 +6,7 @@ import json
 import operator
 import random
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from pipeline.contract.contract import Contract, load_contract
@@ -43,7 +44,20 @@ KINDS = [
     lambda name, **options: Timestamp(name, at_most_ahead="10 minutes", **options),
     *[
         lambda name, form=form, **options: Timestamp(name, format=form, at_most_ahead="1 day", **options)
-        for form in ("rfc3339", "epoch_s", "epoch_ms")
+        for form in ("rfc3339", "epoch_s", "epoch_ms", "epoch_us", "epoch_ns")
+    ],
+    *[
+        lambda name, kind=kind, **options: kind(name, quoted=True, **options)
+        for kind in (Boolean, Number, Integer, functools.partial(Timestamp, format="epoch_s"))
+    ],
+    *[
+        lambda name, values=values, **options: Boolean(name, true=values[0], false=values[1], **options)
+        for values in ((("ON", 1), ("OFF", 0)), ((True, "1", "a b"), (1, "\\", 'so "so"', "größe", "🙂")))
+    ],
+    lambda name, **options: Timestamp(name, format="iso8601", **options),
+    *[
+        lambda name, zone=zone, **options: Timestamp(name, format="iso8601", zone=zone, **options)
+        for zone in ("Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu")
     ],
 ]
 NAMES = [
@@ -101,7 +115,58 @@ VALUES = {
     ),
     "epoch_ms": st.integers(-62167219200001, 253402300800000)
     | st.sampled_from([0, 1795262400000, 1795262400001, 1.5, 1e12]),
+    "epoch_us": st.integers(-62167219200000001, 253402300800000000)
+    | st.sampled_from([0, -1, 1795262400000000, 1795262400000001, 1.5, 1e15, 2**63]),
+    "epoch_ns": st.integers(-(2**63) - 1, 2**63)
+    | st.sampled_from([0, -1, -1000, -1001, 999, 1795262400000000000, 1795262400000001000, 1.5, 1e18]),
+    "iso8601": st.builds(
+        lambda time, form, fraction, offset: time.strftime(form) + (fraction if "S" in form else "") + offset,
+        st.datetimes(datetime(1950, 1, 1), datetime(2036, 1, 1))
+        | st.builds(
+            # Around the changes to and from daylight saving time in the four zones.
+            lambda day, minutes: day + timedelta(minutes=minutes),
+            st.sampled_from(
+                [
+                    datetime(2026, *day)
+                    for day in ((3, 8), (3, 29), (4, 5), (10, 4), (10, 25), (11, 1), (3, 28), (10, 3))
+                ]
+            ),
+            st.integers(0, 300),
+        ),
+        st.sampled_from(
+            [
+                "%Y-%m-%dT%H:%M:%S",
+                "%Y-%m-%d %H:%M:%S",
+                "%Y-%m-%dT%H:%M",
+                "%Y-%m-%d %H:%M",
+                "%Y%m%dT%H%M%S",
+                "%Y%m%dT%H%M",
+            ]
+            + ["%Y-%m-%dT%H%M", "%Y%m%dT%H:%M:%S", "%Y%m%d %H%M", "%Y-%m-%d", "%d.%m.%Y %H:%M"]
+        ),
+        st.sampled_from(["", "", ".5", ",25", ".1234567", ",", ".5Z"]),
+        st.sampled_from(["", "", "", "Z", "+02:00", "-0330", "+01", " +0100", "z", "+25:00"]),
+    )
+    | st.sampled_from(
+        [
+            "0000-01-01T00:00",
+            "9999-12-31T23:59:59,9999999",
+            "2026-02-30T08:00",
+            "2026-11-20T24:00:00",
+            "\u0662026-11-20T08:00",
+        ]
+    ),
 }
+
+
+def quoted(values: st.SearchStrategy) -> st.SearchStrategy:
+    """Values, and strings that hold values or nearly do."""
+    texts = st.builds(
+        lambda value, form: form.format(json.dumps(value)),
+        values,
+        st.sampled_from(["{}"] * 5 + [" {}", "+{}", "{}.", "0{}", "{},5"]),
+    )
+    return values | texts | st.sampled_from(["NaN", "Infinity", "1e999", "null", "0x1F", "1" * 1001, "", "{}", "TRUE"])
 
 
 @st.composite
@@ -122,6 +187,10 @@ def records(draw, contract: Contract) -> bytes:
         if draw(st.integers(0, 15)) == 0:
             continue
         values = VALUES[field.format if isinstance(field, Timestamp) else type(field)]
+        if getattr(field, "quoted", False):
+            values = quoted(values)
+        if isinstance(field, Boolean) and field.true:
+            values = st.sampled_from([*field.true, *field.false, "on", "1", 1, 1.0, True, "0", ""])
         value = draw(JSON) if draw(st.integers(0, 15)) == 0 else draw(values)
         place = record
         for name in field.path[:-1]:
@@ -134,7 +203,10 @@ def records(draw, contract: Contract) -> bytes:
     text = json.dumps(
         record, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([(",", ":"), (", ", ": ")]))
     )
-    raw = text.encode("utf-8", "surrogatepass")
+    prefix = draw(
+        st.sampled_from([b""] * 20 + [b"\xef\xbb\xbf", b"\x00\x00\x00\x00\xff", b"\x00\x00", b" \xef\xbb\xbf"])
+    )
+    raw = prefix + text.encode("utf-8", "surrogatepass")
     return mutate(raw, random.Random(draw(st.integers()))) if draw(st.integers(0, 15)) == 0 else raw
 
 
@@ -218,6 +290,110 @@ KIND_CASES = [  # the field, its JSON text in the record, the expected reason or
     (Number("x"), "1" * 1001, "malformed_json"),
     (Number("x"), "0." + "1" * 1000, 1 / 9),
     (Number("x"), "1." + "1" * 1001, "malformed_json"),
+    # Values in strings.
+    *[
+        (Number("x", quoted=True), *case)
+        for case in (
+            ('"21.5"', 21.5),
+            ("21.5", 21.5),
+            ('"-0"', 0.0),
+            ('"1e2"', 100.0),
+            ('"1e-999999999"', 0.0),
+            ('"1e999999999"', "invalid_x"),
+            ('"\\u0031"', 1.0),
+            ('""', "missing_x"),
+            ("null", "missing_x"),
+            *[
+                (f'"{text}"', "invalid_x")
+                for text in (
+                    "21,5",
+                    "NaN",
+                    " 7",
+                    "7 ",
+                    "+7",
+                    "07",
+                    ".5",
+                    "5.",
+                    "0x7",
+                    "1" * 1001,
+                    "true",
+                    "null",
+                    "{}",
+                    "[7]",
+                )
+            ],
+        )
+    ],
+    (Integer("x", quoted=True), '"9223372036854775807"', 2**63 - 1),
+    (Integer("x", quoted=True), '"9223372036854775808"', "invalid_x"),
+    (Integer("x", quoted=True), '"7.0"', "invalid_x"),
+    (Boolean("x", quoted=True), '"true"', True),
+    (Boolean("x", quoted=True), '"True"', "invalid_x"),
+    (Boolean("x", quoted=True), '"1"', "invalid_x"),
+    (Timestamp("x", format="epoch_s", quoted=True), '"1.5"', 1_500_000),
+    (Timestamp("x", format="epoch_ns", quoted=True), '"1679912468340000999"', 1_679_912_468_340_000),
+    *[
+        (Boolean("x", true=("ON", 1), false=("OFF", 0)), *case)
+        for case in (
+            ('"ON"', True),
+            ("1", True),
+            ('"OFF"', False),
+            ("0", False),
+            ("-0", False),
+            *[
+                (text, "invalid_x")
+                for text in ('"1"', '"0"', '"on"', "1.0", "2", "true", '"\\"ON"', '"ON\\""', "[1]", '{"a":1}')
+            ],
+        )
+    ],
+    # Other formats of times.
+    (Timestamp("x", format="epoch_us"), "1679912468340000", 1_679_912_468_340_000),
+    (Timestamp("x", format="epoch_ns"), "1679912468340000999", 1_679_912_468_340_000),
+    (Timestamp("x", format="epoch_ns"), "-1", -1),
+    (Timestamp("x", format="epoch_ns"), "-9223372036854775808", -9_223_372_036_854_776),
+    (Timestamp("x", format="epoch_ns"), "9223372036854775808", "invalid_x"),
+    *[
+        (Timestamp("x", format="iso8601"), f'"{text}"', 1_763_625_600_000_000)
+        for text in (
+            "2025-11-20T08:00:00Z",
+            "2025-11-20 08:00:00+00:00",
+            "2025-11-20T08:00Z",
+            "20251120T080000Z",
+            "20251120T0800Z",
+            "2025-11-20T09:00+01",
+            "20251120T0830+0030",
+            "2025-11-20 08:00:00,0000009Z",
+        )
+    ],
+    *[
+        (Timestamp("x", format="iso8601"), f'"{text}"', "invalid_x")
+        for text in (
+            "2025-11-20T08:00:00",
+            "2025-11-20",
+            "20251120 080000Z",
+            "2025-1120T08:00Z",
+            "2025-11-20T0800Z",
+            "2025-11-20T08:00.5Z",
+            "2025-11-20  08:00Z",
+            "2025-11-20T08:00:00.Z",
+            "2025-11-20T08:00:00 Z",
+            "2025-11-20T08Z",
+            "2025-W47-4T08:00Z",
+            "x",
+            "",
+        )
+        if text
+    ],
+    *[
+        (Timestamp("x", format="iso8601", zone="Europe/Berlin"), f'"{text}"', right)
+        for text, right in (
+            ("2026-10-25T02:30:00", 1_792_888_200_000_000),  # twice that night; the first
+            ("2026-10-25T02:30:00+01:00", 1_792_891_800_000_000),
+            ("2026-03-29T02:30:00", "invalid_x"),  # not at all that night
+            ("2026-03-29T03:00", 1_774_746_000_000_000),
+            ("20260329T015959,999999", 1_774_745_999_999_999),
+        )
+    ],
     # The years 0 to 9999 in UTC.
     *[
         (Timestamp("x"), f'"{text}"', "invalid_x")
@@ -406,6 +582,35 @@ def test_the_device_in_a_record_is_the_key_of_its_message():
             "the rule unreadable_file has the name of an existing",
         ),
         ("CONTRACT = Contract((Text('a'),), {'r': 7})", "the rule 'r' must be a name and its SQL"),
+        (
+            "CONTRACT = Contract((Timestamp('a', quoted=True),))",
+            "the field a can't be quoted: rfc3339 is a string already",
+        ),
+        (
+            "CONTRACT = Contract((Timestamp('a', zone='UTC'),))",
+            "the field a has zone='UTC', which must be a time zone such as",
+        ),
+        ("CONTRACT = Contract((Timestamp('a', format='iso8601', zone=\"'\"),))", "which must be a time zone such as"),
+        ("CONTRACT = Contract((Boolean('a', true=('ON',)),))", "the field a needs both true=(…) and false=(…)"),
+        (
+            "CONTRACT = Contract((Boolean('a', true='ON', false='OFF'),))",
+            "the field a needs both true=(…) and false=(…)",
+        ),
+        (
+            "CONTRACT = Contract((Boolean('a', true=(1.0,), false=(0,)),))",
+            "the field a needs both true=(…) and false=(…)",
+        ),
+        (
+            "CONTRACT = Contract((Boolean('a', true=(1, 2), false=(2,)),))",
+            "the field a takes 2 for both true and false",
+        ),
+        ("CONTRACT = Contract((Boolean('a', true=(' ',), false=(2,)),))", "the field a can't take a blank string"),
+        (
+            "CONTRACT = Contract((Boolean('a', true=('1',), false=(1,), quoted=True),))",
+            "the field a can't be quoted: list",
+        ),
+        ("CONTRACT = Contract((Text('@key'),))", "it needs at least one field besides @key"),
+        ("CONTRACT = Contract((Number('@key'),))", "the field @key is the key of a Kafka message, which is a Text"),
     ],
 )
 def test_a_contract_that_cannot_be_is_one_sentence(tmp_path, source, complaint):
@@ -414,6 +619,50 @@ def test_a_contract_that_cannot_be_is_one_sentence(tmp_path, source, complaint):
     with pytest.raises(PipelineError) as refused:
         load_contract(str(file))
     assert str(file) in str(refused.value) and complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("zone", ["Europe/Nowhere", "europe/berlin", "PST"])
+def test_a_zone_that_java_does_not_know_is_one_sentence(spark, zone):
+    with pytest.raises(ContractError, match=f"the field a has an unknown zone, {zone}"):
+        Contract((Timestamp("a", format="iso8601", zone=zone),)).check(spark)
+
+
+def test_a_contract_with_the_message_key_is_refused_for_files(run_here, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from pipeline.contract import *\nCONTRACT = Contract((Text('@key'), Number('n')))\n")
+    run = run_here(BRONZE, "--readings", file, "--table", tmp_path / "t", "--checkpoint", tmp_path / "c", "--once")
+    assert (
+        run.returncode == 1 and f"error: Invalid contract in {file}: the field @key is the key of a Kafka" in run.stderr
+    )
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("escape", [False, True], ids=["plain", "strict"])
+def test_the_message_key_is_a_field_like_any_other(spark, escape):
+    record = b'{"\\u006e":1}' if escape else b'{"n":1}'
+    early = Timestamp("t", required=False)
+    contracts = [
+        Contract((Text("@key"), Number("n"))),
+        Contract((Number("n"), Text("@key", column="topic_path", required=False), early)),
+    ]
+    cases = [
+        (b"zigbee2mqtt/kitchen", record, None, None),
+        (None, record, "missing_@key", None),
+        (b" ", record, "missing_@key", None),
+        (b"\xff", record, "invalid_@key", "invalid_@key"),
+        (b"a", b'{"n":"x"}', "invalid_n", "invalid_n"),
+        (None, b"{}", "missing_@key", "missing_n"),
+        (b"\xff", b'{"n":1,"t":"x"}', "invalid_@key", "invalid_@key"),
+        (None, b"{", "malformed_json", "malformed_json"),
+    ]
+    rows = spark.createDataFrame([case[:2] for case in cases], "kafka_key BINARY, raw BINARY").withColumn(
+        "ingest_time", F.lit(ARRIVAL).cast("timestamp")
+    )
+    for number, contract in enumerate(contracts):
+        assert [row.reject_reason for row in parse(rows, contract).collect()] == [case[2 + number] for case in cases]
+    row = parse(rows, contracts[0]).first()
+    assert (row.key, bytes(row.kafka_key), row.n) == ("zigbee2mqtt/kitchen", b"zigbee2mqtt/kitchen", 1)
+    assert [row.topic_path for row in parse(rows, contracts[1]).collect()][:3] == ["zigbee2mqtt/kitchen", None, " "]
 
 
 def test_a_contract_that_is_not_there_is_one_sentence(tmp_path):
@@ -447,7 +696,7 @@ def test_a_contract_that_is_not_there_is_one_sentence(tmp_path):
 )
 def test_a_rule_that_cannot_be_is_one_sentence(spark, sql):
     with pytest.raises(ContractError, match="the rule r ") as refused:
-        Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
+        Contract((Text("a"), Number("n")), {"r": sql}).check(spark)
     assert "\n" not in str(refused.value)
 
 
@@ -486,7 +735,7 @@ def test_a_rule_that_cannot_be_is_one_sentence(spark, sql):
 )
 def test_a_rule_that_may_differ_for_the_same_record_is_refused(spark, sql):
     with pytest.raises(ContractError, match="the rule r can give different results when a batch is repeated"):
-        Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
+        Contract((Text("a"), Number("n")), {"r": sql}).check(spark)
     assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
 
 
@@ -503,7 +752,7 @@ def test_a_rule_that_may_differ_for_the_same_record_is_refused(spark, sql):
 )
 def test_a_rule_that_asks_more_than_the_record_is_refused(spark, sql):
     with pytest.raises(ContractError, match="the rule r (depends on more than the record|is not a condition)"):
-        Contract((Text("a"), Number("n")), {"r": sql}).check_rules(spark)
+        Contract((Text("a"), Number("n")), {"r": sql}).check(spark)
 
 
 @pytest.mark.parametrize(
@@ -527,14 +776,14 @@ def test_a_rule_that_asks_more_than_the_record_is_refused(spark, sql):
     ],
 )
 def test_a_rule_with_constant_times_or_comments_is_taken(spark, sql):
-    Contract((Text("a"), Number("n"), Timestamp("t"), Timestamp("current")), {"r": sql}).check_rules(spark)
+    Contract((Text("a"), Number("n"), Timestamp("t"), Timestamp("current")), {"r": sql}).check(spark)
 
 
 def test_rules_that_end_with_a_comment_run_as_they_are_checked(spark):
     contract = Contract(
         (Number("n"),), {"low": "n < 0 -- the sensor is broken", "high": "n > 1 OR\n n > 2 --", "odd": "n = 1"}
     )
-    contract.check_rules(spark)
+    contract.check(spark)
     rows = read(spark, contract, [b'{"n": -1}', b'{"n": 2}', b'{"n": 1}', b'{"n": 0.5}'])
     assert [row.reject_reason for row in rows] == ["low", "high", "odd", None]
 
@@ -543,7 +792,7 @@ def test_a_rule_may_use_all_columns_and_the_time_of_arrival(spark):
     contract = Contract(
         (Timestamp("t"), Number("n", required=False)), {"old": "t < ingest_time - INTERVAL 1 DAY", "low": "n < 0"}
     )
-    contract.check_rules(spark)
+    contract.check(spark)
     rows = read(
         spark,
         contract,
@@ -593,7 +842,7 @@ def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, 
 def test_a_rule_that_cannot_be_computed_does_not_hold_and_stops_nothing(spark, rule, record):
     fields = (Text("a", required=False), Integer("n", required=False, bits=32), Integer("l", required=False))
     contract = Contract(fields, {"odd": rule, "short": "a = 'x' AND l IS NULL"})
-    contract.check_rules(spark)
+    contract.check(spark)
     texts = [json.dumps(record), json.dumps(record).replace('"a"', r'"\u0061"').replace('"l"', r'"\u006c"')]
     for row in read(spark, contract, [text.encode() for text in texts]):
         assert row.reject_reason == ("short" if record.get("a") == "x" else None)
@@ -612,7 +861,7 @@ def test_a_pattern_and_a_long_text_end_no_jvm(spark):
 def test_a_rule_may_speak_of_now_and_not_ask_for_it(spark):
     rules = {"a": "mode = 'right now' OR mode = 'today'", "b": "now > 3", "c": '`now` < 0 OR mode = "now()"'}
     contract = Contract((Text("mode"), Number("now")), rules)
-    contract.check_rules(spark)
+    contract.check(spark)
     [row] = read(spark, contract, [b'{"mode": "x", "now": 4}'])
     assert row.reject_reason == "b"
 
@@ -751,7 +1000,7 @@ def test_the_contract_of_the_docs_can_be(spark, tmp_path):
     file = tmp_path / "docs.py"
     file.write_text(docs.split("```python\n")[1].split("```")[0], encoding="utf-8")
     contract = load_contract(str(file))
-    contract.check_rules(spark)
+    contract.check(spark)
     rows = read(
         spark,
         contract,

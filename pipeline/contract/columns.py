@@ -20,6 +20,7 @@ RESERVED_COLUMNS = {
     "reject_reason",
     "_rescued_data",
     "_unknown_fields",
+    "_json",
     "_parts",
     "_strict",
 }

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract.fields import ContractError, Field, Timestamp
-from pipeline.contract.private import is_deterministic, is_of_one_row
+from pipeline.contract.fields import KEY, ContractError, Field, Timestamp
+from pipeline.contract.private import is_deterministic, is_of_one_row, is_zone
 from pipeline.paths import REPOSITORY
 from pipeline.terminal.arguments import location
 from pipeline.terminal.errors import PipelineError, first_line
@@ -46,6 +46,8 @@ class Contract:
     def __post_init__(self) -> None:
         if not self.fields or not all(isinstance(each, Field) for each in self.fields):
             raise ContractError("it needs at least one field, of one of the kinds in pipeline.contract")
+        if not self.json_fields:
+            raise ContractError(f"it needs at least one field besides {KEY}")
         columns: dict[str, Field] = {}
         for each in self.fields:
             if any(each.name == other.name for other in columns.values()):
@@ -65,6 +67,11 @@ class Contract:
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
             if reason in (*self.reasons[: -len(self.rules)], *OTHER_REASONS):
                 raise ContractError(f"the rule {reason} has the name of an existing reason; rename it")
+
+    @property
+    def json_fields(self) -> tuple[Field, ...]:
+        """The fields that are read from the record itself."""
+        return tuple(each for each in self.fields if each.name != KEY)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -93,8 +100,17 @@ class Contract:
         """The rules as SQL to embed into other SQL. A line break follows each rule, in case it ends with a comment."""
         return {reason: f"({sql}\n)" for reason, sql in self.rules.items()}
 
-    def check_rules(self, spark: SparkSession) -> None:
-        """Raises ContractError if a rule is not SQL over the columns, or its result can differ for the same record."""
+    def check(self, spark: SparkSession, has_keys: bool = True) -> None:
+        """Raises ContractError if Java does not know a time zone, a rule is not SQL over the columns, or its result can differ for
+        the same record. `has_keys`: whether the records are Kafka messages, which have a key.
+        """
+        if not has_keys and self.json_fields != self.fields:
+            raise ContractError(f"the field {KEY} is the key of a Kafka message, which a file does not have")
+        for each in self.fields:
+            if isinstance(each, Timestamp) and each.zone and not is_zone(spark, each.zone):
+                raise ContractError(
+                    f'the field {each.name} has an unknown zone, {each.zone}; use one such as "Europe/Berlin"'
+                )
         columns = self.columns | {"ingest_time": "TIMESTAMP"}
         empty = spark.range(0).selectExpr(*(f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in columns.items()))
         for reason, condition in self.conditions.items():

@@ -1,20 +1,34 @@
 """The kinds of fields in a contract: their JSON, and the SQL that turns it into the value of a column."""
 
+import json
 import re
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pipeline.contract.columns import RESERVED_COLUMNS
 
 # RFC 3339 without the lower-case "t" and "z". The short offsets +01 and +0100 of ISO 8601 are accepted, too.
-RFC3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d(?::?\d\d)?)"
+OFFSET = r"(?:Z|[+-]\d\d(?::?\d\d)?)"
+RFC3339 = rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?{OFFSET}"
+# ISO 8601's calendar date and time, in its extended form (also with a blank instead of the "T") or its basic form.
+ISO8601 = r"(?:\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?|\d{8}T\d{4}(?:\d\d(?:[.,]\d+)?)?)" rf"{OFFSET}?+"
+KEY = "@key"  # the name of a field that stands for the key of a Kafka message
 # The years 0 to 9999 in UTC, in seconds since 1970.
 FIRST_SECOND, END_SECOND = -62_167_219_200, 253_402_300_800
 
 
 class ContractError(Exception):
     """An invalid contract. The message names the field or the rule."""
+
+
+def sql_text(text: str) -> str:
+    """SQL: a constant string."""
+    return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -42,14 +56,21 @@ class Field(ABC):
         """The types that the JSON value can have, as named by schema_of_variant."""
 
     @property
+    def marks_strings(self) -> bool:
+        """Whether `value` takes strings with a quote in front, to tell "1" from 1."""
+        return False
+
+    @property
     @abstractmethod
     def plain(self) -> str:
-        """A regular expression for the usual JSON of the field. Its single group is the text passed to `value`."""
+        """A regular expression for the usual JSON of the field. Its groups, one of which matches, are the text passed to `value`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(self.path):
             raise ContractError(f"the field {self.name!r} needs a name that does not begin or end with a dot")
-        object.__setattr__(self, "column", self.column or "_".join(self.path))
+        if self.name == KEY and not isinstance(self, Text):
+            raise ContractError(f"the field {KEY} is the key of a Kafka message, which is a Text")
+        object.__setattr__(self, "column", self.column or "_".join(self.path).removeprefix("@"))
         if not self.column.isidentifier():
             raise ContractError(
                 f"the field {self.name} can't have the column {self.column!r}: a column name may have only letters, "
@@ -84,23 +105,99 @@ class Text(Field):
     plain = r'"((?!\p{IsWhite_Space})[ !#-\[\]-\x{fffc}]++)"'
 
 
-class Boolean(Field):
-    """true or false."""
+@dataclass(frozen=True)
+class Unquoted(Field):
+    """A field whose JSON is not a string.
+
+    `quoted`: also takes the value in a string, written as it would be without the quotes: "21.5" for 21.5.
+    """
+
+    quoted: bool = False
+
+    @property
+    @abstractmethod
+    def unquoted(self) -> str:
+        """A regular expression for the usual JSON of the field without quotes. Its single group is all of it."""
+
+    @property
+    def plain(self) -> str:
+        return f'(?:{self.unquoted}|"{self.unquoted}")' if self.quoted else self.unquoted
+
+
+@dataclass(frozen=True)
+class Boolean(Unquoted):
+    """true or false.
+
+    `true`, `false`: the strings, integers and Booleans that stand for them instead, such as ("ON", 1) and ("OFF", 0).
+    """
+
+    true: tuple[str | int | bool, ...] = ()
+    false: tuple[str | int | bool, ...] = ()
 
     type = "BOOLEAN"
-    json_types = ("BOOLEAN",)
-    plain = "(true|false)"
+    unquoted = "(true|false)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.true or self.false):
+            return
+        for values in (self.true, self.false):
+            if (
+                not isinstance(values, tuple)
+                or not values
+                or not all(type(value) in (str, int, bool) for value in values)
+            ):
+                raise ContractError(
+                    f"the field {self.name} needs both true=(…) and false=(…), each with strings, integers or Booleans, such as "
+                    f'true=("ON", 1), false=("OFF", 0)'
+                )
+        if both := {*map(json_text, self.true)} & {*map(json_text, self.false)}:
+            raise ContractError(f"the field {self.name} takes {min(both)} for both true and false")
+        if self.quoted:
+            raise ContractError(f"the field {self.name} can't be quoted: list the strings in true=(…) and false=(…)")
+        if any(isinstance(value, str) and not value.strip() for value in self.true + self.false):
+            raise ContractError(
+                f"the field {self.name} can't take a blank string for true or false: it counts as missing"
+            )
+
+    @property
+    def marks_strings(self) -> bool:
+        return bool(self.true)
+
+    @property
+    def json_types(self) -> tuple[str, ...]:
+        names = {str: "STRING", int: "BIGINT", bool: "BOOLEAN"}
+        return tuple({names[type(value)] for value in self.true + self.false}) or ("BOOLEAN",)
+
+    @property
+    def plain(self) -> str:
+        if not self.true:
+            return super().plain
+        texts = [json_text(value) for value in self.true + self.false]
+        # Those that need no escape, and can't be confused with a text in invalid UTF-8 (see `Text.plain`).
+        strings = [text[:-1] for text in texts if re.fullmatch(r'"[ !#-\[\]-\ufffc]+"', text)]
+        others = [text for text in texts if text[0] != '"']
+        return '(?:({})"|({}))'.format(
+            *("|".join(rf"\Q{each}\E" for each in some) or "(?!)" for some in (strings, others))
+        )
 
     def value(self, text: str) -> str:
-        return f"try_cast({text} AS BOOLEAN)"
+        if not self.true:
+            return f"try_cast({text} AS BOOLEAN)"
+        of_true, of_false = (
+            ", ".join(sql_text(f'"{value}' if isinstance(value, str) else json_text(value)) for value in values)
+            for values in (self.true, self.false)
+        )
+        return f"CASE WHEN {text} IN ({of_true}) THEN true WHEN {text} IN ({of_false}) THEN false END"
 
 
-class Number(Field):
+@dataclass(frozen=True)
+class Number(Unquoted):
     """A finite number, stored as a double."""
 
     type = "DOUBLE"
     json_types = ("BIGINT", "DECIMAL", "DOUBLE")
-    plain = r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)"
+    unquoted = r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)"
 
     def value(self, text: str) -> str:
         # Adds 0, because a variant holds 0 for -0.0, and a record must have the same value however it is read.
@@ -108,7 +205,7 @@ class Number(Field):
 
 
 @dataclass(frozen=True)
-class Integer(Field):
+class Integer(Unquoted):
     """A number written without a fraction or an exponent, of 32 or 64 `bits`."""
 
     bits: int = 64
@@ -125,7 +222,7 @@ class Integer(Field):
         return "INT" if self.bits == 32 else "BIGINT"
 
     @property
-    def plain(self) -> str:
+    def unquoted(self) -> str:
         return rf"(-?(?:0|[1-9]\d{{0,{8 if self.bits == 32 else 17}}}+))"
 
     def value(self, text: str) -> str:
@@ -133,22 +230,29 @@ class Integer(Field):
 
 
 @dataclass(frozen=True)
-class Timestamp(Field):
+class Timestamp(Unquoted):
     """A time in the years 0 to 9999 in UTC, stored to the microsecond.
 
-    `format`: "rfc3339" (a string: date, "T", time with seconds and an optional fraction, "Z" or an offset), "epoch_s" (seconds
-    since 1970) or "epoch_ms" (whole milliseconds since 1970). `at_most_ahead`: how far it may be ahead of the record's
-    arrival, such as "1 day"; unlimited by default.
+    `format`: "rfc3339" (a string: date, "T", time with seconds and an optional fraction, "Z" or an offset), "iso8601" (a string:
+    also with a blank instead of the "T", without seconds, with a comma before the fraction, in the basic form
+    20261120T080000), "epoch_s" (seconds since 1970), or "epoch_ms", "epoch_us" or "epoch_ns" (whole milli-, micro- or nanoseconds
+    since 1970). `zone`: the time zone of times in "iso8601" that have no offset, such as "Europe/Berlin"; they are invalid
+    without it. In the hour that a zone repeats in autumn, the earlier time is meant; in the one that it skips in spring, times
+    are invalid. `at_most_ahead`: how far it may be ahead of the record's arrival, such as "1 day"; unlimited by default.
     """
 
     format: str = "rfc3339"
     at_most_ahead: str = ""
+    zone: str = ""
 
     type = "TIMESTAMP"
-    FORMATS: ClassVar = {  # (json_types, plain)
+    FORMATS: ClassVar = {  # (json_types, unquoted or plain)
         "rfc3339": (Text.json_types, f'"({RFC3339})"'),
+        "iso8601": (Text.json_types, f'"({ISO8601})"'),
         "epoch_s": (Number.json_types, r"(-?(?:0|[1-9]\d{0,11}+)(?:\.\d{1,12}+)?+)"),
         "epoch_ms": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,14}+))"),
+        "epoch_us": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,17}+))"),
+        "epoch_ns": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,18}+))"),
     }
 
     def __post_init__(self) -> None:
@@ -162,34 +266,65 @@ class Timestamp(Field):
                 f"the field {self.name} has at_most_ahead={self.at_most_ahead!r}, which must be a duration such as "
                 f'"10 minutes" or "1 day"'
             )
+        if self.quoted and self._is_string:
+            raise ContractError(f"the field {self.name} can't be quoted: {self.format} is a string already")
+        if self.zone and (self.format != "iso8601" or not re.fullmatch(r"\w+(/[\w+-]+)*", self.zone)):
+            raise ContractError(
+                f'the field {self.name} has zone={self.zone!r}, which must be a time zone such as "Europe/Berlin", together with '
+                f'format="iso8601"'
+            )
+
+    @property
+    def _is_string(self) -> bool:
+        return self.json_types == Text.json_types
 
     @property
     def json_types(self) -> tuple[str, ...]:
         return self.FORMATS[self.format][0]
 
     @property
-    def plain(self) -> str:
+    def unquoted(self) -> str:
         return self.FORMATS[self.format][1]
 
     def value(self, text: str) -> str:
         if self.format == "rfc3339":
             return rf"try_cast(CASE WHEN {text} RLIKE r'\A{RFC3339}\z' THEN {text} END AS TIMESTAMP)"
-        if self.format == "epoch_ms":
-            number, per_second, time = f"try_cast({text} AS BIGINT)", 1000, "timestamp_millis({})"
-        else:
-            number, per_second, time = (
+        if self.format == "iso8601":
+            return self._iso8601(text)
+        whole = f"try_cast({text} AS BIGINT)"
+        number, per_second, time = {
+            "epoch_s": (
                 f"try_cast({text} AS DECIMAL(24, 12))",
                 1,
                 "timestamp_micros(CAST(floor({} * 1000000) AS BIGINT))",
-            )
+            ),
+            "epoch_ms": (whole, 1000, "timestamp_millis({})"),
+            "epoch_us": (whole, 1_000_000, "timestamp_micros({})"),
+            # 64 bits hold the years 1677 to 2262. Division rounds towards zero.
+            "epoch_ns": (f"({whole} div 1000 - CAST({whole} % 1000 < 0 AS INT))", 1_000_000, "timestamp_micros({})"),
+        }[self.format]
         return (
             f"CASE WHEN {number} >= {FIRST_SECOND * per_second} AND {number} < {END_SECOND * per_second} "
             f"THEN {time.format(number)} END"
         )
 
+    def _iso8601(self, text: str) -> str:
+        # Spark reads the extended form with seconds.
+        extended = rf"regexp_replace(translate({text}, ', ', '.T'), r'^(\d{{4}})-?(\d\d)-?(\d\d)T(\d\d):?(\d\d):?', '$1-$2-$3T$4:$5:')"
+        complete = rf"regexp_replace({extended}, r':(?!\d)', ':00')"
+        form = ISO8601 if self.zone else ISO8601.removesuffix("?+")
+        time = rf"try_cast(CASE WHEN {text} RLIKE r'\A{form}\z' THEN {complete} END AS TIMESTAMP)"
+        if not self.zone:
+            return time
+        in_zone = f"to_utc_timestamp({time}, '{self.zone}')"
+        return (
+            rf"CASE WHEN {text} RLIKE r'{OFFSET}\z' THEN {time} "
+            f"WHEN from_utc_timestamp({in_zone}, '{self.zone}') = {time} THEN {in_zone} END"  # the zone has this time
+        )
+
     def is_invalid(self, value: str) -> str:
         # With an offset, a time written with the year 0 or 9999 can fall into another year.
         first, end = (f"timestamp_seconds({second})" for second in (FIRST_SECOND, END_SECOND))
-        other_year = f" OR {value} < {first} OR {value} >= {end}" if self.format == "rfc3339" else ""
+        other_year = f" OR {value} < {first} OR {value} >= {end}" if self._is_string else ""
         latest = f"coalesce(arrival_time, ingest_time) + INTERVAL {self.at_most_ahead}"
         return super().is_invalid(value) + other_year + (f" OR {value} > {latest}" if self.at_most_ahead else "")

@@ -1,15 +1,16 @@
 """Judging records by a contract: a strict method for all of them, and a fast one for plain records.
 
-A record consists of the bytes of a message or a line. It is valid if it is one JSON object (RFC 8259, UTF-8, no duplicate
-names) that has each field of the contract with a value of the right kind, and no rule rejects it. Nothing is coerced: 7 is
-not "7", true is not 1, 1.0 is not an integer. Fields outside the contract are allowed, and kept as JSON.
+A record consists of the bytes of a message or a line (`json_sql`). It is valid if it is one JSON object (RFC 8259, UTF-8, no
+duplicate names) that has each field of the contract with a value of the right kind, and no rule rejects it. Nothing is
+coerced: unless the field says so, 7 is not "7", true is not 1, and 1.0 is not an integer. Fields outside the contract are
+allowed, and kept as JSON.
 """
 
 import itertools
 import re
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.fields import Field, Timestamp
+from pipeline.contract.fields import KEY, Field, Timestamp, Unquoted, sql_text
 from pipeline.contract.private import attempt
 
 from pyspark.sql import Column, DataFrame
@@ -18,7 +19,7 @@ from pyspark.sql import functions as F
 # Large records are first read as a single variant, which is null if a name occurs twice at any depth. A map would hold
 # every repetition of a name and fill memory, and to find duplicates, Spark compares each name with all others that have
 # the same hash.
-IS_SMALL = "octet_length(raw) < 10000"
+IS_SMALL = "octet_length(_json) < 10000"
 MAX_NAMED_FIELDS = 20  # names of a record's unknown fields that are reported; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, contains half of a surrogate pair as an escape. Escaped backslashes and whole
@@ -32,7 +33,24 @@ LONE_SURROGATE = (
 # four times this number. An overflow would end the JVM, again at each start.
 MAX_PATTERN_TEXT = 8000  # characters
 
+IS_BROKEN_KEY = "coalesce(NOT is_valid_utf8(kafka_key::STRING), false)"
 NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
+# Strings whose content is a number or a Boolean in JSON; numbers of more than 1,000 characters are malformed there.
+QUOTED = r"\A(?=.{1,1000}\z)(?:-?(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?\d++)?+|true|false)\z"
+
+
+def json_sql(raw: str) -> str:
+    """SQL: the JSON text of a record, from its bytes.
+
+    It may have a prefix: a zero byte and the four bytes of a schema id, as written by Confluent's serializers
+    (https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format), or the byte order
+    mark of UTF-8.
+    """
+    has_schema_id = f"startswith({raw}, X'00') AND octet_length({raw}) > 5"
+    return (
+        f"CASE WHEN {has_schema_id} THEN substring({raw}, 6) WHEN startswith({raw}, X'EFBBBF') THEN substring({raw}, 4) "
+        f"ELSE {raw} END::STRING"
+    )
 
 
 def parse(records: DataFrame, contract: Contract) -> DataFrame:
@@ -48,8 +66,16 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     given = "reject_reason, " if "reject_reason" in records.columns else ""
     if "arrival_time" not in records.columns:
         records = records.withColumn("arrival_time", F.lit(None).cast("timestamp"))
-    values, invalid = {}, {}
-    for number, field in enumerate(contract.fields, 1):
+    values, invalid = {}, _missing_key(contract)
+    numbers = itertools.count(1)
+    for field in contract.fields:
+        if field.name == KEY:
+            values[field.column] = F.expr(f"CASE WHEN NOT {IS_BROKEN_KEY} THEN kafka_key::STRING END").alias(
+                field.column
+            )
+            invalid[f"invalid_{KEY}"] = IS_BROKEN_KEY
+            continue
+        number = next(numbers)
         part = f"_parts[{number}]" if field.required else f"nullif(_parts[{number}], '')"
         values[field.column] = F.expr(f"coalesce({field.value(part)}, _strict.value.f{number})").alias(field.column)
         if isinstance(field, Timestamp):  # the only kind that can be plain but invalid
@@ -62,10 +88,11 @@ def parse(records: DataFrame, contract: Contract) -> DataFrame:
     reason = F.coalesce(F.expr(f"coalesce({given}_strict.reason, {_first(invalid)})"), *broken)
     # A record that is not plain is left whole. It may contain separators, but it can't begin with both "{" and a
     # separator.
-    is_plain = "_parts[0] = '' AND startswith(raw::STRING, '{')"
+    is_plain = "_parts[0] = '' AND startswith(_json, '{')"
     in_order, any_order = _plain_parts(contract)
     return (
-        records.withColumn("_parts", F.when(F.expr(IS_SMALL), in_order))
+        records.withColumn("_json", F.expr(json_sql("raw")))
+        .withColumn("_parts", F.when(F.expr(IS_SMALL), in_order))
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
         .withColumn("_parts", F.coalesce("_parts", F.when(F.expr(IS_SMALL), any_order)))
         .withColumn("_parts", F.expr(f"CASE WHEN {is_plain} THEN _parts END"))
@@ -113,16 +140,19 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
     other record: the record itself. The first pattern accepts the contract's order only.
     """
     # A nested field, or a name that needs an escape.
-    if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.fields):
+    if any(not re.fullmatch(r'[^."\\\x00-\x1f]+', field.name) for field in contract.json_fields):
         nothing = F.lit(None).cast("ARRAY<STRING>")
         return nothing, nothing
     in_order, any_order, seen = "", "", ""
-    for number, field in enumerate(contract.fields):
+    # The numbers of each field's groups in the two patterns.
+    groups: list[list[int]] = []
+    groups_any_order: list[list[int]] = []
+    for number, field in enumerate(contract.json_fields):
         comma = (
             ""
             if number == 0
             else ","
-            if any(earlier.required for earlier in contract.fields[:number])
+            if any(earlier.required for earlier in contract.json_fields[:number])
             else r"(?:(?<=\A\{)|(?<!\A\{),)"
         )
         name, value = (
@@ -130,38 +160,43 @@ def _plain_parts(contract: Contract) -> tuple[Column, Column]:
             f"{SPACE}:{SPACE}{field.plain if field.required else f'(?:null|{field.plain})'}{SPACE}",
         )
         in_order += f"{comma}{name}{value}" if field.required else f"(?:{comma}{name}{value})?+"
+        first, size = 1 + sum(map(len, groups)), len(re.findall(r"(?<!\\)\((?!\?)", field.plain))
+        groups.append([*range(first, first + size)])
+        groups_any_order.append([*range(first + number + 1, first + number + 1 + size)])
         # The group matches only once: its reference to itself fails until it has matched.
         any_order += rf"{name}(?<f{number}>(?!\k<f{number}>)){value}|"
         seen += rf"\k<f{number}>" if field.required else ""
-    known = "|".join(rf"\Q{field.name}\E" for field in contract.fields)
+    known = "|".join(rf"\Q{field.name}\E" for field in contract.json_fields)
     any_order += rf'{SPACE}(")(?!(?:{known})"){CHARACTERS}"{SPACE}:{SPACE}{UNKNOWN}{SPACE}'
-    numbers = range(1, len(contract.fields) + 1)
+    unknown = [groups_any_order[-1][-1] + 1]
     return (
-        _replaced(rf"\A\{{{in_order}\}}{SPACE}\z", [*numbers]),
+        _replaced(rf"\A\{{{in_order}\}}{SPACE}\z", groups),
         _replaced(
             rf'\A\{{(?:(?:{any_order})(?:,(?={SPACE}")|(?=\}})))*+{SPACE}\}}{seen}{SPACE}\z',
-            [*(2 * number for number in numbers), 2 * len(numbers) + 1],
+            [*groups_any_order, unknown],
         ),
     )
 
 
-def _replaced(pattern: str, groups: list[int]) -> Column:
-    """The groups of the pattern as an array after an empty string, or the record itself if the pattern does not match."""
-    template = "".join(f"{SEPARATOR}${group}" for group in groups)
+def _replaced(pattern: str, groups: list[list[int]]) -> Column:
+    """The groups of the pattern, each list joined, as an array after an empty string, or the record itself if the pattern does
+    not match.
+    """
+    template = "".join(SEPARATOR + "".join(f"${group}" for group in joined) for joined in groups)
     # The limit matters for records that do not match and consist of separators only.
-    return F.split(F.regexp_replace(F.col("raw").cast("string"), pattern, template), SEPARATOR, len(groups) + 1)
+    return F.split(F.regexp_replace("_json", pattern, template), SEPARATOR, len(groups) + 1)
 
 
 def _has_rest(contract: Contract) -> str:
     """SQL: whether a plain record has unknown fields."""
-    return f"get(_parts, {len(contract.fields) + 1}) <> ''"
+    return f"get(_parts, {len(contract.json_fields) + 1}) <> ''"
 
 
 def _slow_reading(contract: Contract) -> str:
     """SQL: the result of `_strict_reading`; for a plain record, whose values are known, only its unknown fields."""
-    names = ", ".join(_quoted(field.name) for field in contract.fields)
-    rest = f"map_filter(from_json(raw::STRING, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
-    types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.fields, 1))
+    names = ", ".join(sql_text(field.name) for field in contract.json_fields)
+    rest = f"map_filter(from_json(_json, 'MAP<STRING, VARIANT>'), (name, _) -> name NOT IN ({names}))"
+    types = ", ".join(f"f{number}: {field.type}" for number, field in enumerate(contract.json_fields, 1))
     return _let(
         {"rest": f"CASE WHEN {_has_rest(contract)} AND {IS_SMALL} THEN {rest} END"},
         f"CASE WHEN NOT {_has_repeated_name('rest')} THEN struct(CAST(NULL AS STRUCT<{types}>) AS value, CAST(NULL AS STRING) AS reason, "
@@ -191,17 +226,17 @@ def _strict_reading(contract: Contract) -> str:
     # SQL of each object that contains fields of the contract, by its path: a map of variants.
     objects: dict[tuple[str, ...], str] = {(): "get(json, 0)"}
     levels = {
-        "json": f"CASE WHEN {IS_SMALL} OR try_parse_json(raw::STRING) IS NOT NULL THEN "
-        "from_json(concat('[', raw::STRING, ',{\"end\":\"', sha2(raw, 256), '\"}]'), "
+        "json": f"CASE WHEN {IS_SMALL} OR try_parse_json(_json) IS NOT NULL THEN "
+        "from_json(concat('[', _json, ',{\"end\":\"', sha2(_json, 256), '\"}]'), "
         "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')) END"
     }
-    for depth in range(1, max(len(field.path) for field in contract.fields)):
-        paths = list(dict.fromkeys(field.path[:depth] for field in contract.fields if len(field.path) > depth))
+    for depth in range(1, max(len(field.path) for field in contract.json_fields)):
+        paths = list(dict.fromkeys(field.path[:depth] for field in contract.json_fields if len(field.path) > depth))
         levels[f"depth{depth}"] = _struct(
             f=[f"try_variant_get({_in(objects, path)}, '$', 'MAP<STRING, VARIANT>')" for path in paths]
         )
         objects |= {path: f"depth{depth}.f{number}" for number, path in enumerate(paths, 1)}
-    found = [_in(objects, field.path) for field in contract.fields]
+    found = [_unquoted(field, _in(objects, field.path)) for field in contract.json_fields]
     rests = {path: f"seen.rest{number}" for number, path in enumerate(objects, 1)}
     # `text` is null for a field that is null or absent.
     levels["seen"] = _struct(
@@ -211,13 +246,13 @@ def _strict_reading(contract: Contract) -> str:
     )
     levels["value"] = _struct(
         f=[
-            f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(text)} END"
-            for field, variant, text in zip(contract.fields, found, map("seen.text{}".format, itertools.count(1)))
+            f"CASE WHEN {_has_type(field, variant, text)} THEN {field.value(_marked(field, variant, text))} END"
+            for field, variant, text in zip(contract.json_fields, found, map("seen.text{}".format, itertools.count(1)))
         ]
     )
     names = ", ".join(
         f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MAX_NAMED_FIELDS}), "
-        f"name -> concat({_quoted(''.join(f'{step}.' for step in path))}, name))"
+        f"name -> concat({sql_text(''.join(f'{step}.' for step in path))}, name))"
         for path, rest in rests.items()
     )
     return _let(
@@ -231,24 +266,51 @@ def _strict_reading(contract: Contract) -> str:
 def _has_type(field: Field, variant: str, text: str) -> str:
     """SQL: whether a value, given as a variant and as `text`, has the JSON type of the field."""
     if field.json_types == ("STRING",):
-        return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # only a string can be read as BINARY
+        return _is_string(variant)
     # schema_of_variant takes quadratic time for an array of objects, so it is not called for arrays and objects.
-    return (
+    is_other = (
         f"left({text}, 1) NOT IN ('{{', '[') AND "
-        f"substring_index(schema_of_variant({variant}), '(', 1) IN ({', '.join(map(_quoted, field.json_types))})"
+        f"substring_index(schema_of_variant({variant}), '(', 1) IN ({', '.join(map(sql_text, field.json_types))})"
     )
+    return f"({_is_string(variant)} OR {is_other})" if "STRING" in field.json_types else is_other
+
+
+def _is_string(variant: str) -> str:
+    return f"try_variant_get({variant}, '$', 'BINARY') IS NOT NULL"  # nothing else can be read as BINARY
+
+
+def _unquoted(field: Field, variant: str) -> str:
+    """SQL: the variant of a field, without the quotes that the field allows."""
+    if not (isinstance(field, Unquoted) and field.quoted):
+        return variant
+    text = f"try_variant_get({variant}, '$', 'STRING')"
+    return (
+        f"CASE WHEN {_is_string(variant)} AND {text} RLIKE r'{QUOTED}' THEN try_parse_json({text}) ELSE {variant} END"
+    )
+
+
+def _marked(field: Field, variant: str, text: str) -> str:
+    """SQL: the text that `field.value` takes."""
+    return f"concat(CASE WHEN {_is_string(variant)} THEN '\"' ELSE '' END, {text})" if field.marks_strings else text
 
 
 def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, str]:
     """SQL for each reason except the rules, in the order of `contract.reasons`."""
     form = {
-        "empty_record": f"raw IS NULL OR raw::STRING RLIKE r'{BLANK}'",
-        "invalid_encoding": "NOT is_valid_utf8(raw::STRING)",
-        "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> sha2(raw, 256), true) "
-        f"OR get(json, 0) IS NULL OR seen.twice1 OR {LONE_SURROGATE.replace('text', 'raw::STRING')}",
+        "empty_record": f"_json IS NULL OR _json RLIKE r'{BLANK}'",
+        "invalid_encoding": "NOT is_valid_utf8(_json)",
+        "malformed_json": "json IS NULL OR size(json) <> 2 OR coalesce(get(json, 1)['end']::STRING <> sha2(_json, 256), true) "
+        f"OR get(json, 0) IS NULL OR seen.twice1 OR {LONE_SURROGATE.replace('text', '_json')}",
     }
-    missing, invalid = {}, {}
-    for number, field in enumerate(contract.fields, 1):
+    missing: dict[str, str] = {}
+    invalid: dict[str, str] = {}
+    numbers = itertools.count(1)
+    for field in contract.fields:
+        if field.name == KEY:
+            missing |= _missing_key(contract)
+            invalid[f"invalid_{KEY}"] = IS_BROKEN_KEY
+            continue
+        number = next(numbers)
         # The field's parent exists, but is not an object.
         astray = "".join(
             f" OR {objects[path]} IS NULL AND try_variant_get({_in(objects, path)}, '$', 'STRING') IS NOT NULL"
@@ -264,10 +326,16 @@ def _form(contract: Contract, objects: dict[tuple[str, ...], str]) -> dict[str, 
     return form | missing | invalid
 
 
+def _missing_key(contract: Contract) -> dict[str, str]:
+    """SQL for the reason that a record lacks the message key that the contract requires; {} if it requires none."""
+    is_required = any(field.name == KEY and field.required for field in contract.fields)
+    return {f"missing_{KEY}": f"kafka_key IS NULL OR kafka_key::STRING RLIKE r'{BLANK}'"} if is_required else {}
+
+
 def _unnamed(objects: dict[tuple[str, ...], str], contract: Contract, path: tuple[str, ...]) -> str:
     """SQL: the fields of an object that are outside the contract, as a map."""
-    named = {field.path[len(path)] for field in contract.fields if field.path[: len(path)] == path}
-    return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(_quoted, sorted(named)))}))"
+    named = {field.path[len(path)] for field in contract.json_fields if field.path[: len(path)] == path}
+    return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(sql_text, sorted(named)))}))"
 
 
 def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
@@ -277,18 +345,14 @@ def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
         if inner and inner[:-1] == path:
             rest = _rest_of(rests, inner)
             parts.append(
-                f"CASE WHEN size({rest}) > 0 THEN map({_quoted(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END"
+                f"CASE WHEN size({rest}) > 0 THEN map({sql_text(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END"
             )
     return f"map_concat({', '.join(parts)})" if len(parts) > 1 else parts[0]
 
 
 def _in(objects: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
     """SQL: the value at `path`, as a variant."""
-    return f"{objects[path[:-1]]}[{_quoted(path[-1])}]"
-
-
-def _quoted(text: str) -> str:
-    return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
+    return f"{objects[path[:-1]]}[{sql_text(path[-1])}]"
 
 
 def _struct(**values: list[str]) -> str:
@@ -305,7 +369,7 @@ def _struct(**values: list[str]) -> str:
 def _first(reasons: dict[str, str]) -> str:
     """SQL: the name of the first reason that applies, or null."""
     return (
-        "CASE " + " ".join(f"WHEN {holds} THEN {_quoted(reason)}" for reason, holds in reasons.items()) + " END"
+        "CASE " + " ".join(f"WHEN {holds} THEN {sql_text(reason)}" for reason, holds in reasons.items()) + " END"
         if reasons
         else "NULL"
     )

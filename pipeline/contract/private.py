@@ -54,6 +54,11 @@ def is_deterministic(rows: DataFrame, condition: str) -> bool:
     )
 
 
+def is_zone(spark: SparkSession, name: str) -> bool:
+    """Whether Java has a time zone of this name."""
+    return _java(spark).java.time.ZoneId.getAvailableZoneIds().contains(name)
+
+
 def attempt(spark: SparkSession, condition: str) -> Column:
     """A column that is null for rows for which the SQL can't be evaluated. SQL's own `try_…` functions cover only some cases."""
     java = _java(spark).org.apache.spark.sql

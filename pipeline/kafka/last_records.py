@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from pipeline.contract.contract import MAX_RECORD_BYTES
+from pipeline.contract.judge import json_sql
 from pipeline.delta.tables import TablePair
 from pipeline.kafka.lookup import MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS, Offsets, RecordLookup, Result, kafka_options
 from pipeline.kafka.private import KafkaReader
@@ -128,7 +129,10 @@ class LastRecords:
         }
         there, unread = self._few_in_kafka(spark, ranges, MAX_WAIT_SECONDS)
         if unread != set():
-            there = [tuple(row) for row in self._in_kafka(spark, ranges, DataFrame.collect)]
+            there = [
+                (row.partition, row.offset, row.time, row.md5)
+                for row in self._in_kafka(spark, ranges, DataFrame.collect)
+            ]
         return {
             partition
             for partition, offset, time, md5 in there
@@ -185,14 +189,18 @@ class LastRecords:
 
     def _in_kafka(self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result]) -> Result:
         """Returns `question`'s answer for the records that Kafka has at these offsets, aliased as "record": `partition`,
-        `offset`, `time` (`time_sql`) and `md5` (`md5_sql`) of the value.
+        `offset`, `time` (`time_sql`), and the hashes (`md5_sql`) of the value, `md5`, and of its JSON text, `json_md5`.
         """
         return self.lookup.ask(
             spark,
             offsets,
             lambda records: question(
                 records.selectExpr(
-                    "partition", "offset", f"{time_sql('timestamp')} AS time", "md5(value) AS md5"
+                    "partition",
+                    "offset",
+                    f"{time_sql('timestamp')} AS time",
+                    "md5(value) AS md5",
+                    f"md5({json_sql('value')}) AS json_md5",
                 ).alias("record")
             ),
         )

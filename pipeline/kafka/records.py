@@ -3,6 +3,7 @@
 import hashlib
 
 from pipeline.contract.contract import MAX_RECORD_BYTES, OVERSIZED
+from pipeline.contract.judge import json_sql
 from pipeline.delta.tables import TablePair
 
 from pyspark.sql import Column, DataFrame
@@ -41,7 +42,7 @@ def differs(known: tuple[int | None, str | None], found: tuple[int | None, str |
 
 
 def record_columns(tables: TablePair) -> dict[str, str]:
-    """The column that holds the record, by table."""
+    """The column that holds the record, by table: its JSON text or its bytes."""
     return {tables.table: "raw_json", tables.quarantine: "raw"}
 
 
@@ -63,7 +64,8 @@ def md5_sql(value: str) -> str:
 def is_same_sql(value: str) -> str:
     """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `LastRecords._in_kafka`."""
     return (
-        f"row.partition = record.partition AND row.offset = record.offset AND {md5_sql(f'row.{value}')} <=> record.md5 "
+        f"row.partition = record.partition AND row.offset = record.offset "
+        f"AND {md5_sql(f'row.{value}')} <=> record.{'json_md5' if value == 'raw_json' else 'md5'} "
         f"AND {time_sql('unix_millis(row.kafka_timestamp)')} <=> record.time"
     )
 
@@ -80,7 +82,7 @@ def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:
     return kafka.select(
         F.when(is_oversized(kafka), OVERSIZED).alias("reject_reason"),
         F.col("value").alias("raw"),
-        F.col("value").cast("string").alias("raw_json"),
+        F.expr(json_sql("value")).alias("raw_json"),
         F.lit(topic).alias("topic"),
         "partition",
         "offset",

@@ -38,7 +38,7 @@ class KafkaSource(Source):
     `accept_data_loss`: skips records already lost. `group`: the consumer group to commit offsets to.
     """
 
-    knows_records = True
+    knows_records = has_keys = True
 
     def __init__(self, topic: Topic, accept_data_loss: bool, group: str):
         self.topic, self.accept_data_loss, self.group = topic, accept_data_loss, group

@@ -31,6 +31,7 @@ class Source:
 
     mode: str
     knows_records = False  # whether it can identify records by their origin
+    has_keys = False  # whether its records are Kafka messages, with a `kafka_key`
     notes: dict[str, str] = {}  # properties of the table for other programs
 
     def read_batch(self, batch: DataFrame) -> DataFrame:

@@ -6,8 +6,9 @@ It shares the field types and their parameters with the code under test, but non
 import json
 import math
 import re
-from datetime import date
+from datetime import date, datetime, timedelta, timezone
 from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
+from zoneinfo import ZoneInfo
 
 from pipeline.contract.contract import Contract
 from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Timestamp
@@ -117,6 +118,33 @@ def micros_of(timestamp: str) -> int:
     return micros
 
 
+def micros_in_zone(text: str, zone: str) -> int:
+    """An ISO 8601 time in microseconds since 1970; `zone` is that of a time without an offset."""
+    extended = r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?"
+    basic = r"(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(?:(\d\d)(?:[.,](\d+))?)?"
+    offset = r"(Z|[+-]\d\d(?::?\d\d)?)?"
+    found = re.fullmatch(extended + offset, text, re.ASCII) or re.fullmatch(basic + offset, text, re.ASCII)
+    if not found:
+        raise Invalid("timestamp")
+    year, month, day, hour, minute, second, fraction, written = found.groups()
+    rfc3339 = f"{year}-{month}-{day}T{hour}:{minute}:{second or '00'}.{fraction or '0'}"
+    if written:
+        return micros_of(rfc3339 + written)
+    if not zone:
+        raise Invalid("no zone")
+    local = micros_of(rfc3339 + "Z")
+    # The calendar repeats after 400 years, and datetime has no year 0.
+    cycle = timedelta(days=146_097 if local < -(5 * 10**16) else -146_097 if local > 10**17 else 0)
+    clock = datetime(1970, 1, 1) + (timedelta(microseconds=local) + cycle)
+    utc = clock.replace(tzinfo=ZoneInfo(zone)).astimezone(timezone.utc)
+    if utc.astimezone(ZoneInfo(zone)).replace(tzinfo=None) != clock:
+        raise Invalid("skipped")
+    micros = local + (utc.replace(tzinfo=None) - clock) // timedelta(microseconds=1)
+    if not FIRST_MICROS <= micros < END_MICROS:
+        raise Invalid("year")
+    return micros
+
+
 class Astray(Exception):
     """A value on the path to a field is not an object."""
 
@@ -139,6 +167,17 @@ def is_blank(value) -> bool:
 
 def read_value(field: Field, value, arrival_micros: int):
     """The value as stored in the table, with times in microseconds. Raises Invalid if it is not of the field's type."""
+    if isinstance(field, Boolean) and field.true:
+        for result, names in ((True, field.true), (False, field.false)):
+            for name in names:
+                if value == name and isinstance(value, str) == isinstance(name, str):
+                    if isinstance(value, bool) == isinstance(name, bool) and not isinstance(value, Real):
+                        return result
+        raise Invalid(field.name)
+    if getattr(field, "quoted", False) and isinstance(value, str):
+        if not re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false", value) or len(value) > 1000:
+            raise Invalid("not such a string")
+        value = parse(b'{"value":%s}' % value.encode())["value"]
     if isinstance(field, Boolean) and isinstance(value, bool) or isinstance(field, Text) and isinstance(value, str):
         return value
     if isinstance(field, Number) and isinstance(value, (Whole, Real)) and math.isfinite(float(value)):
@@ -150,18 +189,21 @@ def read_value(field: Field, value, arrival_micros: int):
     ):
         return int(value)
     if isinstance(field, Timestamp):
-        micros = read_time(field.format, value)
+        micros = read_time(field, value)
         if field.at_most_ahead and micros > arrival_micros + AHEAD[field.at_most_ahead]:
             raise Invalid("ahead")
         return micros
     raise Invalid(field.name)
 
 
-def read_time(form: str, value) -> int:
+def read_time(field: Timestamp, value) -> int:
+    form = field.format
     if form == "rfc3339" and isinstance(value, str):
         return micros_of(value)
-    if form == "epoch_ms" and isinstance(value, Whole):
-        micros = int(value) * 1000
+    if form == "iso8601" and isinstance(value, str):
+        return micros_in_zone(value, field.zone)
+    if form in ("epoch_ms", "epoch_us", "epoch_ns") and isinstance(value, Whole) and -(2**63) <= value < 2**63:
+        micros = int(value) * 1000 if form == "epoch_ms" else int(value) if form == "epoch_us" else int(value) // 1000
     elif form == "epoch_s" and isinstance(value, (Whole, Real)) and math.isfinite(value):
         exact = Decimal(getattr(value, "text", int(value)))
         digits, scale = len(exact.as_tuple().digits), -exact.as_tuple().exponent
@@ -207,6 +249,10 @@ def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[st
     """Reads a record without applying the contract's rules. Returns the reason to reject it or None, its values by
     column, and the fields outside the contract.
     """
+    if raw and raw[0] == 0 and len(raw) > 5:
+        raw = raw[5:]
+    elif raw:
+        raw = raw.removeprefix(b"\xef\xbb\xbf")
     if raw is None or is_blank(raw.decode(errors="replace")):
         return "empty_record", None, None
     try:
@@ -235,6 +281,8 @@ def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[st
 
 def break_rule(reading: dict) -> str | None:
     """The rule of readings.py that the values break, or None."""
+    if reading["event_time"] < 978_307_200_000_000:
+        return "no_clock"
     if reading["type"] not in SENSORS:
         return "unknown_type"
     unit, low, high = SENSORS[reading["type"]]

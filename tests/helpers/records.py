@@ -67,7 +67,21 @@ CASES = [
     (reading(timestamp="2026-11-20T15:30:00+0530"), None),
     (reading(timestamp="2026-11-20T11:00:00+01"), None),
     (reading(timestamp="2026-11-21T12:00:00Z"), None),  # exactly one day ahead
-    (reading(timestamp="0001-01-01T00:00:00Z"), None),
+    (reading(timestamp="0001-01-01T00:00:00Z"), "no_clock"),
+    (reading(timestamp="1970-01-01T00:30:00Z"), "no_clock"),
+    (reading(timestamp="2000-12-31T23:59:59.999999Z", type="x"), "no_clock"),
+    (reading(timestamp="2001-01-01T00:00:00Z"), None),
+    (b"\xef\xbb\xbf" + reading(), None),
+    (b"\xef\xbb\xbf\xef\xbb\xbf" + reading(), "malformed_json"),
+    (b" \xef\xbb\xbf" + reading(), "malformed_json"),
+    (b"\xef\xbb\xbf", "empty_record"),
+    (b"\x00\x00\x01\x86\xa0" + reading(), None),  # the schema id 100000, of which "\xa0" is no UTF-8
+    (b"\x00\x00\x00\x00\x0a" + reading(unknown=[1]), None),
+    (b"\x00\x00\x00\x00\x01 ", "empty_record"),
+    (b"\x00\x00\x00\x00\x01", "malformed_json"),
+    (b"\x00\x00\x00\x00\x01" + reading(value="x"), "invalid_value"),
+    (b"\x00\x00\x00\x00" + reading(), "malformed_json"),
+    (b"\x00\x00\x00\x00\x01\x00\x00\x00\x00\x01" + reading(), "malformed_json"),
     (json.dumps(dict(reversed(VALID.items())), ensure_ascii=False, separators=(",", ":")).encode(), None),
     (reading(building="Ä", device_id="\u00a0 a"), None),
     # Records that could be mistaken for plain ones.

@@ -492,8 +492,9 @@ def test_a_compressed_record_whose_kafka_time_is_no_time_is_read(world, account,
     account(f"invalid timestamps, compressed by {codec}", [(0, offset) for offset in range(21)], *each.rows())
 
 
-def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_others(world, account, capsys):
+def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_others(spark, world, account, capsys):
     world = world()
+    world.topic.properties["group.id"] = world.topic.name
     world.make(2, **ANY_TIME)
     for _ in range(3):
         send_at(world, [NANOSECONDS], *[VALID] * 90, BROKEN)
@@ -501,6 +502,11 @@ def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_ot
     assert world.consume() == (390, 3)
     assert capsys.readouterr().err.count("are not milliseconds since 1970") == 4
     world.check(account, "a producer whose times are nanoseconds")
+    # Only the consumers of the last batch are left.
+    consumers = getattr(spark._jvm.org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
+    pool = consumers.getDeclaredField("consumerPool")
+    pool.setAccessible(True)
+    assert pool.get(None).size() <= 6
 
 
 def test_such_times_in_transactions_are_read_once_they_are_committed(world, account):

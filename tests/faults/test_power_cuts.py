@@ -239,6 +239,21 @@ def test_files_are_found_again_if_the_power_was_cut_before_their_batch_was_plann
     assert [run(), run()] == [(1, 1), (0, 0)]
 
 
+@pytest.mark.parametrize("lost", ["", None], ids=["emptied", "removed"])
+def test_a_batch_is_repeated_although_the_disk_has_the_files_of_the_next_one(ingest, tmp_path, lost):
+    folder, run = ingest
+    write_two_batches(folder, run)
+    put(folder, "3.json", reading(), b"{")
+    plan(run)
+    for name in ("commits/1", "offsets/2"):
+        file = tmp_path / "checkpoint" / name
+        file.with_name(f".{file.name}.crc").unlink(missing_ok=True)
+        file.unlink()
+        if lost is not None:
+            file.write_text(lost)
+    assert [run(), run()] == [(1, 1), (0, 0)]
+
+
 def test_a_plan_of_kafka_is_kept_if_it_is_whole_and_made_again_if_it_goes_back(world, capsys):
     """The Kafka source's own entry in the checkpoint begins with a zero byte."""
     world = world()

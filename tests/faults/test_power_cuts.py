@@ -106,6 +106,7 @@ def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tm
     assert run() == (0, 0)
 
 
+@pytest.mark.long
 def test_no_commit_is_set_aside_that_would_not_be_written_again(two_batches, tmp_path, spark):
     """The checkpoint is an older copy or belongs to another table, or somebody has changed rows since."""
     folder, run = two_batches

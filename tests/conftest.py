@@ -35,7 +35,9 @@ from readings import CONTRACT
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--long", action="store_true", help="more kills, larger files and more hostile records, for half an hour"
+        "--long",
+        action="store_true",
+        help="all tests and all cases of the fault tests, with more kills, larger files and more hostile records",
     )
 
 
@@ -74,10 +76,21 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
-def pytest_collection_modifyitems(items: list) -> None:
-    """Runs the tests with the largest records first, while the memory of Spark's JVM is still free, and then the file that takes
+def pytest_collection_modifyitems(config, items: list) -> None:
+    """Without --long, leaves out tests marked as long and, of each fault test that needs Spark or Kafka, all cases but the first.
+
+    Runs the tests with the largest records first, while the memory of Spark's JVM is still free, and then the file that takes
     longest: at the end, it would keep one process busy and the others idle.
     """
+    if not config.option.long:
+        seen, left_out = set(), []
+        for item in items:
+            is_slow = item.path.parent.name == "faults" and {"spark", "broker", "start"} & {*item.fixturenames}
+            if item.get_closest_marker("long") or is_slow and item.function in seen:
+                left_out.append(item)
+            seen.add(item.function)
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     first = ["test_hostile_records.py", "test_topics.py"]
     items.sort(
         key=lambda item: (

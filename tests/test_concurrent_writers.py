@@ -81,6 +81,7 @@ def session(code: str, table: Path, name: str):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_no_commit_of_two_processes_is_lost(spark, tmp_path):
     table = tmp_path / "table"
     spark.sql(f"CREATE TABLE delta.`{table}` (writer STRING, number INT) USING delta")

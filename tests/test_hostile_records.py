@@ -236,7 +236,7 @@ def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, 
     assert seconds_for(spark, CONTRACTS[record], tmp_path, raws) < sum(map(len, raws)) / 1_000_000 + 10
 
 
-@pytest.mark.parametrize("record", ["valid", "array"])
+@pytest.mark.parametrize("record", ["valid", pytest.param("array", marks=pytest.mark.long)])
 def test_many_large_records_of_a_batch_fit_into_the_memory(spark, tmp_path, pytestconfig, account, start, record):
     """Runs in its own process, with the default heap. In an earlier version, 25 such records did not fit into memory, valid or not."""
     (tmp_path / "input").mkdir()

@@ -233,6 +233,7 @@ def test_only_failures_without_a_quiet_time_between_them_are_counted_together(
     assert len(seen) == outages + 1
 
 
+@pytest.mark.long
 def test_the_last_record_of_a_batch_may_be_anything(world):
     """With each batch and at each start, it is compared with the record in Kafka."""
     world = world(request_timeout_ms="3000")
@@ -289,6 +290,7 @@ def test_a_batch_that_was_planned_for_another_topic_is_not_read_from_it(world):
     assert one.consume() == (1, 0)
 
 
+@pytest.mark.long
 def test_uncommitted_records_are_read_where_the_user_wants_them_and_committed_ones_wait_for_them(world, account):
     world, committed = world(isolation_level="read_uncommitted"), world()
     world.make(1)
@@ -483,7 +485,9 @@ def test_a_record_whose_kafka_time_is_no_time_is_read_as_any_other_and_named(wor
     world.check(account, "invalid Kafka timestamps")
 
 
-@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+@pytest.mark.parametrize(
+    "codec", ["gzip", *(pytest.param(codec, marks=pytest.mark.long) for codec in ("snappy", "lz4", "zstd"))]
+)
 def test_a_compressed_record_whose_kafka_time_is_no_time_is_read(world, account, codec):
     each = world()
     each.make(1, compression_type=codec, **ANY_TIME)
@@ -492,8 +496,9 @@ def test_a_compressed_record_whose_kafka_time_is_no_time_is_read(world, account,
     account(f"invalid timestamps, compressed by {codec}", [(0, offset) for offset in range(21)], *each.rows())
 
 
-def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_others(world, account, capsys):
+def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_others(spark, world, account, capsys):
     world = world()
+    world.topic.properties["group.id"] = world.topic.name
     world.make(2, **ANY_TIME)
     for _ in range(3):
         send_at(world, [NANOSECONDS], *[VALID] * 90, BROKEN)
@@ -501,6 +506,11 @@ def test_a_producer_that_always_sets_such_times_is_read_batch_by_batch_beside_ot
     assert world.consume() == (390, 3)
     assert capsys.readouterr().err.count("are not milliseconds since 1970") == 4
     world.check(account, "a producer whose times are nanoseconds")
+    # Only the consumers of the last batch are left.
+    consumers = getattr(spark._jvm.org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
+    pool = consumers.getDeclaredField("consumerPool")
+    pool.setAccessible(True)
+    assert pool.get(None).size() <= 6
 
 
 def test_such_times_in_transactions_are_read_once_they_are_committed(world, account):
@@ -522,6 +532,7 @@ def test_such_times_in_transactions_are_read_once_they_are_committed(world, acco
     world.check(account, "invalid timestamps, in transactions")
 
 
+@pytest.mark.long
 def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
     """The stream is killed between the two writes of the batch."""
     world = world()
@@ -547,6 +558,7 @@ def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
     world.check(account, "a batch with invalid timestamps, repeated")
 
 
+@pytest.mark.long
 def test_data_loss_is_accepted_beside_such_times(world):
     world = world()
     world.make(1, **ANY_TIME)
@@ -613,6 +625,7 @@ def test_records_that_fit_into_no_memory_are_named_and_hurt_none_before_them(wor
     )
 
 
+@pytest.mark.long
 def test_records_beside_those_that_fit_into_no_memory_are_read(world, account):
     """Kafka's consumer decompresses the records behind each large one along with it, and batches end where Spark planned."""
     world = world()

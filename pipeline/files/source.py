@@ -35,6 +35,7 @@ class FileSource(Source):
         self.mode = "with --multiline" if options.multiline else "without --multiline"
         self.begun: list[str] = []  # the files of a batch that an earlier run began
         self.entry = -1  # the last entry of the log of taken files that is done
+        self.end = -1  # the last one of the running batch; after a power cut, there may be more
         self.planned: list[str] = []  # the paths of the running batch
         self.files: list[Row] = []  # its files, as they were when it began
         self.listed: set[str] = set()  # the paths of all files that Spark has found for it
@@ -56,11 +57,11 @@ class FileSource(Source):
             self.taken.note(path, modified)
         self.entry = unread.get("logOffset", -1)
         self.waiting = count_waiting(self.taken, self.options) if self.options.once else 0
-        self.begun = self.taken.after(self.entry)
+        self.begun = self.taken.between(self.entry, self.taken.last_entry)
         self.taken.name_changed(self.taken.changed(self.taken.files))
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
-        paths = planned_files(batch)
+        paths, self.end = planned_files(batch), end.get("logOffset", -1)
         return {"files": len(paths), "sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
@@ -68,7 +69,7 @@ class FileSource(Source):
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
         self.taken.read_log()
-        self.planned = self.taken.after(self.entry)
+        self.planned = self.taken.between(self.entry, self.end)
         self.files, self.faults = self._files_in(batch), {}
         found = {plain(file.path): file.modified for file in self.files}
         # Spark skips files that it does not find, and empty files.
@@ -163,7 +164,7 @@ class FileSource(Source):
     def after_batch(self, batch: DataFrame, reasons: set[str], quarantine: str) -> None:
         """Names files that changed while they were read, and files that should be read with --multiline."""
         self.waiting -= len(self.files)
-        self.entry, self.begun = self.taken.last_entry, []
+        self.entry, self.begun = self.end, []
         files = self._files_in(batch)
         before = {file.path: file for file in self.files}
         self.taken.name_changed(plain(file.path) for file in files if before.get(file.path, file) != file)

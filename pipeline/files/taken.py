@@ -68,10 +68,11 @@ class TakenFiles:
                 f"again. Use the same --input as before, or give {self.folder} its own --table and --checkpoint."
             )
 
-    def after(self, entry: int) -> list[str]:
-        """The files of later entries."""
+    def between(self, entry: int, last: int) -> list[str]:
+        """The files of the entries after `entry`, up to `last`."""
         newest_first = reversed(self.files)  # they are in the order of the log
-        return list(itertools.takewhile(lambda path: self.files[path].entry > entry, newest_first))
+        later = itertools.takewhile(lambda path: self.files[path].entry > entry, newest_first)
+        return [path for path in later if self.files[path].entry <= last]
 
     def note(self, path: str, modified: int) -> None:
         """Records the modification time of a file that is being read. It may be later than the one in Spark's log."""

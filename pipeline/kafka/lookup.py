@@ -65,6 +65,7 @@ class RecordLookup:
         self.topic = topic
         self._gaps: list[Gap] = []  # those found so far
         self._one_by_one = 0  # how many offsets before each gap, and before the end, are read one record at a time
+        self._has_consumers = False  # that are left from earlier readings
 
     def ask(
         self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False
@@ -84,6 +85,11 @@ class RecordLookup:
                     raise
         raise AssertionError("the last reading returns or raises")
 
+    def forget_fetched_records(self, spark: SparkSession) -> None:
+        """Makes the next batch read all of its records from Kafka, and closes the consumers of this lookup."""
+        forget_fetched_records(spark, and_consumers=self._has_consumers)
+        self._has_consumers = False
+
     def gaps(self, offsets: Offsets) -> list[Gap]:
         """The known gaps within these offsets."""
         return [
@@ -95,6 +101,7 @@ class RecordLookup:
 
     def records(self, spark: SparkSession, offsets: Offsets, fail_on_data_loss: bool = False) -> DataFrame:
         """The records at these offsets, without the known gaps, in the format of `kafka_records`."""
+        self._has_consumers = True
         far, near = [], []
         for partition, (begin, end) in offsets.items():
             for gap in [*self.gaps({partition: (begin, end)}), Gap(partition, end, end, end)]:

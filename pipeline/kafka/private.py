@@ -78,10 +78,11 @@ def kafka_records(
         )
         for partition, begin, end in ranges
     ]
-    # Spark keeps consumers for later reads by their group's name; these have options of their own.
-    group = f"pipeline-lookup-{uuid.uuid4()}"
+    # Spark keeps consumers for later reads by their group's name (see `forget_fetched_records`). These have options of their
+    # own, and Spark refuses other options for a group that it knows.
+    settings = _settings(options) | {"group.id": f"pipeline-lookup-{uuid.uuid4()}"}
     params = kafka.KafkaSourceProvider.kafkaParamsForExecutors(
-        java.org.apache.spark.api.python.PythonUtils.toScalaMap(_settings(options)), group
+        java.org.apache.spark.api.python.PythonUtils.toScalaMap(settings), settings["group.id"]
     )
     rdd = kafka.KafkaSourceRDD(
         spark.sparkContext._jsc.sc(), params, _scala_seq(spark, parts), POLL_TIMEOUT_MS, fail_on_data_loss
@@ -110,8 +111,8 @@ def forget_fetched_records(spark: SparkSession, and_consumers: bool = False) -> 
     """Makes the next batch read all of its records from Kafka, including those that Spark prefetched during an earlier batch.
     Since then, Kafka may have lost the end of its log and now have other records there.
 
-    `and_consumers`: closes idle consumers, too. A consumer that ran out of memory would fail again at the same record, and
-    the others keep the last record that they read.
+    `and_consumers`: closes idle consumers, too. A consumer that ran out of memory would fail again at the same record, the
+    others keep the last record that they read, and those of `kafka_records` are never used again.
     """
     consumers = getattr(_java(spark).org.apache.spark.sql.kafka010.consumer, "KafkaDataConsumer$")._java_lang_class
     for name in ["fetchedDataPool"] + ["consumerPool"] * and_consumers:

@@ -11,7 +11,7 @@ from pipeline.contract.contract import INCONSISTENT, MAX_RECORD_BYTES, OVERSIZED
 from pipeline.delta.tables import TablePair
 from pipeline.kafka.last_records import LastRecords
 from pipeline.kafka.lookup import Gap, RecordLookup, is_too_large
-from pipeline.kafka.private import forget_fetched_records, kafka_offsets
+from pipeline.kafka.private import kafka_offsets
 from pipeline.kafka.records import GREGORIAN_START_MS, MAX_TIMESTAMP_MS, is_oversized, records_of
 from pipeline.kafka.topics import GROUP, TOPIC_NAME, Topic
 from pipeline.spark.private import SPARK_ERRORS
@@ -63,7 +63,7 @@ class KafkaSource(Source):
             end = self._offsets(done[-1], "endOffset")
             if all(end.get(partition, -1) >= offset for partition, offset in self.beginning.items()):
                 raise Stopped
-        forget_fetched_records(batch.sparkSession)
+        self.lookup.forget_fetched_records(batch.sparkSession)
         return batch
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:

@@ -206,6 +206,7 @@ def test_data_loss_is_accepted_once(spark, broker, silver, admin, start, run_her
     )
 
 
+@pytest.mark.long
 def test_what_is_lost_while_the_accepted_loss_is_passed_over_stops_the_job(read_five, admin, capsys):
     world = read_five
     topic = world.topic.name
@@ -231,6 +232,7 @@ def test_what_is_lost_while_the_accepted_loss_is_passed_over_stops_the_job(read_
     assert world.consume(accept_data_loss=True) == (10, 0)
 
 
+@pytest.mark.long
 def test_a_new_partition_that_has_lost_its_beginning_is_named(read_five, admin):
     world = read_five
     topic = world.topic.name
@@ -294,6 +296,7 @@ def test_another_topic_is_not_taken_for_the_old_one_made_again(world):
     assert first.consume() == (0, 0)
 
 
+@pytest.mark.long
 def test_an_empty_topic_in_place_of_the_old_one_is_accepted_once_and_for_all(read_five, admin, tmp_path):
     world = read_five
     topic = world.topic.name
@@ -320,6 +323,7 @@ def test_a_topic_that_is_deleted_while_it_is_read_ends_the_job(silver, admin, br
     assert f'error: The topic "{topic}" on {broker} is gone' in consumer.output and "Traceback" not in consumer.output
 
 
+@pytest.mark.long
 def test_partitions_that_are_added_are_read_from_their_beginning(spark, broker, silver, admin, start, produce, account):
     (_, _, _, topic), options = silver
     make_topic(admin, topic)

@@ -106,6 +106,7 @@ def test_a_batch_that_the_disk_did_not_have_yet_is_written_again(two_batches, tm
     assert run() == (0, 0)
 
 
+@pytest.mark.long
 def test_no_commit_is_set_aside_that_would_not_be_written_again(two_batches, tmp_path, spark):
     """The checkpoint is an older copy or belongs to another table, or somebody has changed rows since."""
     folder, run = two_batches
@@ -236,6 +237,21 @@ def test_files_are_found_again_if_the_power_was_cut_before_their_batch_was_plann
     folder, run = two_batches
     (tmp_path / "checkpoint" / "sources" / "0" / "2").write_text("")
     put(folder, "3.json", reading(), b"{")
+    assert [run(), run()] == [(1, 1), (0, 0)]
+
+
+@pytest.mark.parametrize("lost", ["", None], ids=["emptied", "removed"])
+def test_a_batch_is_repeated_although_the_disk_has_the_files_of_the_next_one(ingest, tmp_path, lost):
+    folder, run = ingest
+    write_two_batches(folder, run)
+    put(folder, "3.json", reading(), b"{")
+    plan(run)
+    for name in ("commits/1", "offsets/2"):
+        file = tmp_path / "checkpoint" / name
+        file.with_name(f".{file.name}.crc").unlink(missing_ok=True)
+        file.unlink()
+        if lost is not None:
+            file.write_text(lost)
     assert [run(), run()] == [(1, 1), (0, 0)]
 
 

@@ -136,6 +136,7 @@ def test_a_log_that_is_replaced_while_the_stream_runs_is_noticed_by_its_next_bat
     assert arrived(world) == [*range(100), *range(200, 260), *range(1000, 1050), *range(2000, 2010)]
 
 
+@pytest.mark.long
 def test_a_kafka_that_does_not_say_whether_it_has_them_is_not_taken_to_have_them(read_hundred, monkeypatch):
     world = read_hundred
     send(world, range(100, 120))
@@ -158,6 +159,7 @@ def test_settings_for_a_better_throughput_do_not_delay_a_single_record(world, sp
     assert (len(found), unread) == (1, set())
 
 
+@pytest.mark.long
 def test_records_that_were_fetched_with_the_batch_before_are_read_again_from_a_log_that_is_another_by_now(
     world, rewrite
 ):

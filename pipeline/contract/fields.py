@@ -12,7 +12,7 @@ from pipeline.contract.columns import RESERVED_COLUMNS
 OFFSET = r"(?:Z|[+-]\d\d(?::?\d\d)?)"
 RFC3339 = rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?{OFFSET}"
 # ISO 8601's calendar date and time, in its extended form (also with a blank instead of the "T") or its basic form.
-ISO8601 = r"(?:\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?|\d{8}T\d{4}(?:\d\d(?:[.,]\d+)?)?)" rf"{OFFSET}?+"
+ISO8601 = r"(?:\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?|\d{8}T\d{4}(?:\d\d(?:[.,]\d+)?)?)"
 KEY = "@key"  # the name of a field that stands for the key of a Kafka message
 # The years 0 to 9999 in UTC, in seconds since 1970.
 FIRST_SECOND, END_SECOND = -62_167_219_200, 253_402_300_800
@@ -248,7 +248,7 @@ class Timestamp(Unquoted):
     type = "TIMESTAMP"
     FORMATS: ClassVar = {  # (json_types, unquoted or plain)
         "rfc3339": (Text.json_types, f'"({RFC3339})"'),
-        "iso8601": (Text.json_types, f'"({ISO8601})"'),
+        "iso8601": (Text.json_types, f'"({ISO8601}{OFFSET}?)"'),
         "epoch_s": (Number.json_types, r"(-?(?:0|[1-9]\d{0,11}+)(?:\.\d{1,12}+)?+)"),
         "epoch_ms": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,14}+))"),
         "epoch_us": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,17}+))"),
@@ -312,7 +312,7 @@ class Timestamp(Unquoted):
         # Spark reads the extended form with seconds.
         extended = rf"regexp_replace(translate({text}, ', ', '.T'), r'^(\d{{4}})-?(\d\d)-?(\d\d)T(\d\d):?(\d\d):?', '$1-$2-$3T$4:$5:')"
         complete = rf"regexp_replace({extended}, r':(?!\d)', ':00')"
-        form = ISO8601 if self.zone else ISO8601.removesuffix("?+")
+        form = ISO8601 + OFFSET + ("?" if self.zone else "")
         time = rf"try_cast(CASE WHEN {text} RLIKE r'\A{form}\z' THEN {complete} END AS TIMESTAMP)"
         if not self.zone:
             return time

@@ -67,6 +67,7 @@ ROOMS = [
     "files",
     "kafka",
     "readers",
+    "sample",
     "dashboard",
     "simulator",
 ]
@@ -78,6 +79,8 @@ STRANGERS = [
     {"dashboard", "streaming"},
     {"dashboard", "files"},
     {"dashboard", "readers"},
+    {"dashboard", "sample"},
+    {"sample", "streaming"},
 ]
 
 

@@ -12,7 +12,7 @@ from pipeline.contract.columns import RESERVED_COLUMNS
 OFFSET = r"(?:Z|[+-]\d\d(?::?\d\d)?)"
 RFC3339 = rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?{OFFSET}"
 # ISO 8601's calendar date and time, in its extended form (also with a blank instead of the "T") or its basic form.
-ISO8601 = r"(?:\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?|\d{8}T\d{4}(?:\d\d(?:[.,]\d+)?)?)"
+DATE_TIME = r"(?:\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?|\d{8}T\d{4}(?:\d\d(?:[.,]\d+)?)?)"
 KEY = "@key"  # the name of a field that stands for the key of a Kafka message
 # The years 0 to 9999 in UTC, in seconds since 1970.
 FIRST_SECOND, END_SECOND = -62_167_219_200, 253_402_300_800
@@ -54,6 +54,11 @@ class Field(ABC):
     @abstractmethod
     def json_types(self) -> tuple[str, ...]:
         """The types that the JSON value can have, as named by schema_of_variant."""
+
+    @property
+    @abstractmethod
+    def expected(self) -> str:
+        """The JSON that the field takes, in words."""
 
     @property
     def marks_strings(self) -> bool:
@@ -99,6 +104,7 @@ class Text(Field):
     """A string. If the field is required, a blank string counts as missing."""
 
     type = "STRING"
+    expected = "a string"
     json_types = ("STRING",)
     # It does not begin with white space, so it is not blank. Its range ends before U+FFFD, which Java substitutes for
     # invalid UTF-8.
@@ -161,6 +167,10 @@ class Boolean(Unquoted):
             )
 
     @property
+    def expected(self) -> str:
+        return " or ".join(map(json_text, self.true + self.false)) or "true or false"
+
+    @property
     def marks_strings(self) -> bool:
         return bool(self.true)
 
@@ -196,6 +206,7 @@ class Number(Unquoted):
     """A finite number, stored as a double."""
 
     type = "DOUBLE"
+    expected = "a number"
     json_types = ("BIGINT", "DECIMAL", "DOUBLE")
     unquoted = r"(-?(?:0|[1-9]\d{0,14}+)(?:\.\d{1,15}+)?+)"
 
@@ -220,6 +231,10 @@ class Integer(Unquoted):
     @property
     def type(self) -> str:
         return "INT" if self.bits == 32 else "BIGINT"
+
+    @property
+    def expected(self) -> str:
+        return f"a whole number of {self.bits} bits"
 
     @property
     def unquoted(self) -> str:
@@ -248,7 +263,7 @@ class Timestamp(Unquoted):
     type = "TIMESTAMP"
     FORMATS: ClassVar = {  # (json_types, unquoted or plain)
         "rfc3339": (Text.json_types, f'"({RFC3339})"'),
-        "iso8601": (Text.json_types, f'"({ISO8601}{OFFSET}?)"'),
+        "iso8601": (Text.json_types, f'"({DATE_TIME}{OFFSET}?)"'),
         "epoch_s": (Number.json_types, r"(-?(?:0|[1-9]\d{0,11}+)(?:\.\d{1,12}+)?+)"),
         "epoch_ms": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,14}+))"),
         "epoch_us": (Integer.json_types, r"(-?(?:0|[1-9]\d{0,17}+))"),
@@ -273,6 +288,15 @@ class Timestamp(Unquoted):
                 f'the field {self.name} has zone={self.zone!r}, which must be a time zone such as "Europe/Berlin", together with '
                 f'format="iso8601"'
             )
+
+    @property
+    def expected(self) -> str:
+        form = {
+            "rfc3339": "a time such as 2026-11-20T08:00:00Z",
+            "iso8601": "a date and time of ISO 8601" + (f" in {self.zone}" if self.zone else " with an offset"),
+            "epoch_s": "a time in seconds",
+        }.get(self.format, f"a whole number of {self.format.removeprefix('epoch_')} since 1970")
+        return form + (f", at most {self.at_most_ahead} ahead" if self.at_most_ahead else "")
 
     @property
     def _is_string(self) -> bool:
@@ -312,7 +336,7 @@ class Timestamp(Unquoted):
         # Spark reads the extended form with seconds.
         extended = rf"regexp_replace(translate({text}, ', ', '.T'), r'^(\d{{4}})-?(\d\d)-?(\d\d)T(\d\d):?(\d\d):?', '$1-$2-$3T$4:$5:')"
         complete = rf"regexp_replace({extended}, r':(?!\d)', ':00')"
-        form = ISO8601 + OFFSET + ("?" if self.zone else "")
+        form = DATE_TIME + OFFSET + ("?" if self.zone else "")
         time = rf"try_cast(CASE WHEN {text} RLIKE r'\A{form}\z' THEN {complete} END AS TIMESTAMP)"
         if not self.zone:
             return time

@@ -1,0 +1,62 @@
+"""What a contract makes of a sample."""
+
+import json
+from functools import reduce
+
+from pipeline.contract.contract import Contract
+from pipeline.contract.judge import parse
+from pipeline.readers.printing import show
+from pipeline.terminal.messages import say
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+SHOWN_ROWS = 5  # accepted records
+SHOWN_CHARACTERS = 100  # of a rejected record or value
+
+
+def report(records: DataFrame, contract: Contract) -> None:
+    """Prints how many of the records are accepted, why the others are rejected, the fields outside the contract, and some rows."""
+    spark = records.sparkSession
+    judged = parse(records, contract).cache()
+    first = F.first("raw").cast("string").alias("raw")
+    reasons = (
+        judged.groupBy("reject_reason").agg(F.count("*").alias("records"), first).orderBy(F.desc("records")).collect()
+    )
+    accepted = sum(row.records for row in reasons if row.reject_reason is None)
+    total = sum(row.records for row in reasons)
+    say(f"{total:,} records: {accepted:,} accepted, {total - accepted:,} rejected")
+    if rejected := [
+        (row.reject_reason, row.records, _example(row.reject_reason, row.raw or "", contract))
+        for row in reasons
+        if row.reject_reason
+    ]:
+        say("")
+        show(spark.createDataFrame(rejected, "reject_reason STRING, records BIGINT, example STRING"), len(rejected))
+    unknown = judged.where("reject_reason IS NULL").select(F.explode("_unknown_fields").alias("name"))
+    if names := [f"{row.name} ({row['count']:,})" for row in unknown.groupBy("name").count().sort("name").collect()]:
+        say(f"\nFields outside the contract, kept in _rescued_data: {', '.join(names)}")
+    if accepted:
+        say("\nThe first accepted records:\n")
+        show(
+            judged.where("reject_reason IS NULL").select(*(f"`{name}`" for name in contract.columns)).limit(SHOWN_ROWS),
+            SHOWN_ROWS,
+        )
+
+
+def _example(reason: str, raw: str, contract: Contract) -> str:
+    """What is wrong with the record that was rejected for this reason."""
+    field = next((field for field in contract.json_fields if reason == f"invalid_{field.name}"), None)
+    if field:
+        try:
+            value = reduce(dict.__getitem__, field.path, json.loads(raw[raw.index("{") :]))
+        except (KeyError, TypeError, ValueError):  # an object that leads to the field is none
+            return _cut(f"{raw}")
+        return f"{_cut(json.dumps(value, ensure_ascii=False))} is not {field.expected}"
+    if reason in contract.rules:
+        return f"{' '.join(contract.rules[reason].split())}: {_cut(raw)}"
+    return _cut(raw)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

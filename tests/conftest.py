@@ -79,8 +79,8 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_collection_modifyitems(config, items: list) -> None:
     """Without --long, leaves out tests marked as long and, of each fault test that needs Spark or Kafka, all cases but the first.
 
-    Runs the tests with the largest records first, while the memory of Spark's JVM is still free, and then the file that takes
-    longest: at the end, it would keep one process busy and the others idle.
+    Runs the tests with the largest records first, while the memory of Spark's JVM is still free, and then the files that take
+    longest: at the end, they would keep one process busy and the others idle.
     """
     if not config.option.long:
         seen, left_out = set(), []
@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config, items: list) -> None:
             seen.add(item.function)
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
-    first = ["test_hostile_records.py", "test_topics.py"]
+    first = ["test_hostile_records.py", "test_topics.py", "test_folders.py", "test_readers.py"]
     items.sort(
         key=lambda item: (
             first.index(item.path.name) if item.path.name in first else len(first),

@@ -220,6 +220,7 @@ def test_files_that_wait_are_counted_as_the_stream_takes_them(spark, tmp_path):
     assert count_waiting(TakenFiles(spark, options.checkpoint, options.input, None), options) == 2
 
 
+@pytest.mark.long
 def test_thousands_of_files_are_read(ingest):
     folder, run = ingest
     for number in range(5000):
@@ -409,6 +410,7 @@ ODD_NAMES = [
 ]
 
 
+@pytest.mark.long
 def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, capsys):
     folder, run = ingest
     (folder / "sub").mkdir()
@@ -472,7 +474,9 @@ def test_files_that_change_before_they_are_read_and_after_they_are_archived(inge
         )
 
 
-@pytest.mark.parametrize("other", ["link", "elsewhere", "inp"])
+@pytest.mark.parametrize(
+    "other", ["inp", *(pytest.param(other, marks=pytest.mark.long) for other in ("link", "elsewhere"))]
+)
 def test_a_folder_by_another_path_is_refused(ingest, tmp_path, other):
     """Otherwise all its files would be read again."""
     folder, run = ingest
@@ -538,6 +542,7 @@ def test_a_link_to_links_could_be_followed_without_end(ingest, tmp_path):
         run()
 
 
+@pytest.mark.long
 def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys, monkeypatch):
     folder, run = ingest
     (tmp_path / "elsewhere").mkdir()
@@ -559,6 +564,7 @@ def test_files_behind_a_link_are_not_archived(ingest, tmp_path, capsys, monkeypa
     assert f"{folder}/linked/a.json is not read" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_drafts_are_archived_only_if_spark_cannot_be_told_to_leave_them(ingest, tmp_path, capsys):
     folder, run = ingest
     drafts = ["_date=2026-11-20.json", "_metadata_x.json", "_common_metadata=1.json", ".hidden=1.json"]
@@ -575,6 +581,7 @@ def test_drafts_are_archived_only_if_spark_cannot_be_told_to_leave_them(ingest, 
 
 
 @pytest.mark.skipif(os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev, reason="needs a second disk")
+@pytest.mark.long
 def test_files_that_are_archived_on_another_disk_have_not_changed(ingest, capsys):
     folder, run = ingest
     with tempfile.TemporaryDirectory(dir="/dev/shm") as archive:
@@ -602,6 +609,7 @@ def test_a_file_that_is_packed_where_it_was_read_is_named(ingest, capsys, pack):
     assert run() == (0, 0) and capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_hundreds_of_files_whose_names_look_like_patterns_are_read_a_few_at_a_time(ingest, monkeypatch, capsys):
     """For n such files, Spark lists n² entries."""
     folder, run = ingest

@@ -473,6 +473,7 @@ def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, 
     assert run_here("read_delta.py", table).stdout.endswith(f"4 rows in {table}\n")
 
 
+@pytest.mark.long
 def test_a_stream_that_reads_a_table_survives_its_clean_up_and_stops_if_its_history_is_gone(
     spark, tmp_path, monkeypatch
 ):

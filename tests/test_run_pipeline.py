@@ -79,6 +79,7 @@ def test_one_command_runs_everything_and_ctrl_c_stops_all_of_it(clone):
     assert processes_of(str(clone)) == [] and not answers(port)
 
 
+@pytest.mark.long
 def test_a_terminal_shows_the_parts_in_place(clone):
     def stop_after_a_batch(text: str, process: subprocess.Popen) -> None:
         if re.search(r"spark_kafka_consumer.py +running +[\d.,]+ +\d+ ", text) and re.search(

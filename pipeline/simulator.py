@@ -18,9 +18,9 @@ BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
 # How to break the rules of readings.py, given its sensor types. The simulator can't break other rules.
 WRONG_VALUES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "no_clock": lambda types: {"timestamp": "1970-01-01T00:30:00Z"},
     "unknown_type": lambda types: {"type": f"not {' or '.join(types)}"},
     "wrong_unit": lambda types: {"unit": f"not {' or '.join(each.unit for each in types.values())}"},
-    "no_clock": lambda types: {"timestamp": "1970-01-01T00:30:00Z"},
     "out_of_range": lambda types: {"value": max(each.high for each in types.values()) + 1},
 }
 

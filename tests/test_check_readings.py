@@ -10,7 +10,7 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer
 
 from helpers.processes import REPOSITORY
-from helpers.records import VALID, reading
+from helpers.records import reading
 from helpers.topics import make_topic
 
 CHECK, EXAMPLES = "check_readings.py", REPOSITORY / "examples"
@@ -118,7 +118,9 @@ def test_a_value_in_some_records_and_an_object_in_others():
 def test_a_sample_is_judged_and_nothing_is_written(run_here, tmp_path):
     sample = tmp_path / "sample.jsonl"
     sample.write_bytes(
-        b"\n".join([VALID, reading(value="21,5", note=1), reading(value=999), VALID[:-1], b'{"a":1}', reading(extra=2)])
+        b"\n".join(
+            [reading(), reading(value="21,5", note=1), reading(value=999), reading()[:-1], b'{"a":1}', reading(extra=2)]
+        )
     )
     run = run_here(CHECK, sample)
     assert run.returncode == 0 and run.stderr == ""
@@ -139,7 +141,7 @@ def test_the_newest_messages_of_a_topic_are_judged(run_here, broker):
         make_topic(admin, "to_check", partitions=2)
     with KafkaProducer(bootstrap_servers=broker) as producer:
         for number in range(20):
-            producer.send("to_check", VALID if number % 2 else b"{", partition=number % 2)
+            producer.send("to_check", reading() if number % 2 else b"{", partition=number % 2)
     options = ["--bootstrap-servers", broker, "--topic", "to_check"]
     run = run_here(CHECK, *options, "--newest", 100)
     assert run.stdout.startswith("20 records: 10 accepted, 10 rejected\n"), run.stderr

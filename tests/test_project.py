@@ -27,7 +27,7 @@ def test_every_option_of_a_script_that_the_pages_name_exists(script):
     assert script in README
     named = {
         option
-        for call in re.findall(rf"{re.escape(script)}((?: +[^\s`|&]+)*)", PAGES)
+        for call in re.findall(rf"(?<!\w){re.escape(script)}((?: +[^\s`|&]+)*)", PAGES)
         for option in re.findall(r"--[a-z-]+", call)
     }
     assert named <= set(re.findall(r"--[a-z-]+", manual(script))), named

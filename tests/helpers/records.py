@@ -120,7 +120,6 @@ CASES = [
     (b"7", "malformed_json"),
     (b"null", "malformed_json"),
     (b'"text"', "malformed_json"),
-    (b"\xef\xbb\xbf" + V, "malformed_json"),  # a byte order mark
     (V.replace(b'"', b"'"), "malformed_json"),
     (V[:-1] + b",}", "malformed_json"),
     (V[:-1] + b"/* x */}", "malformed_json"),

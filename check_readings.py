@@ -47,7 +47,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--draft", action="store_true", help="print a contract for the sample instead")
     add_readings_option(parser)
     parser.add_argument(
-        "--newest", type=at_least(1), default=1000, metavar="N", help="number of messages to read from the topic"
+        "--newest",
+        type=at_least(1),
+        default=1000,
+        metavar="N",
+        help="number of messages to read from the topic, or of records to draft a contract from",
     )
     add_topic_options(parser)
     return parser.parse_args()

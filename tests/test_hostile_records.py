@@ -10,7 +10,8 @@ import random
 import subprocess
 from collections import Counter
 
-from pipeline.contract.contract import load_contract
+from pipeline.contract.contract import Contract, load_contract
+from pipeline.contract.fields import Boolean, Number, Timestamp
 from pipeline.contract.judge import parse
 from pipeline.paths import quarantine_of
 from pipeline.spark.private import code_generation, jvm_of
@@ -163,10 +164,21 @@ def test_hostile_records_go_through_files(spark, tmp_path, hostile, account, run
     )
 
 
-CONTRACTS = {shapes.FLAT: CONTRACT, shapes.NESTED: load_contract(str(REPOSITORY / "examples" / "zigbee2mqtt.py"))}
+CONTRACTS = {
+    shapes.FLAT: CONTRACT,
+    shapes.NESTED: load_contract(str(REPOSITORY / "examples" / "zigbee2mqtt.py")),
+    shapes.KINDS: Contract(
+        (
+            Timestamp("time", format="iso8601", zone="Europe/Berlin"),
+            Number("quoted", quoted=True),
+            Boolean("switch", true=("ON",), false=("OFF",)),
+            Timestamp("seen", format="epoch_us", quoted=True),
+        )
+    ),
+}
 
 
-@pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
+@pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested", "kinds"])
 def test_records_that_are_hard_to_read_are_read_as_the_oracle_reads_them(spark, record):
     contract, raws = CONTRACTS[record], shapes.records(record, 20_000)
     rows = spark.createDataFrame(list(enumerate(raws)), "number INT, raw BINARY").withColumn(
@@ -220,7 +232,7 @@ def test_names_of_one_hash_take_no_longer_than_others(spark, tmp_path):
         assert seconds_for(spark, CONTRACT, tmp_path, [shapes.FLAT.replace("}", f",{fields}}}").encode()]) < 8
 
 
-@pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested"])
+@pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested", "kinds"])
 def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
     """Records that used to hang the reader, exhaust its memory or take quadratic time are read separately, two at a time.
     All others are read in one go, and with --long also separately.

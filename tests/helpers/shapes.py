@@ -4,8 +4,8 @@ import itertools
 import random
 from collections.abc import Callable
 
-# A record for readings.py and one for examples/zigbee2mqtt.py. In PLACES, @ marks where a shape inserts its text: as
-# additional fields, at a deeper level, as a string or as a number.
+# A record for readings.py, one for examples/zigbee2mqtt.py, and one with the other kinds of fields. In PLACES, @ marks where a
+# shape inserts its text: as additional fields, at a deeper level, as a string or as a number.
 FLAT = (
     '{"timestamp": "2026-11-20T10:00:00Z", "device_id": "sensor-001", "building": "A", "floor": 2, "type": "temperature", '
     '"value": 21.5, "unit": "°C"}'
@@ -14,6 +14,7 @@ NESTED = (
     '{"device":{"friendlyName":"a","ieeeAddr":"b","model":"m","type":"t"},"last_seen":1763625600123,"temperature":21.5,'
     '"humidity":45.1,"linkquality":120}'
 )
+KINDS = '{"time":"2026-11-20 10:00:00","quoted":"21.5","switch":"ON","seen":"1763625600123456"}'
 PLACES = {
     FLAT: {
         "fields": ('"}', '",@}'),
@@ -32,6 +33,15 @@ PLACES = {
         "inner": ('"t"}', '"t",@}'),
         "object": ('"device":{', '"device":@,"was":{'),
         "all": (NESTED, "@"),
+    },
+    KINDS: {
+        "first": ("{", "{@,"),
+        "text": ('"ON"', '"@"'),
+        "number": ('"21.5"', "@"),
+        "quoted": ('"21.5"', '"@"'),
+        "integer": ("1763625600123456", "@"),
+        "time": ("00:00", "00:00.@"),
+        "all": (KINDS, "@"),
     },
 }
 
@@ -193,6 +203,12 @@ SHAPES = {
     "integer": VALUES[:3],
     "object": VALUES[:6],
     "text": TEXTS,
+    "quoted": [
+        times("9", ""),
+        within("1.", times("9", ""), ""),
+        within("1e", times("9", ""), ""),
+        within("", times(" ", ""), "1"),
+    ],
     "time": [times("1", "")],
     "all": WHOLE,
 }

@@ -438,7 +438,8 @@ PLACE = "/data/Concurrent No space left on device (Permission denied)/metadata a
             "Another stream is using the checkpoint",
         ),
         ("java.lang.OutOfMemoryError", f"Java heap space {PLACE}", "Spark.s JVM does not have enough"),
-        ("java.io.IOException", f"{PLACE}/part-1.parquet: Input/output error", None),
+        ("java.io.IOException", f"{PLACE}/part-1.parquet: Input/output error", "The operating system reports an error"),
+        ("java.net.SocketException", "Too many open files", "The operating system reports an error"),
         ("java.io.IOException", f"{PLACE}/metadata already exists/more", None),
         ("java.lang.IllegalStateException", f"cannot read {PLACE}/Incomplete log file", None),
     ],
@@ -451,7 +452,12 @@ def test_an_error_is_recognised_by_what_it_is_and_not_by_words_of_a_path(spark, 
 
 
 @pytest.mark.parametrize(
-    "number, told", [(errno.ENOSPC, "There is no space left for"), (errno.EACCES, "This user may not")]
+    "number, told",
+    [
+        (errno.ENOSPC, "There is no space left for"),
+        (errno.EACCES, "This user may not"),
+        (errno.EIO, f"The operating system reports an error .{re.escape(PLACE)}/x: Input/output error"),
+    ],
 )
 def test_an_error_of_python_is_recognised_too(number, told):
     assert re.match(told, explain(OSError(number, os.strerror(number), f"{PLACE}/x"), PLACE, f"{PLACE}_checkpoint"))

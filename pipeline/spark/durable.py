@@ -24,7 +24,7 @@ def sync(paths: Iterable[str | Path]) -> None:
         except OSError as error:
             # Some file systems, such as shared folders of virtual machines, can't sync a folder.
             if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-                raise
+                raise OSError(error.errno, error.strerror, path) from error
         finally:
             os.close(number)
 

@@ -47,6 +47,8 @@ def explain(error: Exception, table: str, checkpoint: str) -> str | None:
         free = {place: shutil.disk_usage(_existing(place)).free for place in places}
         fullest = min(free, key=lambda place: free[place], default=table)
         return f"There is no space left for {fullest} ({message}). Free up some space and start again. {NEXT_START}"
+    if re.search(r"(Input/output error|Stale file handle|Too many open files)\)?$", message):
+        return f"The operating system reports an error ({message}). Fix it and start again. {NEXT_START}"
     denied = re.search(r"(/.*): Permission denied$", message)
     if denied and os.path.isdir(denied[1]) and not os.access(denied[1], os.R_OK | os.X_OK):
         return unreadable_folder_message(denied[1])

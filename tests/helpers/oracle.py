@@ -62,6 +62,11 @@ def depth_of(text: str) -> int:
     return deepest
 
 
+def json_of(raw: bytes) -> bytes:
+    """The JSON of a record, without the prefix of Confluent's serializers or a byte order mark."""
+    return raw[5:] if raw[:1] == b"\0" and len(raw) > 5 else raw.removeprefix(b"\xef\xbb\xbf")
+
+
 def parse(raw: bytes | None) -> dict:
     if raw is None:
         raise Invalid("null")
@@ -249,10 +254,7 @@ def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[st
     """Reads a record without applying the contract's rules. Returns the reason to reject it or None, its values by
     column, and the fields outside the contract.
     """
-    if raw and raw[0] == 0 and len(raw) > 5:
-        raw = raw[5:]
-    elif raw:
-        raw = raw.removeprefix(b"\xef\xbb\xbf")
+    raw = raw and json_of(raw)
     if raw is None or is_blank(raw.decode(errors="replace")):
         return "empty_record", None, None
     try:

@@ -532,6 +532,22 @@ def test_such_times_in_transactions_are_read_once_they_are_committed(world, acco
     world.check(account, "invalid timestamps, in transactions")
 
 
+def test_a_schema_id_before_the_json_is_left_out_and_its_record_found_again(spark, world):
+    world = world()
+    world.make(1)
+    world.send(b"\0\0\0\0\xff" + VALID, b"\xef\xbb\xbf" + VALID, b"\0\0\0\0\xff{")
+    assert world.consume() == (2, 1)
+    pair = silver_tables(world.options.table, CONTRACT.columns)
+    texts = spark.read.format("delta").load(pair.table).select("raw_json").collect()
+    assert [row.raw_json.encode() for row in texts] == [VALID] * 2
+    [rejected] = spark.read.format("delta").load(pair.quarantine).collect()
+    assert bytes(rejected.raw) == b"\0\0\0\0\xff{"
+    last = KafkaSource(world.topic, False, "any").last
+    assert last.common_end(spark, pair, 0, 0, 3) == 3
+    last.delete_from(spark, pair, {0: (0, 2)})
+    assert world.rows() == ([], [(0, 2)])
+
+
 @pytest.mark.long
 def test_a_batch_with_such_times_is_repeated_as_it_was(world, account):
     """The stream is killed between the two writes of the batch."""

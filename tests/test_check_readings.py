@@ -61,6 +61,8 @@ def test_a_draft_accepts_the_valid_records_of_each_example(run_here, tmp_path, n
         (["2026-11-20T08:00"] * 2, Timestamp("x", format="iso8601", zone="Etc/UTC", at_most_ahead="1 day")),
         ([1763625600123] * 2, Timestamp("x", format="epoch_ms", at_most_ahead="1 day")),
         ([1763625600123456789] * 2, Timestamp("x", format="epoch_ns", at_most_ahead="1 day")),
+        ([1763625600, 1763625601], Timestamp("x", format="epoch_s", at_most_ahead="1 day")),
+        (["1763625600", "1763625601"], Timestamp("x", format="epoch_s", quoted=True, at_most_ahead="1 day")),
         ([1763625600, 5], Number("x")),
         ([1, None], Number("x", required=False)),
         ([1, ""], Number("x", required=False)),

@@ -10,11 +10,12 @@ from pipeline.contract.columns import RESERVED_COLUMNS
 from pipeline.contract.fields import DATE_TIME, OFFSET, RFC3339
 from pipeline.terminal.errors import PipelineError
 
-# Seconds since 1970 in these years are taken for times: 2001 to 2100.
 MOST = 0.8  # of the values: what this share of them have in common, the field has
+MOST_NAMED = 0.5  # the share that suffices if the field's name says the same
+# Seconds since 1970 in these years may be times: 2001 to 2100.
 FIRST_PLAUSIBLE, END_PLAUSIBLE = 978_307_200, 4_102_444_800
 EPOCHS = {"epoch_s": 1, "epoch_ms": 10**3, "epoch_us": 10**6, "epoch_ns": 10**9}  # units per second
-TIME_NAME = r"(?i)(^|_|\b)(ts|t|at|time|date)($|_)|time|date|seen|epoch|_at$|[a-z]At$"
+TIME_NAME = r"(?i:(^|_)at($|_)|time|date|seen|epoch|ts$)|[a-z]At$"
 ID_NAME = r"(?i)(^|_|[a-z])(id|eui|addr|address|serial|imei|phone|key|code|version)$"
 SWITCH_NAME = r"(?i)state|contact|occupan|motion|open|closed|alarm|switch|relay|leak|tamper|online|enabled|^(is|has)_"
 SWITCHES = [("on", "off"), ("open", "closed"), ("yes", "no"), ("true", "false"), ("online", "offline"), ("high", "low")]
@@ -72,6 +73,8 @@ def draft_contract(records: list[bytes], source: str) -> str:
         columns.add(column.lower())
         if column != "_".join(path):
             options = [f'column="{column}"', *options]
+        if name in RESERVED_COLUMNS:
+            comment = comment or f"the tables have a column {name} of their own"
         if kind == "Timestamp" and not has_time:
             options, has_time = [*options, 'at_most_ahead="1 day"'], True
         if len(present) < len(objects):
@@ -150,9 +153,16 @@ def _numbers(name: str, values: list[Any], quoted: bool) -> tuple[str, list[str]
     is_whole = all(isinstance(number, int) for number in numbers)
     of_quoted = ["quoted=True"] if quoted else []
     for form, per_second in EPOCHS.items():
-        is_time = all(FIRST_PLAUSIBLE <= number / per_second < END_PLAUSIBLE for number in numbers)
-        if is_time and (is_whole or form == "epoch_s") and (re.search(TIME_NAME, name) or form != "epoch_s"):
-            return "Timestamp", [f'format="{form}"', *of_quoted], ""
+        times = [number for number in numbers if FIRST_PLAUSIBLE <= number / per_second < END_PLAUSIBLE]
+        is_named = re.search(TIME_NAME, name)
+        if len(times) >= (MOST_NAMED if is_named else MOST) * len(numbers) and (is_whole or form == "epoch_s"):
+            others = len(numbers) - len(times)
+            comment = f"{others:,} of {len(numbers):,} values are no such times" if others else ""
+            return (
+                "Timestamp",
+                [f'format="{form}"', *of_quoted],
+                comment or ("" if is_named else "a guess by its values"),
+            )
     if not quoted and {*numbers} <= {0, 1} and is_whole and re.search(SWITCH_NAME, name):
         return "Boolean", ["true=(1,)", "false=(0,)"], "a guess by its name"
     if is_whole and (re.search(ID_NAME, name) or max(map(abs, numbers)) >= 2**53):

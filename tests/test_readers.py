@@ -466,7 +466,7 @@ def test_read_delta_merges_small_files_and_removes_what_no_version_needs(spark, 
     assert (run.returncode, run.stderr) == (0, "")
     assert (
         run.stdout
-        == "Merged 4 files into 1.\nRemoved the files and log entries that no version of the last 0 hours needs.\n"
+        == "Merged 4 files into 1.\nRemoved the files and log entries that no version from the last 0 hours needs.\n"
     )
     assert len(list(table.glob("*.parquet"))) == 1
     assert not (table / "_delta_log" / f"{0:020}.json").exists()

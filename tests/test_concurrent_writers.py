@@ -119,6 +119,7 @@ def test_a_stream_at_full_speed_beside_maintenance_loses_no_record(spark, ingest
     assert {"WRITE", "OPTIMIZE"} <= history
 
 
+@pytest.mark.long
 def test_a_stream_that_waits_for_another_writer_stops_when_asked_to(tmp_path, start):
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "1.json").write_bytes(reading())

@@ -441,6 +441,7 @@ def test_files_that_change_after_they_were_read_are_named_at_each_start(ingest, 
     assert len(said) == 11 and said[-1] == "The same applies to 9 more files."
 
 
+@pytest.mark.long
 def test_files_that_change_before_they_are_read_and_after_they_are_archived(ingest, tmp_path, monkeypatch, capsys):
     """The first kind is read in full and never reported. Lines added to the second kind reach no table, so it is
     reported.

@@ -28,6 +28,7 @@ from readings import CONTRACT
 CONSUMER, PRODUCER = "spark_kafka_consumer.py", "kafka_producer.py"
 
 
+@pytest.mark.long
 def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(spark, broker, silver, start, account):
     topic, options = silver
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")  # before the topic exists

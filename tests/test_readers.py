@@ -501,6 +501,7 @@ def test_a_stream_that_reads_a_table_survives_its_clean_up_and_stops_if_its_hist
         fahrenheit()
 
 
+@pytest.mark.long
 def test_a_stream_removes_what_no_version_needs_each_thousand_batches(spark, tmp_path):
     writer = written(spark, tmp_path / "bronze", batches=4)
     writer.write(records(spark), 998, "test")

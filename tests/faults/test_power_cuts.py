@@ -219,6 +219,7 @@ def test_a_power_cut_before_the_first_batch_leaves_nothing_to_mend(ingest, tmp_p
 
 
 @pytest.mark.parametrize("cut", ["", 'v1\n{"path'])
+@pytest.mark.long
 def test_a_batch_is_begun_again_whose_entry_a_power_cut_has_left_empty(ingest, tmp_path, capsys, cut):
     folder, run = ingest
     write_two_batches(folder, run)

@@ -201,6 +201,7 @@ def test_a_lost_tail_is_noticed_behind_an_aborted_transaction(world, rewrite, ab
 
 
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.long
 def test_a_log_that_lost_the_end_of_a_planned_batch_is_noticed_though_it_fills_up_again(world, rewrite, first):
     world = world()
     world.make(1)
@@ -223,6 +224,7 @@ def test_a_log_that_lost_the_end_of_a_planned_batch_is_noticed_though_it_fills_u
     assert arrived(world) == [*range(end - 10), *range(300, 330)]
 
 
+@pytest.mark.long
 def test_partitions_that_are_added_meanwhile_are_read_from_their_beginning(read_hundred, rewrite):
     world = read_hundred
     rewrite(world, range(90), range(1000, 1050), range(3000, 3010))
@@ -295,6 +297,7 @@ def test_the_way_on_survives_a_crash_after_each_of_its_steps(read_hundred, rewri
     assert arrived(world) == [*range(100), *of_old, *range(200, 250), *range(1000, 1060)]
 
 
+@pytest.mark.long
 def test_an_accepted_loss_is_remembered_until_the_first_batch_after_it_is_done(read_hundred, rewrite):
     world = read_hundred
     rewrite(world, [*range(80), *range(200, 240)], range(1000, 1050))
@@ -309,6 +312,7 @@ def test_an_accepted_loss_is_remembered_until_the_first_batch_after_it_is_done(r
     assert arrived(world) == [*range(100), *range(200, 205), *range(1000, 1050)]
 
 
+@pytest.mark.long
 def test_rejected_records_are_taken_back_though_a_power_cut_left_the_table_without_their_batch(read_hundred, rewrite):
     world = read_hundred
     send(world, range(100, 120))
@@ -326,6 +330,7 @@ def test_rejected_records_are_taken_back_though_a_power_cut_left_the_table_witho
     )
 
 
+@pytest.mark.long
 def test_a_note_of_an_earlier_batch_is_not_believed(read_hundred):
     """In between, a version of the project that writes no such note has run."""
     note = Path(read_hundred.options.checkpoint, LAST_BATCH)
@@ -337,6 +342,7 @@ def test_a_note_of_an_earlier_batch_is_not_believed(read_hundred):
     assert arrived(read_hundred) == [*range(120), *range(1000, 1050)]
 
 
+@pytest.mark.long
 def test_a_topic_that_is_made_again_twice_is_read_from_its_beginning(world, broker):
     """The first new checkpoint has planned where to begin, but nothing has been written."""
     world = world()
@@ -356,6 +362,7 @@ def test_a_topic_that_is_made_again_twice_is_read_from_its_beginning(world, brok
     assert arrived(world) == [*range(10), *range(200, 230)]
 
 
+@pytest.mark.long
 def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_as_it_committed_records_of_it(
     world, broker
 ):
@@ -388,6 +395,7 @@ def test_a_topic_that_was_made_again_is_read_once_though_the_stream_was_killed_a
         assert arrived(world) == [*range(5), *range(100, 110)]
 
 
+@pytest.mark.long
 def test_a_broker_that_comes_back_with_an_older_copy_of_its_data(spark, tmp_path, world):
     [port] = free_ports(1)
     data, world = tmp_path / "kafka", world()

@@ -52,7 +52,7 @@ KINDS = [
     ],
     *[
         lambda name, values=values, **options: Boolean(name, true=values[0], false=values[1], **options)
-        for values in ((("ON", 1), ("OFF", 0)), ((True, "1", "a b"), (1, "\\", 'so "so"', "größe", "🙂")))
+        for values in ((("ON", 1), ("OFF", 0)), ((True, "1", "a b", "on (auto)"), (1, "\\", 'so "so"', "größe", "🙂")))
     ],
     lambda name, **options: Timestamp(name, format="iso8601", **options),
     *[

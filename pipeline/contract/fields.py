@@ -184,8 +184,9 @@ class Boolean(Unquoted):
         if not self.true:
             return super().plain
         texts = [json_text(value) for value in self.true + self.false]
-        # Those that need no escape, and can't be confused with a text in invalid UTF-8 (see `Text.plain`).
-        strings = [text[:-1] for text in texts if re.fullmatch(r'"[ !#-\[\]-\ufffc]+"', text)]
+        # Those that need no escape, can't be confused with a text in invalid UTF-8 (see `Text.plain`), and have no bracket that
+        # would count as a group.
+        strings = [text[:-1] for text in texts if re.fullmatch(r'"[ !#-\'*-\[\]-\ufffc]+"', text)]
         others = [text for text in texts if text[0] != '"']
         return '(?:({})"|({}))'.format(
             *("|".join(rf"\Q{each}\E" for each in some) or "(?!)" for some in (strings, others))

@@ -165,6 +165,8 @@ class KafkaReader:
         while places and time.monotonic() < deadline:
             try:
                 polled = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
+                # All partitions only if nothing came: with hundreds of them, each poll returns the records of one or two.
+                moved = {place.partition() for place in polled.partitions()} & places.keys() or {*places}
                 for place in polled.partitions():
                     partition = place.partition()
                     for record in polled.records(place):
@@ -175,8 +177,8 @@ class KafkaReader:
                 # The position also moves past offsets that hold no record, such as those of aborted transactions.
                 done = [
                     partition
-                    for partition, place in places.items()
-                    if self._consumer.position(place) >= offsets[partition][1]
+                    for partition in moved
+                    if self._consumer.position(places[partition]) >= offsets[partition][1]
                 ]
             except Py4JJavaError as error:
                 if java_class(error) == OUT_OF_MEMORY:

@@ -134,6 +134,8 @@ class KafkaReader:
             "enable.auto.commit": "false",
             "auto.offset.reset": "none",
             "max.partition.fetch.bytes": "65536",
+            # With Kafka's default, 500, each poll returns the records of one or two partitions; there may be hundreds.
+            "max.poll.records": "5000",
             # User settings for better throughput must not delay this.
             "fetch.min.bytes": "1",
         }
@@ -165,7 +167,7 @@ class KafkaReader:
         while places and time.monotonic() < deadline:
             try:
                 polled = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
-                # All partitions only if nothing came: with hundreds of them, each poll returns the records of one or two.
+                # All of them only if nothing came, because each question takes as long as a record.
                 moved = {place.partition() for place in polled.partitions()} & places.keys() or {*places}
                 for place in polled.partitions():
                     partition = place.partition()

@@ -149,6 +149,18 @@ def test_a_kafka_that_does_not_say_whether_it_has_them_is_not_taken_to_have_them
     assert arrived(world) == [*range(120), *range(1000, 1050)]
 
 
+@pytest.mark.long
+def test_the_last_records_of_hundreds_of_partitions_are_found_in_time_although_many_follow(world, spark):
+    world = world()
+    world.make(200)
+    with KafkaProducer(bootstrap_servers=world.broker, linger_ms=50) as producer:
+        for number in range(200 * 600):
+            producer.send(world.topic.name, b"%d" % number, partition=number % 200)
+    with closing(KafkaReader(spark, kafka_options(world.topic))) as reader:
+        found, unread = reader.records_between(world.topic.name, {number: (0, 1) for number in range(200)}, 10, 100)
+    assert ({value for *_, value in found}, unread) == ({b"%d" % number for number in range(200)}, set())
+
+
 def test_settings_for_a_better_throughput_do_not_delay_a_single_record(world, spark):
     world = world()
     world.make(1)

@@ -1,4 +1,4 @@
-"""check_readings.py: what it says about a sample, and the contracts that it drafts."""
+"""check_readings.py: its report on a sample, and the contracts it drafts."""
 
 import json
 

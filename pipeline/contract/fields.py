@@ -68,7 +68,7 @@ class Field(ABC):
     @property
     @abstractmethod
     def plain(self) -> str:
-        """A regular expression for the usual JSON of the field. Its groups, one of which matches, are the text passed to `value`."""
+        """A regular expression for the usual JSON of the field. Exactly one of its groups captures the text passed to `value`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(self.path):

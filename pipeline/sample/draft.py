@@ -10,8 +10,8 @@ from pipeline.contract.columns import RESERVED_COLUMNS
 from pipeline.contract.fields import DATE_TIME, OFFSET, RFC3339
 from pipeline.terminal.errors import PipelineError
 
-MOST = 0.8  # of the values: what this share of them have in common, the field has
-MOST_NAMED = 0.5  # the share that suffices if the field's name says the same
+MOST = 0.8  # the share of a field's values that must look alike to determine its format
+MOST_NAMED = 0.5  # the same share if the field's name suggests that format, too
 # Seconds since 1970 in these years may be times: 2001 to 2100.
 FIRST_PLAUSIBLE, END_PLAUSIBLE = 978_307_200, 4_102_444_800
 EPOCHS = {"epoch_s": 1, "epoch_ms": 10**3, "epoch_us": 10**6, "epoch_ns": 10**9}  # units per second
@@ -90,7 +90,7 @@ def draft_contract(records: list[bytes], source: str) -> str:
 
 
 def _object_of(record: bytes) -> dict[str, Any] | None:
-    """The JSON object of a record, without what may precede it (pipeline/contract/judge.py); None if it is none."""
+    """Parses a record as a JSON object, skipping a prefix (`json_sql`). Returns None for anything else."""
     record = record[5:] if record[:1] == b"\0" else record
     try:
         value = json.loads(record.decode("utf-8-sig"))
@@ -119,7 +119,7 @@ def _column(path: tuple[str, ...], taken: set[str]) -> str:
 
 
 def _kind(name: str, values: list[Any]) -> tuple[str, list[str], str]:
-    """The kind of field that takes most of these values, its options, and a comment on what was guessed."""
+    """Returns the kind of field that fits most of these values, its options, and a comment on any guesses."""
     kinds = Counter(map(_json_kind, values))
     if (kinds["number"] and kinds["numeric string"]) and not kinds["string"]:
         return *_numbers(name, values, quoted=True)[

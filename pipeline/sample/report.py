@@ -1,4 +1,4 @@
-"""What a contract makes of a sample."""
+"""Reporting how a contract judges a sample."""
 
 import json
 from functools import reduce
@@ -45,7 +45,7 @@ def report(records: DataFrame, contract: Contract) -> None:
 
 
 def _example(reason: str, raw: str, contract: Contract) -> str:
-    """What is wrong with the record that was rejected for this reason."""
+    """Explains why the record was rejected, by quoting the invalid value, the rule or the record."""
     field = next((field for field in contract.json_fields if reason == f"invalid_{field.name}"), None)
     if field:
         try:

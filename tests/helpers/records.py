@@ -75,7 +75,7 @@ CASES = [
     (b"\xef\xbb\xbf\xef\xbb\xbf" + reading(), "malformed_json"),
     (b" \xef\xbb\xbf" + reading(), "malformed_json"),
     (b"\xef\xbb\xbf", "empty_record"),
-    (b"\x00\x00\x01\x86\xa0" + reading(), None),  # the schema id 100000, of which "\xa0" is no UTF-8
+    (b"\x00\x00\x01\x86\xa0" + reading(), None),  # the schema id 100000, whose last byte is not valid UTF-8
     (b"\x00\x00\x00\x00\x0a" + reading(unknown=[1]), None),
     (b"\x00\x00\x00\x00\x01 ", "empty_record"),
     (b"\x00\x00\x00\x00\x01", "malformed_json"),

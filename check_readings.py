@@ -1,6 +1,6 @@
-"""Tries a contract on a sample of records, or drafts one from it. Writes nothing.
+"""Tests a contract on a sample of records, or drafts one from it. Writes nothing.
 
-It prints how many records are accepted, why the others are rejected, with an example of each, the fields outside the
+It prints how many records are accepted, the reasons for rejecting the others (each with an example), the fields outside the
 contract, and the first accepted records. A sample is a file with a record per line, or the newest messages of a topic.
 
     python3 check_readings.py sample.jsonl --readings my.py
@@ -44,7 +44,7 @@ def parse_options() -> argparse.Namespace:
         "sample", nargs="?", type=location, metavar="FILE", help="the sample; without it, --topic is read"
     )
     parser.add_argument("--multiline", action="store_true", help="the file is one JSON value, an object or an array")
-    parser.add_argument("--draft", action="store_true", help="print a contract for the sample instead")
+    parser.add_argument("--draft", action="store_true", help="print a draft contract for the sample, not a report")
     add_readings_option(parser)
     parser.add_argument(
         "--newest",

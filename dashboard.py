@@ -1,4 +1,4 @@
-"""A live page of the tables for the browser: the newest readings, readings over time, rejected records with their reasons,
+"""A live web page about the tables: the newest readings, readings over time, rejected records with their reasons,
 the lag of the streams, the duration of their batches, and the size of each table.
 
     lake/*/* ──> http://127.0.0.1:8501
@@ -71,7 +71,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--lake", type=local_folder, default=str(LAKE), help="folder of the tables")
+    parser.add_argument("--lake", type=local_folder, default=str(LAKE), help="folder with the tables")
     parser.add_argument("--port", type=port_number, default=8501, help="local port to serve the page on")
     add_broker_options(parser)
     return parser.parse_args()

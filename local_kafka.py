@@ -43,7 +43,7 @@ ZOOKEEPER_PROPERTIES = {
     "AUTOPURGE_SNAP_RETAIN_COUNT": "autopurge.snapRetainCount",
     "AUTOPURGE_PURGE_INTERVAL": "autopurge.purgeInterval",
 }
-# A broker that was killed is turned away until ZooKeeper considers it dead, which takes several starts.
+# A broker that was killed is turned away until ZooKeeper considers it dead, so it may need several attempts.
 MAX_RESTARTS_PER_MINUTE = 8
 STOP_SECONDS = 50  # for each of the two servers; run_pipeline.py allows two minutes for both
 LOGGING = "org.slf4j:slf4j-simple:1.7.36"  # Kafka comes with slf4j 1.7, but without a logging backend

@@ -76,7 +76,7 @@ def parse_options() -> argparse.Namespace:
     moment = parser.add_mutually_exclusive_group()
     moment.add_argument("--version", type=at_least(0), metavar="N", help="the table as of this version")
     moment.add_argument("--timestamp", metavar="T", help='the table as of this time, UTC: "2026-11-20 08:00:00"')
-    parser.add_argument("--lake", type=location, default=str(LAKE), help="folder of the tables, if no TABLE is given")
+    parser.add_argument("--lake", type=location, default=str(LAKE), help="folder with the tables, if no TABLE is given")
     add_reader_options(parser, limit=None)
     options = parser.parse_args()
     if options.table is None and (

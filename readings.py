@@ -7,7 +7,7 @@ Each field is one line: Text, Number, Integer (64 bits unless bits=32), Boolean,
 and a dotted name such as "device.id" leads into nested objects. Records are read fastest if they have their fields in the order
 listed here.
 
-A rule consists of a reason and an SQL condition over the columns and `ingest_time` (when the record arrived) that is true for
+A rule consists of a reason and an SQL condition on the columns and `ingest_time` (when the record arrived) that is true for
 the records it rejects. The first rule that is true gives the reason.
 """
 
@@ -39,7 +39,7 @@ def for_its_type(condition: str) -> str:
 
 CONTRACT = Contract(
     fields=(
-        # Up to a day ahead is allowed for devices whose clock has the wrong time zone.
+        # Times may be up to a day ahead, because a device's clock may have the wrong time zone.
         Timestamp("timestamp", column="event_time", at_most_ahead="1 day"),
         Text("device_id"),
         Text("building"),

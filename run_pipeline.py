@@ -88,14 +88,18 @@ def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--duration", type=at_least(1, float), metavar="SECONDS", help="stop after this long")
     parser.add_argument(
-        "--rate", type=at_least(0, float), default=1, metavar="PER_SECOND", help="messages per second of the producer"
+        "--rate",
+        type=at_least(0, float),
+        default=1,
+        metavar="PER_SECOND",
+        help="messages per second from each simulator",
     )
     parser.add_argument(
         "--invalid-fraction",
         type=fraction,
         default=0,
         metavar="F",
-        help="share of the producer's messages that break a rule",
+        help="share of the simulators' messages that break a rule",
     )
     parser.add_argument("--port", type=port_number, default=9092, help="local port that Kafka listens on")
     parser.add_argument("--plain", action="store_true", help="print the parts' output line by line, even on a terminal")

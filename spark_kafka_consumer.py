@@ -62,7 +62,7 @@ def parse_options() -> argparse.Namespace:
         "--group-id",
         metavar="NAME",
         help="consumer group that the stream commits its offsets to, for Kafka's own tools; it never reads them itself "
-        "(default: group.id of --kafka-config, or pipeline- and the table's name)",
+        '(default: group.id in --kafka-config, or "pipeline-" plus the table\'s name)',
     )
     parser.add_argument(
         "--accept-data-loss",

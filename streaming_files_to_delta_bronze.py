@@ -8,7 +8,7 @@ pretty-printed or not. Each record is checked against the contract in readings.p
 appended to the table; all other records go to its quarantine, unchanged and with a reason. Every record ends up in one
 of the two, exactly once, no matter what is killed. A broken .gz, or a file with a line of more than 8 MB (with
 --multiline, a file of more than 8 MB), is reported and goes to the quarantine as a whole (unreadable_file); the stream
-continues with the other files. An error of the disk or the store stops the stream, and the next start reads the file.
+continues with the other files. A disk or store error stops the stream, and the next start reads the file.
 
 A file is read once, and is identified by its name. Content added later is not read, but is reported. So write a
 file elsewhere, or under a name or in a folder that begins with "." or "_", and rename it once it is complete.

@@ -20,7 +20,7 @@ CONTRACT = Contract(
         Number("object.moisture", column="moisture", required=False),  # %
     ),
     rules={
-        "no_clock": "event_time < '2001-01-01'",  # a gateway without a GPS or network time
+        "no_clock": "event_time < '2001-01-01'",  # a gateway without GPS or network time
         "no_values": "temperature IS NULL AND moisture IS NULL",
         "out_of_range": "temperature NOT BETWEEN -50 AND 90 OR moisture NOT BETWEEN 0 AND 100",
     },

@@ -1,4 +1,4 @@
-"""Readings as Tasmota publishes them under tele/…/SENSOR: local time without a zone, and no device but in the MQTT topic.
+"""Readings as Tasmota publishes them under tele/…/SENSOR: local time without a zone, and the device only in the MQTT topic.
 
 The bridge from MQTT to Kafka has to set the message key to the topic. The payloads: https://tasmota.github.io/docs/AM2301
 

@@ -1,6 +1,6 @@
 """Uplinks as The Things Stack (version 3) publishes them. Its payload formatter decodes the payload.
 
-The Things Stack leaves out empty fields, and a counter of 0 is one.
+The Things Stack leaves out empty fields; a counter of 0 counts as empty.
 The messages: https://www.thethingsindustries.com/docs/integrations/data-formats/
 
     python3 streaming_files_to_delta_bronze.py --readings examples/things_stack.py --input examples/things_stack --table lake/bronze/things_stack

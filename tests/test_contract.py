@@ -815,7 +815,7 @@ def test_a_script_refuses_a_contract_before_it_writes(script, tmp_path, broker, 
     run = run_here(script, *source, *options[4:], "--readings", wrong, "--once")
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and not run.stdout
     assert run.stderr.startswith(
-        f"error: Invalid contract in {wrong}: the rule red is not a condition over a, ingest_time: "
+        f"error: Invalid contract in {wrong}: the rule red is not a condition on a, ingest_time: "
     )
     assert not (tmp_path / "silver").exists() and not (tmp_path / "checkpoint").exists()
 

@@ -24,7 +24,7 @@ from pipeline.terminal.errors import PipelineError, first_line
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-# Maximum bytes of a record, or of a file with --multiline. It has to fit into memory several times over per core.
+# Maximum bytes of a record, or of a file with --multiline. It has to fit in memory several times over per core.
 MAX_RECORD_BYTES = 8_000_000
 # Reasons that come from reading, not from a contract: two reads of a record disagree, a message is larger than
 # MAX_RECORD_BYTES, or a file can't be read to its end.
@@ -36,7 +36,7 @@ class Contract:
     """Defines which records are valid. Raises ContractError.
 
     `fields`: in the order of the table's columns; records are read fastest if they have their fields in the same order.
-    `rules`: reasons to reject a record, each with an SQL condition over the columns and `ingest_time` that is true for such a record. The
+    `rules`: reasons to reject a record, each with an SQL condition on the columns and `ingest_time` that is true for such a record. The
     first rule that is true gives the reason.
     """
 
@@ -97,7 +97,7 @@ class Contract:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """The rules as SQL to embed into other SQL. A line break follows each rule, in case it ends with a comment."""
+        """The rules as SQL to embed in other SQL. A line break follows each rule, in case it ends with a comment."""
         return {reason: f"({sql}\n)" for reason, sql in self.rules.items()}
 
     def check(self, spark: SparkSession, has_keys: bool = True) -> None:
@@ -118,18 +118,18 @@ class Contract:
             try:
                 if not is_of_one_row(empty, condition):
                     raise ContractError(
-                        f"the rule {reason} depends on more than the record, and its result may change when a batch is "
-                        f"repeated; it can only use {', '.join(columns)}: {told}"
+                        f"the rule {reason} ({told}) depends on more than the record, and its result may change when a batch is "
+                        f"repeated; it can only use {', '.join(columns)}"
                     )
                 if not is_deterministic(empty, condition):
                     raise ContractError(
-                        f"the rule {reason} can give different results when a batch is repeated; for the current "
-                        f"time, use ingest_time: {told}"
+                        f"the rule {reason} ({told}) can give different results when a batch is repeated; for the "
+                        f"current time, use ingest_time"
                     )
             except PySparkException as error:
                 problem = re.sub(r"\.? SQLSTATE.*", "", first_line(str(error)).strip())
                 raise ContractError(
-                    f"the rule {reason} is not a condition over {', '.join(columns)}: {problem}"
+                    f"the rule {reason} is not a condition on {', '.join(columns)}: {problem}"
                 ) from error
 
 

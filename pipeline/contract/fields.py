@@ -35,7 +35,7 @@ def json_text(value: Any) -> str:
 class Field(ABC):
     """A field of a record.
 
-    `name`: its name in the record; a dotted path such as "device.id" leads into nested objects. `column`: its column in the
+    `name`: its name in the record; a dotted path such as "device.id" reaches into nested objects. `column`: its column in the
     table, by default the name with "_" instead of ".". `required`: whether a record without the field (absent, null, or a
     blank string) is rejected.
     """
@@ -123,7 +123,7 @@ class Unquoted(Field):
     @property
     @abstractmethod
     def unquoted(self) -> str:
-        """A regular expression for the usual JSON of the field without quotes. Its single group is all of it."""
+        """A regular expression for the usual JSON of the field without quotes. Its single group captures everything."""
 
     @property
     def plain(self) -> str:
@@ -184,7 +184,7 @@ class Boolean(Unquoted):
         if not self.true:
             return super().plain
         texts = [json_text(value) for value in self.true + self.false]
-        # Those that need no escape, can't be confused with a text in invalid UTF-8 (see `Text.plain`), and have no bracket that
+        # Those that need no escape, can't be confused with invalid UTF-8 (see `Text.plain`), and have no bracket that
         # would count as a group.
         strings = [text[:-1] for text in texts if re.fullmatch(r'"[ !#-\'*-\[\]-\ufffc]+"', text)]
         others = [text for text in texts if text[0] != '"']
@@ -235,7 +235,7 @@ class Integer(Unquoted):
 
     @property
     def expected(self) -> str:
-        return f"a whole number of {self.bits} bits"
+        return f"a {self.bits}-bit integer"
 
     @property
     def unquoted(self) -> str:
@@ -249,12 +249,13 @@ class Integer(Unquoted):
 class Timestamp(Unquoted):
     """A time in the years 0 to 9999 in UTC, stored to the microsecond.
 
-    `format`: "rfc3339" (a string: date, "T", time with seconds and an optional fraction, "Z" or an offset), "iso8601" (a string:
-    also with a blank instead of the "T", without seconds, with a comma before the fraction, in the basic form
-    20261120T080000), "epoch_s" (seconds since 1970), or "epoch_ms", "epoch_us" or "epoch_ns" (whole milli-, micro- or nanoseconds
-    since 1970). `zone`: the time zone of times in "iso8601" that have no offset, such as "Europe/Berlin"; they are invalid
-    without it. In the hour that a zone repeats in autumn, the earlier time is meant; in the one that it skips in spring, times
-    are invalid. `at_most_ahead`: how far it may be ahead of the record's arrival, such as "1 day"; unlimited by default.
+    `format`: "rfc3339" (a string: date, "T", time with seconds and an optional fraction, "Z" or an offset), "iso8601" (a
+    string: also with a blank instead of the "T", without seconds, with a comma before the fraction, in the basic form
+    20261120T080000), "epoch_s" (seconds since 1970), or "epoch_ms", "epoch_us" or "epoch_ns" (whole milli-, micro- or
+    nanoseconds since 1970). `zone`: the time zone of times in "iso8601" that have no offset, such as "Europe/Berlin"; they
+    are invalid without it. Times in the hour that a zone repeats in autumn are read as the earlier one; times in the hour
+    that it skips in spring are invalid. `at_most_ahead`: how far it may be ahead of the record's arrival, such as "1 day";
+    unlimited by default.
     """
 
     format: str = "rfc3339"
@@ -294,7 +295,7 @@ class Timestamp(Unquoted):
     def expected(self) -> str:
         form = {
             "rfc3339": "a time such as 2026-11-20T08:00:00Z",
-            "iso8601": "a date and time of ISO 8601" + (f" in {self.zone}" if self.zone else " with an offset"),
+            "iso8601": "an ISO 8601 date and time" + (f" in {self.zone}" if self.zone else " with an offset"),
             "epoch_s": "a time in seconds",
         }.get(self.format, f"a whole number of {self.format.removeprefix('epoch_')} since 1970")
         return form + (f", at most {self.at_most_ahead} ahead" if self.at_most_ahead else "")

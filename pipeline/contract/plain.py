@@ -1,6 +1,6 @@
 """The fast path for plain records: a single pattern match instead of parsing.
 
-A plain record, which nearly all should be, is an object of the contract's fields, each with its usual JSON and without
+A plain record, which nearly all should be, is an object with the contract's fields, each with its usual JSON and without
 escapes; optional fields may be absent or null. A single pattern match extracts the values. The pattern for the contract's
 order is the fastest; the other one accepts any order, and unknown fields. All quantifiers are possessive, because backtracking
 would never help.

@@ -175,7 +175,7 @@ def show_fields(lake: Lake) -> None:
         st.subheader("Newest records")
         newest = lake.newest_of_each()
         if len(newest) == MOST_DEVICES:
-            st.caption(f"The {MOST_DEVICES} that have been silent for longest.")
+            st.caption(f"The {MOST_DEVICES} that have been silent the longest.")
         st.dataframe(newest, hide_index=True)
 
 

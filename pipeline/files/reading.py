@@ -19,7 +19,7 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-LINE_BYTES = 50  # the least that a line of a .gz counts as: each takes time, and a few kB may hold millions of them
+LINE_BYTES = 50  # minimum size counted for a line of a .gz: each takes time, and a few kB may hold millions of them
 SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # compression never shrinks JSON to a thousandth of its size
 MAX_DEPTH = 200
 MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill memory

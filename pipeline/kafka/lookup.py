@@ -1,4 +1,4 @@
-"""Looking up records of a topic by offset, even near records that do not fit into memory.
+"""Looking up records of a topic by offset, even near records that do not fit in memory.
 
 A compressed batch of a few kilobytes can expand to a gigabyte. Kafka's consumer decompresses a record on reaching it.
 """
@@ -52,7 +52,7 @@ def kafka_options(topic: Topic) -> dict[str, Any]:
 
 
 def is_too_large(error: BaseException) -> bool:
-    """Whether reading has failed because a record does not fit into memory. A consumer reports this once as an
+    """Whether reading has failed because a record does not fit in memory. A consumer reports this once as an
     OutOfMemoryError, and from then on with this message.
     """
     return java_class(error) == OUT_OF_MEMORY or "Received exception when fetching the next record" in root_cause(error)
@@ -70,7 +70,7 @@ class RecordLookup:
     def ask(
         self, spark: SparkSession, offsets: Offsets, question: Callable[[DataFrame], Result], has_failed: bool = False
     ) -> Result:
-        """Returns `question`'s answer for the records at these offsets (see `records`). If they don't fit into memory, asks again
+        """Returns `question`'s answer for the records at these offsets (see `records`). If they don't fit in memory, asks again
         without the records that are too large.
 
         `has_failed`: whether reading these offsets is known to run out of memory.
@@ -129,7 +129,7 @@ class RecordLookup:
 
         `one_by_one`: how many offsets before each of them, and before the end, are read one record at a time from now on.
         """
-        say(f"A record of {self.topic} doesn't fit into memory. Searching the batch for such records …")
+        say(f"A record of {self.topic} doesn't fit in memory. Searching the batch for such records …")
         self._one_by_one = one_by_one
         self._gaps = []
         forget_fetched_records(spark, and_consumers=True)

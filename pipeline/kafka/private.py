@@ -167,7 +167,7 @@ class KafkaReader:
         while places and time.monotonic() < deadline:
             try:
                 polled = self._consumer.poll(self._java.java.time.Duration.ofMillis(200))
-                # All of them only if nothing came, because each question takes as long as a record.
+                # All of them only if nothing came, because asking for a position takes as long as reading a record.
                 moved = {place.partition() for place in polled.partitions()} & places.keys() or {*places}
                 for place in polled.partitions():
                     partition = place.partition()

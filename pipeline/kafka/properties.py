@@ -92,7 +92,7 @@ def check_security(properties: dict[str, str]) -> None:
         similar = difflib.get_close_matches(re.sub("[_-]", ".", name.lower()), SECURITY_NAMES, 1, cutoff=0.75)
         if similar or re.search("sasl|ssl|jaas|secur|(key|trust)store", name, re.IGNORECASE):
             raise PipelineError(
-                f"The Kafka property {name} is not supported by both clients (Java's and kafka-python). "
+                f"The Kafka property {name} is unknown to at least one of the two clients (Java's and kafka-python). "
                 + (f"Did you mean {similar[0]}? " if similar else "")
                 + f"Both support {', '.join(SECURITY_NAMES)}."
             )

@@ -107,7 +107,7 @@ class KafkaSource(Source):
 
     def read_again(self, batch: DataFrame, error: Exception) -> DataFrame:
         """Reads a batch that Spark's reader can't: records with arbitrary times set by their producers, and records that do not fit
-        into memory, which are skipped and named.
+        in memory, which are skipped and named.
         """
         if not (has_large := is_too_large(error)) and java_class(error) != "java.lang.ArithmeticException":
             raise error

@@ -1,4 +1,4 @@
-"""--follow: the newest rows of a table as they arrive, based on the table's versions, so that no clock matters."""
+"""--follow: the newest rows of a table as they arrive, based on the table's versions, so that no clock is involved."""
 
 import argparse
 import sys

@@ -148,7 +148,7 @@ def _json_kind(value: Any) -> str:
 
 def _numbers(name: str, values: list[Any], quoted: bool) -> tuple[str, list[str], str]:
     if quoted and re.search(ID_NAME, name) and all(isinstance(value, str) for value in values):
-        return "Text", [], "digits in a string; a guess by its name"
+        return "Text", [], "digits in a string; guessed from its name"
     numbers = [json.loads(value) if isinstance(value, str) else value for value in values]
     is_whole = all(isinstance(number, int) for number in numbers)
     of_quoted = ["quoted=True"] if quoted else []
@@ -157,14 +157,14 @@ def _numbers(name: str, values: list[Any], quoted: bool) -> tuple[str, list[str]
         is_named = re.search(TIME_NAME, name)
         if len(times) >= (MOST_NAMED if is_named else MOST) * len(numbers) and (is_whole or form == "epoch_s"):
             others = len(numbers) - len(times)
-            comment = f"{others:,} of {len(numbers):,} values are no such times" if others else ""
+            comment = f"{others:,} of {len(numbers):,} values are not plausible times" if others else ""
             return (
                 "Timestamp",
                 [f'format="{form}"', *of_quoted],
-                comment or ("" if is_named else "a guess by its values"),
+                comment or ("" if is_named else "guessed from its values"),
             )
     if not quoted and {*numbers} <= {0, 1} and is_whole and re.search(SWITCH_NAME, name):
-        return "Boolean", ["true=(1,)", "false=(0,)"], "a guess by its name"
+        return "Boolean", ["true=(1,)", "false=(0,)"], "guessed from its name"
     if is_whole and (re.search(ID_NAME, name) or max(map(abs, numbers)) >= 2**53):
         return "Integer", of_quoted, ""
     return "Number", of_quoted, "whole numbers; Integer if none ever has a fraction" if is_whole else ""
@@ -185,5 +185,5 @@ def _strings(name: str, values: list[str]) -> tuple[str, list[str], str]:
         for change in (str.lower, str.upper, str.title):
             true, false = map(change, pair)
             if found <= {true, false}:
-                return "Boolean", [f'true=("{true}",)', f'false=("{false}",)'], "a guess by its values"
+                return "Boolean", [f'true=("{true}",)', f'false=("{false}",)'], "guessed from its values"
     return "Text", [], ""

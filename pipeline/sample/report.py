@@ -50,7 +50,7 @@ def _example(reason: str, raw: str, contract: Contract) -> str:
     if field:
         try:
             value = reduce(dict.__getitem__, field.path, json.loads(raw[raw.index("{") :]))
-        except (KeyError, TypeError, ValueError):  # an object that leads to the field is none
+        except (KeyError, TypeError, ValueError):  # a parent of the field is not an object
             return _cut(f"{raw}")
         return f"{_cut(json.dumps(value, ensure_ascii=False))} is not {field.expected}"
     if reason in contract.rules:

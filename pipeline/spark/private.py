@@ -86,12 +86,12 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> dic
 
 
 def in_memory(rows: DataFrame) -> DataFrame:
-    """A snapshot of the rows in the JVM's memory, without a detour through Python."""
+    """A snapshot of the rows in the JVM's memory, without going through Python."""
     return dataframe_of(rows.sparkSession, rows._jdf.collectAsList(), rows)
 
 
 def dataframe_of(spark: SparkSession, rows: Any, like: DataFrame) -> DataFrame:
-    """A DataFrame of Java's `rows` with the columns of `like`, without a detour through Python."""
+    """A DataFrame of Java's `rows` with the columns of `like`, without going through Python."""
     return DataFrame(spark._jsparkSession.createDataFrame(rows, like._jdf.schema()), spark)
 
 

@@ -129,7 +129,7 @@ def build_spark(
             user.setLoginUser(user.createRemoteUser(str(os.getuid())))  # Hadoop would look up the name, too
         conf = SparkConf(_jvm=gateway.jvm).setAppName(app_name)
         if re.fullmatch(r"local(\[.*\])?", conf.get("spark.master") or ""):
-            conf.setIfMissing("spark.authenticate", "true")  # else its ports obey any user of this machine
+            conf.setIfMissing("spark.authenticate", "true")  # otherwise, any user of this machine could use its ports
         if conf.get("spark.master") == "local[*]":
             java = gateway.jvm.Runtime.getRuntime()
             tasks = int(java.maxMemory() / (0.8 * TASK_MEMORY))  # Java does not count part of its young generation
@@ -219,7 +219,7 @@ def _start_jvm(launch: dict[str, str], verbose: bool) -> Any:
             raise PipelineError(
                 f"Spark's JVM did not start: {reason.strip(' .')}."
                 + (f" Check {' and '.join(told)}." if told else "")
-                + " --verbose shows everything it says."
+                + " --verbose shows its full output."
             ) from error
     # A terminal or a service manager signals the JVM, too. The script decides what to do, so the JVM ignores the
     # signals; only spark-submit itself still ends on SIGTERM and SIGHUP.

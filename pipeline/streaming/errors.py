@@ -1,4 +1,4 @@
-"""Errors of the checkpoint, the tables and their file systems: how each is recognised, and the sentence for the user."""
+"""Errors of the checkpoint, the tables and their file systems: how each is recognised, and the message for the user."""
 
 import os
 import re

@@ -44,7 +44,7 @@ class Metrics(NoMetrics):
             "pipeline_newest_record_timestamp_seconds", "Time of the newest record since the start", registry=registry
         )
         self.heard = Gauge(
-            "pipeline_query_heard_timestamp_seconds", "Last answer of the running query", registry=registry
+            "pipeline_query_heard_timestamp_seconds", "When the running query last answered", registry=registry
         )
         self.commit = Gauge("pipeline_last_commit_timestamp_seconds", "End of the last batch", registry=registry)
         try:

@@ -232,7 +232,7 @@ def _check_tables(
         if is_older or written > checkpoint.last_begun():
             raise PipelineError(
                 f"The {'table' if is_older else 'checkpoint'} is an older copy: {table} has batch {written} of the "
-                f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. This would lose records. "
+                f"checkpoint {checkpoint.path}, which has {checkpoint.last_done}. Continuing would lose records. "
                 f"Restore both and the quarantine as of the same moment, or {READ_AGAIN}."
             )
         if properties is not None:
@@ -256,7 +256,7 @@ def _check_commits(commits: Commits, checkpoint: Checkpoint, role: str) -> None:
     if commits.newest < written:
         raise PipelineError(
             f"The table is an older copy: {commits.table} has version {commits.newest}, but the checkpoint "
-            f"{checkpoint.path} belongs to version {written}. This would lose records. Restore both tables and "
+            f"{checkpoint.path} belongs to version {written}. Continuing would lose records. Restore both tables and "
             f"the checkpoint as of the same moment, or {READ_AGAIN}."
         )
     if role == "table" and "batch" in note:
@@ -271,7 +271,7 @@ def require_same_contents(commits: Commits, checkpoint: Checkpoint, batch_id: in
     if commits.contents_of(checkpoint.id() or "", batch_id) not in (None, contents):
         raise PipelineError(
             f"Batch {batch_id} in {commits.table} does not match the checkpoint {checkpoint.path}, because somebody "
-            "used a copy of it. This would lose records. Use the other copy, or "
+            "used a copy of it. Continuing would lose records. Use the other copy, or "
             f"{READ_AGAIN}."
         )
 
@@ -292,7 +292,7 @@ def _fit_table(
     ):
         raise PipelineError(
             f"The last batch of {tables.table} is unfinished, and was begun with a different contract or mode (now "
-            f"{start.read_by[MODE]}). Run it once as before (--readings FILE --once), then with the new settings."
+            f"{start.read_by[MODE]}). Run the stream once as before (--readings FILE --once), then with the new settings."
         )
     add_missing_columns(spark, tables.table, tables.columns)
     # An earlier start may not have known the identity.

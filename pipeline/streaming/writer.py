@@ -132,7 +132,7 @@ class TableWriter:
         """Appends the valid records to the table, unless the batch is already there. Returns the figures of this reading (see
         `_observed`), and, as `in_table`, the number of the batch's records in the table and their fingerprint.
 
-        A single pass over the records does all of this: few records are rejected as a rule, and they are kept in memory.
+        A single pass over the records does all of this: normally, few records are rejected, and those are kept in memory.
         """
         spark = judged.sparkSession
         cores = spark.sparkContext.defaultParallelism
@@ -270,8 +270,8 @@ class TableWriter:
             self._clean_up(spark)  # after the replacements of the old files are synced to the disk
 
     def _append(self, records: DataFrame, table: str, columns: dict[str, str], this: Batch) -> None:
-        """Appends `records` to `table`, with the batch's contents in the commit. Does nothing if the table's log shows that this
-        stream has written the batch before a crash.
+        """Appends `records` to `table`, with the batch's contents in the commit. Does nothing if the table's log shows that
+        this stream wrote the batch before a crash.
 
         Raises PipelineError if the table is gone; Delta would silently create it again.
         """

@@ -1,1 +1,1 @@
-"""How every script talks and ends: arguments, messages, progress, signals, exit codes."""
+"""How scripts communicate and exit: arguments, messages, progress, signals, exit codes."""

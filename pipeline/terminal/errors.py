@@ -1,4 +1,4 @@
-"""Errors for people, and access to the details of Java errors."""
+"""User-facing errors, and access to the details of Java errors."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -42,7 +42,7 @@ def _message(error: Exception) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script. Its exit code is 0 at its end; 1 after an error, whose message is printed to stderr; 130 or 143 if Ctrl+C or
+    """Runs a script. Its exit code is 0 on success; 1 after an error, whose message is printed to stderr; 130 or 143 if Ctrl+C or
     SIGTERM stopped it before it finished (0 if it `has_no_end`), and 141 if nobody reads its output any more.
 
     `--verbose` on the command line adds the traceback. New files are accessible only to the script's user and group.

@@ -34,7 +34,7 @@ def main() -> None:
         sys.stdout.write(draft_contract([bytes(row.raw) for row in rows], options.sample or str(topic)))
         return
     with in_file(options.readings):
-        contract.check(spark, has_keys=topic is not None)
+        contract.check(spark, has_keys=topic is not None, has_arrays=not options.multiline)
     report(records, contract)
 
 

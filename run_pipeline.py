@@ -173,7 +173,7 @@ class Part:
                 self.counts.append((now, self.counts[-1][1] + records if count[2] == "rows in" else records))
                 while len(self.counts) > 2 and now - self.counts[1][0] > RATE_SECONDS:
                     self.counts.popleft()
-            if behind := re.search(r"([\d,]+) behind", line):
+            if behind := re.search(r"([\d,]+) messages behind", line):
                 self.behind = behind[1]
 
     def tell(self, lines: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
         spark,
         streams_of(spark, source, options),
         source,
-        silver_tables(options.table, contract.columns, options.keep_history),
+        silver_tables(options.table, contract.columns, options.keep_history, bool(contract.array)),
         contract,
         options,
     )

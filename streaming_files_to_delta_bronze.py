@@ -41,7 +41,7 @@ def main() -> None:
         spark,
         [(new_files, trigger_of(options))],
         source,
-        bronze_tables(options.table, contract.columns, options.keep_history),
+        bronze_tables(options.table, contract.columns, options.keep_history, bool(contract.array)),
         contract,
         options,
     )

@@ -12,10 +12,11 @@ from operator import getitem
 from typing import Any
 
 from pipeline.contract.contract import Contract, load_readings
-from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Timestamp
+from pipeline.contract.fields import Boolean, Elements, Field, Integer, Number, Text, Timestamp
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)
+READINGS = 3  # in a message, if the contract has an array
 # How to break the rules of readings.py, given its sensor types. The simulator can't break other rules.
 WRONG_VALUES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "no_clock": lambda types: {"timestamp": "1970-01-01T00:30:00Z"},
@@ -35,6 +36,7 @@ class Simulator:
     def __init__(self, contract: Contract, sensor_types: dict[str, Any]):
         self.contract, self.sensor_types = contract, sensor_types
         texts = [field for field in contract.json_fields if isinstance(field, Text)]
+        array = Elements(contract.array) if contract.array else None
         self.device = next((field for field in texts if field.name == "device_id"), texts[0] if texts else None)
         self.breaks: dict[str, Callable[[dict[str, Any]], bytes | None]] = {
             "empty_record": lambda reading: None,
@@ -46,6 +48,8 @@ class Simulator:
                 if field.required
             },
             **{f"invalid_{field.name}": changing(field, lambda value: [value]) for field in contract.json_fields},
+            **({f"missing_{array.name}": changing(array, lambda _: [])} if array else {}),
+            **({f"invalid_{array.name}": changing(array, lambda elements: [*elements, 7])} if array else {}),
             **{
                 reason: having(wrong)
                 for reason, wrong_value in WRONG_VALUES.items()
@@ -80,7 +84,8 @@ class Simulator:
             reading: dict[str, Any] = {}
             for field in self.contract.json_fields:
                 value = device["device_id"] if field is self.device else device.get(field.name)
-                put(reading, field, value if is_of(field, value) else any_value(field, rng))
+                for object_with_it in objects_with(field, reading):
+                    put(object_with_it, field, value if is_of(field, value) else any_value(field, rng))
             is_broken = rng.random() < invalid_fraction
             yield device["device_id"], next(breaks)(reading) if is_broken else to_json(reading)
 
@@ -119,14 +124,24 @@ def any_value(field: Field, rng: random.Random) -> Any:
     return f"{field.column}-{rng.randrange(10)}"
 
 
-def put(record: dict[str, Any], field: Field, value: Any) -> None:
-    for name in field.path[:-1]:
+def objects_with(field: Field, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects of the record that have the field: itself, or the elements of its array, which are created if it lacks them."""
+    if not field.array:
+        return [record]
+    *way, last = Elements(field.array).path
+    for name in way:
         record = record.setdefault(name, {})
-    record[field.path[-1]] = value
+    return record.setdefault(last, [{} for _ in range(READINGS)])
+
+
+def put(json_object: dict[str, Any], field: Field, value: Any) -> None:
+    for name in field.path[:-1]:
+        json_object = json_object.setdefault(name, {})
+    json_object[field.path[-1]] = value
 
 
 def to_json(reading: dict[str, Any]) -> bytes:
-    return json.dumps(reading, ensure_ascii=False).encode()
+    return json.dumps(reading.get("[]", reading), ensure_ascii=False).encode()
 
 
 def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], bytes]:
@@ -134,7 +149,8 @@ def changing(field: Field, change: Callable[[Any], Any]) -> Callable[[dict[str, 
 
     def break_reading(reading: dict[str, Any]) -> bytes:
         broken = copy.deepcopy(reading)
-        put(broken, field, change(reduce(getitem, field.path, reading)))
+        first = objects_with(field, broken)[0]
+        put(first, field, change(reduce(getitem, field.path, first)))
         return to_json(broken)
 
     return break_reading

@@ -37,7 +37,8 @@ def test_nothing_is_lost_or_doubled_by_stops_and_kills_while_the_producer_runs(s
     consumer.wait_for("batch", times=3)
     assert consumer.stop(signal.SIGINT) == 0 and "Traceback" not in consumer.output
     assert re.search(
-        r"batch 1: [\d,]+ rows in, [\d,]+ accepted, [\d,]+ rejected \(.+\), [\d.]+ s, [\d,]+ behind", consumer.output
+        r"batch 1: [\d,]+ rows in, [\d,]+ accepted, [\d,]+ rejected \(.+\), [\d.]+ s, [\d,]+ messages behind",
+        consumer.output,
     )
 
     consumer = start(CONSUMER, *options, "--trigger", "0 seconds")

@@ -134,8 +134,9 @@ def test_small_files_of_an_earlier_process_are_merged_once(spark, writer, tmp_pa
 def test_the_line_of_a_batch_says_how_long_the_rest_takes_and_no_field_of_a_record_steers_the_terminal():
     report = BatchReport({None: 900, "b": 60, "a": 30, "c": 30, "d": 10}, 2, ["\x1b]0;gone\x07", "x\nerror: y"], None)
     progress = {"batchId": 7, "batchDuration": 2000}
-    assert batch_line(report, progress, Backlog(2060, "behind", 1030)) == (
-        "batch 7: 1,030 rows in, 900 accepted, 130 rejected (b 60, a 30, c 30 and 1 more), 2.0 s, 2,060 behind (4 s at this rate), "
+    assert batch_line(report, progress, Backlog(2060, "messages behind", 1030)) == (
+        "batch 7: 1,030 rows in, 900 accepted, 130 rejected (b 60, a 30, c 30 and 1 more), 2.0 s, "
+        "2,060 messages behind (4 s at this rate), "
         "2 with fields unknown to the contract: \ufffd]0;gone\ufffd, x\ufffderror: y"
     )
     assert (

@@ -6,6 +6,7 @@ pipeline/contract/judge.py applies it to records.
 """
 
 import argparse
+import itertools
 import re
 import runpy
 import traceback
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.contract.fields import KEY, ContractError, Field, Timestamp
+from pipeline.contract.columns import ELEMENT_COLUMNS
+from pipeline.contract.fields import KEY, ContractError, Elements, Field, Timestamp
 from pipeline.contract.private import is_deterministic, is_of_one_row, is_zone
 from pipeline.paths import REPOSITORY
 from pipeline.terminal.arguments import location
@@ -27,7 +29,7 @@ from pyspark.sql import SparkSession
 # Maximum bytes of a record, or of a file with --multiline. It has to fit in memory several times over per core.
 MAX_RECORD_BYTES = 8_000_000
 # Reasons that come from reading, not from a contract: two reads of a record disagree, a message is larger than
-# MAX_RECORD_BYTES, or a file can't be read to its end.
+# MAX_RECORD_BYTES or has too many readings, or a file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
 
 
@@ -58,20 +60,50 @@ class Contract:
                     f'ignored); name another for one of them with column="…"'
                 )
             columns[each.column.lower()] = each
-        for outer in self.fields:
-            for inner in self.fields:
-                if inner.path[: len(outer.path)] == outer.path and inner is not outer:
-                    raise ContractError(f"the field {outer.name} is a single value, so {inner.name} can't be inside it")
+        for fields in (self.record_fields, self.element_fields):
+            for outer, inner in itertools.permutations(fields, 2):
+                if inner.path[: len(outer.path)] == outer.path:
+                    kind = "an array" if isinstance(outer, Elements) else "a single value"
+                    raise ContractError(f"the field {outer.name} is {kind}, so {inner.name} can't be inside it")
+        self._check_array()
         for reason, sql in self.rules.items():
             if not (isinstance(reason, str) and reason.strip() and isinstance(sql, str)):
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
             if reason in (*self.reasons[: -len(self.rules)], *OTHER_REASONS):
                 raise ContractError(f"the rule {reason} has the name of an existing reason; rename it")
 
+    def _check_array(self) -> None:
+        arrays = sorted({each.array for each in self.element_fields})
+        if len(arrays) > 1:
+            raise ContractError(f"it has fields in two arrays, {arrays[0]} and {arrays[1]}; it can have only one array")
+        if self.array == "[]" and (outside := [each.name for each in self.json_fields if not each.array]):
+            raise ContractError(f"the field {outside[0]} is outside the array [], which is the whole record")
+        if self.array and (own := {each.column.lower() for each in self.fields} & ELEMENT_COLUMNS):
+            raise ContractError(
+                f"a field has the column {min(own)}, which is reserved for the tables of a contract with an array; name another "
+                f'with column="…"'
+            )
+
+    @property
+    def array(self) -> str:
+        """The name of the array whose elements are the readings, such as "readings[]"; "" if each record is one reading."""
+        return next((each.array for each in self.fields if each.array), "")
+
     @property
     def json_fields(self) -> tuple[Field, ...]:
         """The fields that are read from the record itself."""
         return tuple(each for each in self.fields if each.name != KEY)
+
+    @property
+    def record_fields(self) -> tuple[Field, ...]:
+        """The fields outside the array, and the array itself if there is one."""
+        fields = tuple(each for each in self.fields if not each.array)
+        return (*fields, Elements(self.array)) if self.array else fields
+
+    @property
+    def element_fields(self) -> tuple[Field, ...]:
+        """The fields of the array's elements."""
+        return tuple(each for each in self.fields if each.array)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -90,8 +122,13 @@ class Contract:
             "empty_record",
             "invalid_encoding",
             "malformed_json",
-            *(f"missing_{each.name}" for each in self.fields if each.required),
-            *(f"invalid_{each.name}" for each in self.fields),
+            *(
+                f"{kind}_{each.name}"
+                for fields in (self.record_fields, self.element_fields)
+                for kind in ("missing", "invalid")
+                for each in fields
+                if each.required or kind == "invalid"
+            ),
             *self.rules,
         )
 
@@ -100,12 +137,19 @@ class Contract:
         """The rules as SQL to embed in other SQL. A line break follows each rule, in case it ends with a comment."""
         return {reason: f"({sql}\n)" for reason, sql in self.rules.items()}
 
-    def check(self, spark: SparkSession, has_keys: bool = True) -> None:
+    def check(self, spark: SparkSession, has_keys: bool = True, has_arrays: bool = True) -> None:
         """Raises ContractError if Java does not know a time zone, a rule is not SQL over the columns, or its result can differ for
-        the same record. `has_keys`: whether the records are Kafka messages, which have a key.
+        the same record. `has_keys`: whether the records are Kafka messages, which have a key. `has_arrays`: whether a record can be
+        an array.
         """
         if not has_keys and self.json_fields != self.fields:
             raise ContractError(f"the field {KEY} is the key of a Kafka message, which a file does not have")
+        if not has_arrays and self.array == "[]":
+            name = self.fields[0].name
+            raise ContractError(
+                f"with --multiline, each element of a file's array is a record already; write {name.removeprefix('[].')} "
+                f"instead of {name}"
+            )
         for each in self.fields:
             if isinstance(each, Timestamp) and each.zone and not is_zone(spark, each.zone):
                 raise ContractError(

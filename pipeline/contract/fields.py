@@ -35,9 +35,10 @@ def json_text(value: Any) -> str:
 class Field(ABC):
     """A field of a record.
 
-    `name`: its name in the record; a dotted path such as "device.id" reaches into nested objects. `column`: its column in the
-    table, by default the name with "_" instead of ".". `required`: whether a record without the field (absent, null, or a
-    blank string) is rejected.
+    `name`: its name in the record; a dotted path such as "device.id" reaches into nested objects. "readings[].value" is a
+    field of the elements of an array, each of which is a reading; "[].value" if the record itself is the array. `column`:
+    its column in the table, by default the name (in an element, the part after "[].") with "_" instead of ".". `required`:
+    whether a record without the field (absent, null, or a blank string) is rejected.
     """
 
     name: str
@@ -73,6 +74,10 @@ class Field(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(self.path):
             raise ContractError(f"the field {self.name!r} needs a name that does not begin or end with a dot")
+        if "[]" in "".join((self.array[:-2], *self.path)) or not all(self.array.split(".")) and self.array:
+            raise ContractError(
+                f'the field {self.name} needs a name with at most one array and a name after it, such as "readings[].value"'
+            )
         if self.name == KEY and not isinstance(self, Text):
             raise ContractError(f"the field {KEY} is the key of a Kafka message, which is a Text")
         object.__setattr__(self, "column", self.column or "_".join(self.path).removeprefix("@"))
@@ -88,8 +93,15 @@ class Field(ABC):
             )
 
     @property
+    def array(self) -> str:
+        """The name of the array whose elements have the field, such as "readings[]"; "" for a field outside of arrays."""
+        before, mark, _ = self.name.partition("[].")
+        return f"{before}[]" if mark else ""
+
+    @property
     def path(self) -> tuple[str, ...]:
-        return tuple(self.name.split("."))
+        """The names that lead to the field, from the record or from an element of its array."""
+        return tuple((self.name.partition("[].")[2] or self.name).split("."))
 
     def value(self, text: str) -> str:
         """SQL: the column's value, from the SQL of the JSON value as a string; null if it is not a valid value."""
@@ -98,6 +110,25 @@ class Field(ABC):
     def is_invalid(self, value: str) -> str:
         """SQL over `value`, `arrival_time` (may be null) and `ingest_time`: whether a field that is present has an invalid value."""
         return f"{value} IS NULL"
+
+
+class Elements(Field):
+    """The array whose elements are the readings of a record. `name`: such as "readings[]"; "[]" if it is the record itself."""
+
+    type = "BOOLEAN"  # true for an array
+    expected = "an array"
+    json_types = ()
+    plain = ""
+
+    def __post_init__(self) -> None:
+        """Its name was checked with those of the fields."""
+
+    def value(self, text: str) -> str:
+        return "true"
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return tuple(self.name.removesuffix("[]").split(".")) if self.name != "[]" else ("[]",)
 
 
 class Text(Field):

@@ -96,7 +96,12 @@ class Lake:
             ]
         )
         self.duckdb.execute(f"CREATE {kind} accepted AS SELECT {columns} FROM all_accepted WHERE {of_span}")
-        self.duckdb.execute(f"CREATE VIEW rejected AS FROM all_rejected WHERE {of_span}")
+        # Of a record with an array, a row of the quarantine may stand for several readings.
+        names = {name for name, *_ in self.duckdb.execute("DESCRIBE all_rejected").fetchall()}
+        readings = "coalesce(len(elements), 1)" if "elements" in names else "1"
+        self.duckdb.execute(
+            f"CREATE VIEW rejected AS SELECT *, {readings} AS readings FROM all_rejected WHERE {of_span}"
+        )
 
     def ask(self, sql: str, **values: Any) -> pd.DataFrame:
         return self.duckdb.execute(sql, values).df()
@@ -171,9 +176,9 @@ class Lake:
     def arrivals(self) -> pd.DataFrame:
         """The numbers of accepted and rejected records (time, verdict, records) per 200th of the period."""
         batches = self.ask(
-            "SELECT ingest_time AT TIME ZONE 'UTC' AS time, verdict, count(*) AS records FROM ("
-            "SELECT ingest_time, 'accepted' AS verdict FROM accepted UNION ALL "
-            "SELECT ingest_time, 'rejected' AS verdict FROM rejected) GROUP BY ALL"
+            "SELECT ingest_time AT TIME ZONE 'UTC' AS time, verdict, sum(readings)::BIGINT AS records FROM ("
+            "SELECT ingest_time, 'accepted' AS verdict, 1 AS readings FROM accepted UNION ALL "
+            "SELECT ingest_time, 'rejected' AS verdict, readings FROM rejected) GROUP BY ALL"
         )
         width = max((batches["time"].max() - batches["time"].min()) / POINTS, pd.Timedelta(seconds=MIN_REFRESH_SECONDS))
         return batches.groupby([batches["time"].dt.floor(width.ceil("s")), "verdict"])["records"].sum().reset_index()

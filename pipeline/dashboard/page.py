@@ -111,7 +111,9 @@ def choose(readings: dict[str, str]) -> Choice:
 
 
 def show_readings(lake: Lake, options: argparse.Namespace) -> None:
-    counts = lake.ask("SELECT reject_reason, count(*) AS records FROM rejected GROUP BY ALL ORDER BY records DESC")
+    counts = lake.ask(
+        "SELECT reject_reason, sum(readings)::BIGINT AS records FROM rejected GROUP BY ALL ORDER BY records DESC"
+    )
     newest = lake.ask("SELECT count(*) AS records, max(ingest_time) AS arrived FROM accepted").iloc[0]
     batches, is_cut = lake.batches()
     rejected = int(counts["records"].sum())

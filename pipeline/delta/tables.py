@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.contract.columns import FILE_ORIGIN, KAFKA_ORIGIN
+from pipeline.contract.columns import ELEMENT, FILE_ORIGIN, KAFKA_ORIGIN
 from pipeline.delta.locks import write_lock
 from pipeline.delta.private import remove_old_log_entries
 from pipeline.paths import local_path, quarantine_of
@@ -50,6 +50,11 @@ class TablePair:
     keep_history: str | None = None
 
     @property
+    def has_elements(self) -> bool:
+        """Whether a row is an element of its record."""
+        return "elements" in self.quarantine_columns
+
+    @property
     def quarantine(self) -> str:
         return quarantine_of(self.table)
 
@@ -63,29 +68,39 @@ class TablePair:
             yield
 
 
-def bronze_tables(path: str, contract_columns: dict[str, str], keep_history: str | None = None) -> TablePair:
+def bronze_tables(
+    path: str, contract_columns: dict[str, str], keep_history: str | None = None, has_elements: bool = False
+) -> TablePair:
+    """`has_elements`: whether the contract has an array, and a row is one of its elements."""
+    of_element = ELEMENT if has_elements else {}
     return TablePair(
         path,
-        contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | {"_rescued_data": "STRING"},
-        _quarantine_columns(FILE_ORIGIN),
-        ("source_file",),
+        contract_columns | {"ingest_time": "TIMESTAMP"} | FILE_ORIGIN | of_element | {"_rescued_data": "STRING"},
+        _quarantine_columns(FILE_ORIGIN, has_elements),
+        ("source_file", *of_element),
         keep_history,
     )
 
 
-def silver_tables(path: str, contract_columns: dict[str, str], keep_history: str | None = None) -> TablePair:
+def silver_tables(
+    path: str, contract_columns: dict[str, str], keep_history: str | None = None, has_elements: bool = False
+) -> TablePair:
+    """`has_elements`: whether the contract has an array, and a row is one of its elements."""
+    of_element = ELEMENT if has_elements else {}
     columns = (
         contract_columns
         | {"ingest_time": "TIMESTAMP"}
         | KAFKA_ORIGIN
+        | of_element
         | {"raw_json": "STRING", "_rescued_data": "STRING"}
     )
-    origin = ("partition", "offset", "kafka_timestamp")
-    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN), origin, keep_history)
+    origin = ("partition", "offset", "kafka_timestamp", *of_element)
+    return TablePair(path, columns, _quarantine_columns(KAFKA_ORIGIN, has_elements), origin, keep_history)
 
 
-def _quarantine_columns(origin: dict[str, str]) -> dict[str, str]:
-    return {"reject_reason": "STRING", "raw": "BINARY"} | origin | {"ingest_time": "TIMESTAMP"}
+def _quarantine_columns(origin: dict[str, str], has_elements: bool) -> dict[str, str]:
+    of_element = {"elements": "ARRAY<INT>"} if has_elements else {}
+    return {"reject_reason": "STRING", "raw": "BINARY"} | origin | of_element | {"ingest_time": "TIMESTAMP"}
 
 
 def create_table(spark: SparkSession, path: str, columns: dict[str, str], properties: dict[str, str]) -> None:

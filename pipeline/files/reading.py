@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.contract.contract import MAX_RECORD_BYTES, UNREADABLE
+from pipeline.contract.elements import MAX_ELEMENTS
 from pipeline.paths import local_path, plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
 from pipeline.spark.globs import escape_glob, is_pattern
@@ -22,7 +23,6 @@ from pyspark.sql import functions as F
 LINE_BYTES = 50  # minimum size counted for a line of a .gz: each takes time, and a few kB may hold millions of them
 SPARSE_BYTES, SPARSE_RATIO = 1_000_000_000, 1000  # compression never shrinks JSON to a thousandth of its size
 MAX_DEPTH = 200
-MAX_ELEMENTS = 400_000  # elements of an array; a list of millions would fill memory
 # Matches one element of an array that is already known to be valid JSON, so the pattern only has to balance brackets of
 # either kind. All quantifiers are possessive. Java's stack is deep enough for 500 levels.
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'

@@ -31,6 +31,7 @@ class FileSource(Source):
         self.taken = TakenFiles(spark, options.checkpoint, self.folder, options.archive)
         self.options, self.waiting = options, 0  # number of files, if known
         self.read = read_values if options.multiline else read_lines
+        self.has_arrays = not options.multiline  # whose elements are the records
         self.max_unpacked = options.max_unpacked * 1_000_000
         self.mode = "with --multiline" if options.multiline else "without --multiline"
         self.begun: list[str] = []  # the files of a batch that an earlier run began

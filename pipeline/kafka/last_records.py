@@ -13,7 +13,7 @@ from pipeline.contract.judge import json_sql
 from pipeline.delta.tables import TablePair
 from pipeline.kafka.lookup import MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS, Offsets, RecordLookup, Result, kafka_options
 from pipeline.kafka.private import KafkaReader
-from pipeline.kafka.records import differs, hash_of, is_same_sql, known_time, md5_sql, record_columns, time_sql
+from pipeline.kafka.records import differs, hash_of, is_same_sql, known_time, md5_sql, time_sql
 
 from delta.tables import DeltaTable
 from kafka.errors import KafkaTimeoutError
@@ -45,13 +45,13 @@ class LastRecords:
             partition: records for partition, records in self._remembered.items() if partition not in partitions
         }
 
-    def observed(self, ends: dict[int, int]) -> Column:
-        """An aggregate over the records of a batch with these ends: the string that `add` takes."""
+    def observed(self, ends: dict[int, int], is_record: Column) -> Column:
+        """An aggregate over the records of a batch with these ends: the string that `add` takes. See `Source.last_records`."""
         by_partition = F.array(*(F.lit(ends.get(partition)).cast("bigint") for partition in range(1 + max(ends))))
         is_last = F.col("offset") >= F.get(by_partition, F.col("partition")) - REMEMBERED_OFFSETS
         time = F.expr(time_sql("unix_millis(kafka_timestamp)")).alias("time")
         records = F.collect_list(
-            F.when(is_last, F.struct("partition", "offset", time, F.expr(md5_sql("raw")).alias("md5")))
+            F.when(is_last & is_record, F.struct("partition", "offset", time, F.expr(md5_sql("raw")).alias("md5")))
         )
         return F.to_json(F.struct(records.alias("records"), F.collect_set("partition").alias("partitions")))
 
@@ -147,9 +147,9 @@ class LastRecords:
                 spark.read.format("delta")
                 .load(table)
                 .alias("row")
-                .join(records, F.expr(is_same_sql(value)))
+                .join(records, F.expr(is_same))
                 .select("record.offset")
-                for table, value in record_columns(tables).items()
+                for table, is_same in is_same_sql(tables).items()
             ]
             [[offset]] = same[0].union(same[1]).agg(F.max("offset")).collect()
             return offset
@@ -167,10 +167,8 @@ class LastRecords:
         """Deletes the records that Kafka has at these offsets from `tables`, which may have others at the same offsets."""
 
         def delete(records: DataFrame) -> None:
-            for table, value in record_columns(tables).items():
-                DeltaTable.forPath(spark, table).alias("row").merge(
-                    records, is_same_sql(value)
-                ).whenMatchedDelete().execute()
+            for table, is_same in is_same_sql(tables).items():
+                DeltaTable.forPath(spark, table).alias("row").merge(records, is_same).whenMatchedDelete().execute()
 
         self._in_kafka(spark, offsets, delete)
 

@@ -41,11 +41,6 @@ def differs(known: tuple[int | None, str | None], found: tuple[int | None, str |
     return known_time is not None and known_time != time or None not in (known_md5, md5) and known_md5 != md5
 
 
-def record_columns(tables: TablePair) -> dict[str, str]:
-    """The column that holds the record, by table: its JSON text or its bytes."""
-    return {tables.table: "raw_json", tables.quarantine: "raw"}
-
-
 def is_oversized(kafka: DataFrame) -> Column:
     """Whether the key or the value of a record is too large, from the columns of Spark's Kafka source or of `kafka_records`."""
     sizes = (
@@ -61,13 +56,21 @@ def md5_sql(value: str) -> str:
     return f"CASE WHEN octet_length({value}) <= {MAX_RECORD_BYTES} THEN md5({value}) END"
 
 
-def is_same_sql(value: str) -> str:
-    """SQL: whether a `row` of a table, with its record in the column `value`, is the `record` of `LastRecords._in_kafka`."""
-    return (
-        f"row.partition = record.partition AND row.offset = record.offset "
-        f"AND {md5_sql(f'row.{value}')} <=> record.{'json_md5' if value == 'raw_json' else 'md5'} "
+def is_same_sql(tables: TablePair) -> dict[str, str]:
+    """SQL by table: whether a `row` of it is the `record` of `LastRecords._in_kafka`.
+
+    Of the readings in a message, only the first row has the message itself. The others are recognised by offset and time.
+    """
+    further = "row.element > 0 OR " if tables.has_elements else ""
+    same_value = {
+        tables.table: f"({further}{md5_sql('row.raw_json')} <=> record.json_md5)",
+        tables.quarantine: f"{md5_sql('row.raw')} <=> record.md5",
+    }
+    return {
+        table: f"row.partition = record.partition AND row.offset = record.offset AND {is_same} "
         f"AND {time_sql('unix_millis(row.kafka_timestamp)')} <=> record.time"
-    )
+        for table, is_same in same_value.items()
+    }
 
 
 def records_of(kafka: DataFrame, topic: str, ingest_time: Column) -> DataFrame:

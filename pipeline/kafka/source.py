@@ -81,8 +81,8 @@ class KafkaSource(Source):
             ) from NotLeaderForPartitionError()
         return end
 
-    def last_records(self) -> Column | None:
-        return self.last.observed(self.ends) if self.ends else None
+    def last_records(self, is_record: Column) -> Column | None:
+        return self.last.observed(self.ends, is_record) if self.ends else None
 
     def remember(self, spark: SparkSession, last_records: str | None) -> str | None:
         with self._asking():
@@ -95,11 +95,13 @@ class KafkaSource(Source):
             f"quarantine, the valid ones as {INCONSISTENT}."
         )
         row, record = written.alias("row"), judged.alias("record")
+        # A record that is now rejected as a whole may have elements in the tables, and the other way round.
+        is_element = " AND coalesce(row.element = record.element, true)" if "element" in written.columns else ""
         # For a record that is not read (`Gap`), Kafka's time is unknown.
         is_written = F.expr(
             "row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> record.kafka_timestamp "
             f"OR row.kafka_timestamp IS NULL AND row.reject_reason = '{OVERSIZED}' "
-            f"OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}')"
+            f"OR record.kafka_timestamp IS NULL AND record.reject_reason = '{OVERSIZED}'){is_element}"
         )
         return record.join(row, is_written, "left_anti").withColumn(
             "reject_reason", F.coalesce("reject_reason", F.lit(INCONSISTENT))
@@ -365,7 +367,11 @@ class KafkaSource(Source):
                 )
             self.has_warned = True
         lag = {partition: max(0, offset - end.get(partition, offset)) for partition, offset in latest.items()}
-        return Backlog(sum(lag.values()), "behind", rows, lag) if lag else None
+        begin = self._offsets(progress, "startOffset")
+        read = (
+            sum(end[partition] - offset for partition, offset in begin.items() if partition in end) if begin else rows
+        )
+        return Backlog(sum(lag.values()), "messages behind", read, lag) if lag else None
 
     def _offsets(self, progress: dict[str, Any], which: str) -> dict[int, int]:
         """The offsets by partition that Spark reports for a batch under this name; {} if there are none."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.contract.columns import RESERVED_COLUMNS
+from pipeline.contract.columns import ELEMENT_COLUMNS, RESERVED_COLUMNS
 from pipeline.contract.fields import DATE_TIME, OFFSET, RFC3339
 from pipeline.terminal.errors import PipelineError
 
@@ -19,6 +19,10 @@ TIME_NAME = r"(?i:(^|_)at($|_)|time|date|seen|epoch|ts$)|[a-z]At$"
 ID_NAME = r"(?i)(^|_|[a-z])(id|eui|addr|address|serial|imei|phone|key|code|version)$"
 SWITCH_NAME = r"(?i)state|contact|occupan|motion|open|closed|alarm|switch|relay|leak|tamper|online|enabled|^(is|has)_"
 SWITCHES = [("on", "off"), ("open", "closed"), ("yes", "no"), ("true", "false"), ("online", "offline"), ("high", "low")]
+# Names of arrays that probably hold readings, unlike those with details about one reading.
+READINGS_NAME = (
+    r"(?i)(reading|measure\w*|metric|sample|value|record|event|item|point|sensor|device|batch)(s|es)?$|(^|_)data$|^e$"
+)
 JSON_NUMBER = r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?"
 HEADER = '''"""Drafted from {source}: {used}.
 
@@ -40,63 +44,107 @@ FOOTER = """    ),
 
 def draft_contract(records: list[bytes], source: str) -> str:
     """The text of a Python file with a contract for these records, which `source` names. Raises PipelineError if none is a JSON
-    object.
+    object, or an array of objects.
     """
-    objects = [json_object for record in records if (json_object := _object_of(record)) is not None]
-    if not objects:
+    values = [value for record in records if isinstance(value := _json_of(record), dict) or _objects_in(value)]
+    if not values:
         raise PipelineError(f"{source} has no JSON object from which a contract could be drafted.")
-    values: dict[tuple[str, ...], list[Any]] = {}
-    for json_object in objects:
-        for path, value in _leaves(json_object):
-            values.setdefault(path, []).append(value)
-    # A value in some records and an object in others is read as whichever is more common.
-    groups = {path[:depth] for path in values for depth in range(1, len(path))}
-    lines, kinds, columns, has_time = [], {"Contract"}, set(RESERVED_COLUMNS), False
-    for path, found in values.items():
-        if path in groups:
-            lines.append(f"        # {'.'.join(path)}: an object in some records and a value in others")
-            continue
-        present = [value for value in found if value is not None and value != ""]
-        if not present or isinstance(present[0], list) or any(not name or "." in name for name in path):
-            why = (
-                "never has a value"
-                if not present
-                else "an array"
-                if isinstance(present[0], list)
-                else "has a dot in its name"
-            )
-            lines.append(f"        # {'.'.join(path)}: {why}; kept in _rescued_data")
-            continue
-        kind, options, comment = _kind(path[-1], present)
-        kinds.add(kind)
-        name, column = ".".join(path), _column(path, columns)
-        columns.add(column.lower())
-        if column != "_".join(path):
-            options = [f'column="{column}"', *options]
-        if name in RESERVED_COLUMNS:
-            comment = comment or f"the tables have a column {name} of their own"
-        if kind == "Timestamp" and not has_time:
-            options, has_time = [*options, 'at_most_ahead="1 day"'], True
-        if len(present) < len(objects):
-            options = [*options, "required=False"]
-        line = f"        {kind}({', '.join([json.dumps(name, ensure_ascii=False), *options])}),"
-        lines.append(f"{line}  # {comment}" if comment else line)
-    used = f"{len(objects):,} of {len(records):,} records are JSON objects"
+    draft = _Draft()
+    if 2 * sum(isinstance(value, list) for value in values) > len(values):
+        draft.add([element for value in values if isinstance(value, list) for element in _objects_in(value)], "[].")
+        used = "arrays"
+    else:
+        draft.add([value for value in values if isinstance(value, dict)])
+        used = "objects"
+    used = f"{len(values):,} of {len(records):,} records are JSON {used}"
     return (
-        HEADER.format(source=source, used=used, kinds=", ".join(sorted(kinds)))
-        + "".join(f"{line}\n" for line in lines)
+        HEADER.format(source=source, used=used, kinds=", ".join(sorted(draft.kinds)))
+        + "".join(f"{line}\n" for line in draft.lines)
         + FOOTER
     )
 
 
-def _object_of(record: bytes) -> dict[str, Any] | None:
-    """Parses a record as a JSON object, skipping a prefix (`json_sql`). Returns None for anything else."""
+class _Draft:
+    """The `lines` of a contract's fields, and the `kinds` that they use."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.kinds, self.columns, self.has_time = {"Contract"}, {*RESERVED_COLUMNS, *ELEMENT_COLUMNS}, False
+
+    def add(self, objects: list[dict[str, Any]], prefix: str = "") -> None:
+        """Adds the fields of `objects`, which are the records or, with a `prefix` such as "readings[].", the elements of their arrays."""
+        values: dict[tuple[str, ...], list[Any]] = {}
+        for json_object in objects:
+            for path, value in _leaves(json_object):
+                values.setdefault(path, []).append(value)
+        # A value in some records and an object in others is read as whichever is more common.
+        groups = {path[:depth] for path in values for depth in range(1, len(path))}
+        arrays = {path: [each for value in found for each in _objects_in(value)] for path, found in values.items()}
+        likely = {
+            path: elements
+            for path, elements in arrays.items()
+            if re.search(READINGS_NAME, path[-1])
+            and sum(map(bool, map(_objects_in, values[path]))) >= MOST * len(objects)
+        }
+        readings = None if prefix else max(likely, key=lambda path: len(likely[path]), default=None)
+        for path, found in values.items():
+            name = f"{prefix}{'.'.join(path)}"
+            present = [value for value in found if value is not None and value != ""]
+            if path in groups:
+                self.lines.append(f"        # {name}: an object in some records and a value in others")
+            elif path == readings and not any("." in step or "[]" in step for step in path):
+                self.lines.append(
+                    f"        # {name}: each element is a reading, and becomes a row; guessed from its name"
+                )
+                self.add(arrays[path], f"{name}[].")
+            elif arrays[path]:
+                way_in = (
+                    "kept in _rescued_data" if prefix else f'kept in _rescued_data; "{name}[].…" would make each a row'
+                )
+                self.lines.append(f"        # {name}: an array of objects; {way_in}")
+            elif why := _why_not(path, present):
+                self.lines.append(f"        # {name}: {why}; kept in _rescued_data")
+            else:
+                self._add_field(name, path, present, is_required=len(present) == len(objects))
+
+    def _add_field(self, name: str, path: tuple[str, ...], present: list[Any], is_required: bool) -> None:
+        kind, options, comment = _kind(path[-1], present)
+        self.kinds.add(kind)
+        column = _column(path, self.columns)
+        self.columns.add(column.lower())
+        if column != "_".join(path):
+            options = [f'column="{column}"', *options]
+        if name in RESERVED_COLUMNS:
+            comment = comment or f"the tables have a column {name} of their own"
+        if kind == "Timestamp" and not self.has_time:
+            options, self.has_time = [*options, 'at_most_ahead="1 day"'], True
+        if not is_required:
+            options = [*options, "required=False"]
+        line = f"        {kind}({', '.join([json.dumps(name, ensure_ascii=False), *options])}),"
+        self.lines.append(f"{line}  # {comment}" if comment else line)
+
+
+def _why_not(path: tuple[str, ...], present: list[Any]) -> str:
+    """Why there can be no field at `path`, whose values are `present`; "" if there can be one."""
+    if not present:
+        return "never has a value"
+    if isinstance(present[0], list):
+        return "an array"
+    return "has a dot or brackets in its name" if any(not name or "." in name or "[]" in name for name in path) else ""
+
+
+def _json_of(record: bytes) -> Any:
+    """Parses a record, skipping a prefix (`json_sql`). Returns None if it is not JSON."""
     record = record[5:] if record[:1] == b"\0" else record
     try:
-        value = json.loads(record.decode("utf-8-sig"))
+        return json.loads(record.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+
+
+def _objects_in(value: Any) -> list[dict[str, Any]]:
+    """The objects among the elements of an array."""
+    return [element for element in value if isinstance(element, dict)] if isinstance(value, list) else []
 
 
 def _leaves(value: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

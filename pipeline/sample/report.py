@@ -1,9 +1,12 @@
 """Reporting how a contract judges a sample."""
 
 import json
+from contextlib import suppress
 from functools import reduce
 
 from pipeline.contract.contract import Contract
+from pipeline.contract.elements import with_raw
+from pipeline.contract.fields import Elements
 from pipeline.contract.judge import parse
 from pipeline.readers.printing import show
 from pipeline.terminal.messages import say
@@ -18,16 +21,19 @@ SHOWN_CHARACTERS = 100  # of a rejected record or value
 def report(records: DataFrame, contract: Contract) -> None:
     """Prints how many of the records are accepted, why the others are rejected, the fields outside the contract, and some rows."""
     spark = records.sparkSession
-    judged = parse(records, contract).cache()
-    first = F.first("raw").cast("string").alias("raw")
+    judged = (with_raw(parse(records, contract)) if contract.array else parse(records, contract)).cache()
+    element = "element" if contract.array else "CAST(NULL AS INT)"
+    first = F.expr(f"first(struct(raw::STRING AS raw, {element} AS element))").alias("first")
     reasons = (
         judged.groupBy("reject_reason").agg(F.count("*").alias("records"), first).orderBy(F.desc("records")).collect()
     )
     accepted = sum(row.records for row in reasons if row.reject_reason is None)
     total = sum(row.records for row in reasons)
-    say(f"{total:,} records: {accepted:,} accepted, {total - accepted:,} rejected")
+    say(
+        f"{total:,} {'readings' if contract.array else 'records'}: {accepted:,} accepted, {total - accepted:,} rejected"
+    )
     if rejected := [
-        (row.reject_reason, row.records, _example(row.reject_reason, row.raw or "", contract))
+        (row.reject_reason, row.records, _example(row.reject_reason, row.first.raw or "", row.first.element, contract))
         for row in reasons
         if row.reject_reason
     ]:
@@ -44,8 +50,13 @@ def report(records: DataFrame, contract: Contract) -> None:
         )
 
 
-def _example(reason: str, raw: str, contract: Contract) -> str:
-    """Explains why the record was rejected, by quoting the invalid value, the rule or the record."""
+def _example(reason: str, raw: str, element: int | None, contract: Contract) -> str:
+    """Explains why the record, or this element of it, was rejected, by quoting the invalid value, the rule or the record."""
+    with suppress(KeyError, TypeError, ValueError):  # not JSON, or not of the expected form
+        if element is not None:
+            begin, names = ("[", ()) if contract.array == "[]" else ("{", Elements(contract.array).path)
+            elements = reduce(dict.__getitem__, names, json.loads(raw[raw.index(begin) :]))
+            raw = json.dumps(elements[element], ensure_ascii=False)
     field = next((field for field in contract.json_fields if reason == f"invalid_{field.name}"), None)
     if field:
         try:

@@ -144,7 +144,7 @@ def run_until_stopped(
     with lock_checkpoint(options.checkpoint), spark, suppress(Stopped):
         protect_callbacks(spark)
         with in_file(options.readings):
-            contract.check(spark, source.has_keys)
+            contract.check(spark, source.has_keys, source.has_arrays)
         start = check()
         metrics = NoMetrics()
         if options.metrics_port:

@@ -32,6 +32,7 @@ class Source:
     mode: str
     knows_records = False  # whether it can identify records by their origin
     has_keys = False  # whether its records are Kafka messages, with a `kafka_key`
+    has_arrays = True  # whether a record can be an array
     notes: dict[str, str] = {}  # properties of the table for other programs
 
     def read_batch(self, batch: DataFrame) -> DataFrame:
@@ -46,9 +47,9 @@ class Source:
         """
         return end
 
-    def last_records(self) -> Column | None:
+    def last_records(self, is_record: Column) -> Column | None:
         """An aggregate (a string) to observe over the records of a batch, from which a start can tell whether the source still has
-        them. None if there is nothing to observe.
+        them. None if there is nothing to observe. `is_record`: false for a further row of the same record.
         """
         return None
 

@@ -136,6 +136,7 @@ def check_start(
     if written_from:
         _fit_table(spark, tables, written_from, start, source.notes)
     if of_quarantine := properties[tables.quarantine]:
+        add_missing_columns(spark, tables.quarantine, tables.quarantine_columns)
         _set_changed(spark, tables.quarantine, of_quarantine, history_of(tables.keep_history))
     return start
 

@@ -4,6 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from pipeline.contract.contract import Contract
+from pipeline.contract.elements import by_record, with_raw
 from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.private import compact_own_files, version_and_last_batch
@@ -136,7 +137,9 @@ class TableWriter:
         """
         spark = judged.sparkSession
         cores = spark.sparkContext.defaultParallelism
-        rows, seen = self._observed(judged, kept_by_task=min(100_000, MAX_KEPT_ROWS // cores))
+        # A record with rejected elements becomes a row of the quarantine for each reason, which takes a second read.
+        kept_by_task = 0 if self.tables.has_elements else min(100_000, MAX_KEPT_ROWS // cores)
+        rows, seen = self._observed(judged, kept_by_task)
         # The batch was written before a crash.
         is_repeated = this.number <= version_and_last_batch(spark, self.tables.table, this.stream)[1]
         with code_generation(spark):
@@ -168,6 +171,8 @@ class TableWriter:
     def _written(self, spark: SparkSession, table: str, found: dict[str, Any]) -> DataFrame:
         """The batch's rows in a table: their origin and, in the quarantine, their reject_reason."""
         rows = spark.read.format("delta").load(table)
+        if self.tables.has_elements and table == self.tables.quarantine:
+            rows = rows.withColumn("element", F.explode_outer("elements"))
         columns = [name for name in (*self.tables.origin, "reject_reason") if name in rows.columns]
         return rows.where(F.col("ingest_time") == F.timestamp_micros(F.lit(found["arrival"]))).select(*columns)
 
@@ -189,18 +194,17 @@ class TableWriter:
         """Returns whether the rejected records differ from those of an earlier reading, and the records with the quarantine's
         columns; None if there are none. `found`: the result of `_append_valid`.
         """
-        columns = list(self.tables.quarantine_columns)
         is_same = (found["accepted"], found["fingerprint"]) == found["in_table"]
         if is_same and not found["rejected"]:
             return None
         if is_same and found["kept"] and len(found["kept"]) == found["rejected"]:
-            return False, dataframe_of(judged.sparkSession, found["kept"], judged.select(*columns)).coalesce(1)
+            return False, dataframe_of(judged.sparkSession, found["kept"], self._as_rejected(judged)).coalesce(1)
         # The records are judged again. This must not rely on reaching the same verdicts: otherwise, a record could end
         # up in both tables, or in none.
         again, seen = self._observed(judged)
         with code_generation(judged.sparkSession):
             # A cache would hold a batch of rows in memory.
-            rejected = again.where(~_is_valid()).select(*columns).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
+            rejected = self._as_rejected(again).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
         figures = observed(judged.sparkSession, seen, OBSERVATION_SECONDS) or {}
         if (figures.get("accepted"), figures.get("fingerprint")) == found["in_table"]:
             return False, rejected
@@ -208,8 +212,14 @@ class TableWriter:
         written = [
             self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)
         ]
+        judged = with_raw(judged) if self.tables.has_elements else judged
         rows = self.source.rejected_otherwise(judged, written[0].unionByName(written[1], allowMissingColumns=True))
-        return self.source.knows_records, rows.select(*columns)
+        return self.source.knows_records, self._as_rejected(rows)
+
+    def _as_rejected(self, judged: DataFrame) -> DataFrame:
+        """The rejected ones of the judged records, with the quarantine's columns."""
+        columns = self.tables.quarantine_columns
+        return by_record(judged, columns) if self.tables.has_elements else judged.where(~_is_valid()).select(*columns)
 
     def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:
         """Returns the judged records and the observation that collects their figures during one reading (see `observed`).
@@ -220,6 +230,7 @@ class TableWriter:
         has_unknown = is_valid & (F.size("_unknown_fields") > 0)
         names = F.transform(F.slice("_unknown_fields", 1, 20), lambda name: F.left(name, F.lit(50)))
         columns = self.tables.quarantine_columns
+        is_record = F.expr("coalesce(element, 0) = 0" if self.tables.has_elements else "true")
         texts = [name for name, kind in columns.items() if kind in ("BINARY", "STRING")]
         sizes = [F.coalesce(F.octet_length(name), F.lit(0)) for name in texts]
         is_kept = ~is_valid & (sum(sizes, F.lit(0)) <= MAX_KEPT_BYTES)
@@ -235,7 +246,7 @@ class TableWriter:
             "kept": F.max_by(F.struct(*columns), F.when(is_kept, 1), kept_by_task) if kept_by_task else F.lit(None),
             # A time in the future does not count as newer than the record's arrival.
             "newest": F.max(F.when(is_valid, F.unix_micros(F.least(f"`{self.contract.time}`", "ingest_time")))),
-            "last_records": F.lit(None) if (last := self.source.last_records()) is None else last,
+            "last_records": F.lit(None) if (last := self.source.last_records(is_record)) is None else last,
         }
         seen = Observation()
         return judged.observe(seen, *(figure.alias(name) for name, figure in figures.items())), seen

@@ -67,7 +67,7 @@ def json_of(raw: bytes) -> bytes:
     return raw[5:] if raw[:1] == b"\0" and len(raw) > 5 else raw.removeprefix(b"\xef\xbb\xbf")
 
 
-def parse(raw: bytes | None) -> dict:
+def parse(raw: bytes | None):
     if raw is None:
         raise Invalid("null")
     try:
@@ -86,8 +86,6 @@ def parse(raw: bytes | None) -> dict:
         )
     except (ValueError, RecursionError):
         raise Invalid("no JSON") from None
-    if not isinstance(reading, dict):
-        raise Invalid("no object")
     if re.search("[\ud800-\udfff]", json.dumps(reading, ensure_ascii=False, default=str)):
         raise Invalid("a lone surrogate")
     return reading
@@ -154,9 +152,9 @@ class Astray(Exception):
     """A value on the path to a field is not an object."""
 
 
-def find(record: dict, field: Field):
-    """The field's value, or None if the record lacks it."""
-    *way, last = field.name.split(".")
+def find(record: dict, path: str):
+    """The value at this path, or None if the record lacks it."""
+    *way, last = path.split(".")
     for name in way:
         record = record.get(name)
         if record is None:
@@ -254,31 +252,92 @@ def read(contract: Contract, raw: bytes | None, arrival_micros: int) -> tuple[st
     """Reads a record without applying the contract's rules. Returns the reason to reject it or None, its values by
     column, and the fields outside the contract.
     """
+    reason, record = read_json(raw)
+    if not reason and not isinstance(record, dict):
+        reason = "malformed_json"
+    if reason:
+        return reason, None, None
+    reason, values = read_fields(contract.fields, record, arrival_micros)
+    if reason:
+        return reason, None, None
+    return None, values, leftover(record, [field.name.split(".") for field in contract.fields])
+
+
+def read_readings(contract: Contract, raw: bytes | None, arrival_micros: int) -> list[tuple]:
+    """Reads a record with an array, like `read`. Returns (position, reason, values, rest) of each element, or of the whole record,
+    whose position is None.
+    """
+    reason, record = read_json(raw)
+    if reason:
+        return [(None, reason, None, None)]
+    array = contract.array[:-2]
+    if not array:
+        record = {"": record}
+    elif not isinstance(record, dict):
+        return [(None, "malformed_json", None, None)]
+    outside = [field for field in contract.fields if not field.name.startswith(f"{array}[].")]
+    *way, last = array.split(".")
+    missing, invalid, place = [], [], record
+    for name in way:
+        place = place.get(name) if isinstance(place, dict) else place
+    elements = place.get(last) if isinstance(place, dict) else place
+    if elements is None or isinstance(place, dict) and elements == []:
+        missing = [f"missing_{contract.array}"]
+    elif not isinstance(elements, list) or not isinstance(place, dict):
+        invalid = [f"invalid_{contract.array}"]
+    reason, values = read_fields(outside, record, arrival_micros)
+    of_fields = [reason] if reason else []
+    # All that is missing comes before all that is invalid, and the array after the fields.
+    wrong = sorted([*of_fields, *missing, *invalid], key=lambda each: each.startswith("invalid"))
+    if wrong:
+        return [(None, wrong[0], None, None)]
+    rest = leftover(record, [*(field.name.split(".") for field in outside), array.split(".")])
+    inside = [(field, field.name.removeprefix(f"{array}[].")) for field in contract.fields if field not in outside]
+    rows = []
+    for position, element in enumerate(elements):
+        of_element: dict | None = None
+        if not isinstance(element, dict):
+            reason = f"invalid_{contract.array}"
+        else:
+            reason, of_element = read_fields([field for field, _ in inside], element, arrival_micros, f"{array}[].")
+        if reason:
+            rows.append((position, reason, None, None))
+            continue
+        unknown = leftover(element, [name.split(".") for _, name in inside])
+        here = ({array: unknown} if array else unknown) if unknown else {}
+        rows.append((position, None, values | of_element, (rest if position == 0 else {}) | here))
+    return rows
+
+
+def read_json(raw: bytes | None) -> tuple[str | None, object]:
+    """The reason why a record is not JSON, or None, and its JSON value."""
     raw = raw and json_of(raw)
     if raw is None or is_blank(raw.decode(errors="replace")):
-        return "empty_record", None, None
+        return "empty_record", None
     try:
         raw.decode()
     except UnicodeDecodeError:
-        return "invalid_encoding", None, None
+        return "invalid_encoding", None
     try:
-        record = parse(raw)
+        return None, parse(raw)
     except Invalid:
-        return "malformed_json", None, None
+        return "malformed_json", None
+
+
+def read_fields(fields, record: dict, arrival_micros: int, prefix: str = "") -> tuple[str | None, dict]:
+    """The first reason that comes from a field, or None, and the values by column. `prefix`: of the fields' names."""
     values, missing, invalid = {}, [], []
-    for field in contract.fields:
+    for field in fields:
         try:
-            value = find(record, field)
+            value = find(record, field.name.removeprefix(prefix))
             if field.required and (value is None or is_blank(value)):
                 missing.append(field.name)
             values[field.column] = None if value is None else read_value(field, value, arrival_micros)
         except (Invalid, Astray):
             invalid.append(field.name)
     if missing:
-        return f"missing_{missing[0]}", None, None
-    if invalid:
-        return f"invalid_{invalid[0]}", None, None
-    return None, values, leftover(record, [field.name.split(".") for field in contract.fields])
+        return f"missing_{missing[0]}", values
+    return (f"invalid_{invalid[0]}" if invalid else None), values
 
 
 def break_rule(reading: dict) -> str | None:

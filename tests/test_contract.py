@@ -609,7 +609,26 @@ def test_the_device_in_a_record_is_the_key_of_its_message():
             "CONTRACT = Contract((Boolean('a', true=('1',), false=(1,), quoted=True),))",
             "the field a can't be quoted: list",
         ),
+        ("CONTRACT = Contract((Boolean('a', true=(2**63,), false=(0,)),))", f"can't take {2**63}, which does not fit"),
         ("CONTRACT = Contract((Text('@key'),))", "it needs at least one field besides @key"),
+        *(
+            (f"CONTRACT = Contract(tuple(map(Text, {names})))", complaint)
+            for names, complaint in [
+                (["a[]"], "the field a[] needs a name with at most one array and a name after it"),
+                (["a[].b[].c"], "the field a[].b[].c needs a name with at most one array"),
+                ([".[].x"], "the field .[].x needs a name with at most one array"),
+                (["a[].x", "b[].y"], "it has fields in two arrays, a[] and b[]; it can have only one array"),
+                (["[].x", "g"], "the field g is outside the array [], which is the whole record"),
+                (["r", "r[].x"], "the field r is a single value, so r[] can't be inside it"),
+                (["r.a", "r[].x"], "the field r[] is an array, so r.a can't be inside it"),
+                (["r[].x", "r[].x.y"], "the field r[].x is a single value, so r[].x.y can't be inside it"),
+                (["r[].x", "x"], "the fields r[].x and x share a column, x"),
+                (
+                    ["r[].element"],
+                    "a field has the column element, which is reserved for the tables of a contract with an",
+                ),
+            ]
+        ),
         ("CONTRACT = Contract((Number('@key'),))", "the field @key is the key of a Kafka message, which is a Text"),
     ],
 )
@@ -1115,6 +1134,25 @@ EXAMPLES = {  # how many records are accepted, why the others are not, and a row
         + ["missing_uplink_message.f_port", "out_of_range"],
         "device, application, string(event_time), port, counter, temperature, humidity, battery",
         ("cellar-2", "house", "2025-11-20 08:04:31.404518", 2, None, 12.5, 70.0, 3.58),
+    ),
+    "telegraf": (
+        9,
+        [
+            "invalid_metrics[].fields.temperature",
+            "malformed_json",
+            "missing_metrics[]",
+            "missing_metrics[]",
+            "no_values",
+        ]
+        + ["out_of_range"],
+        "host, sensor, string(event_time), measurement, temperature, humidity, battery, element",
+        ("gw-barn", None, "2025-11-20 08:00:30", "climate", -3.4, None, None, 2),
+    ),
+    "senml": (
+        9,
+        ["invalid_[]", "invalid_[].v", "malformed_json", "missing_[]", "missing_[].t", "no_value", "unresolved"],
+        "sensor, unit, string(event_time), value, is_on, text, element",
+        ("urn:dev:mac:0024befffe804ff1:door", None, "2025-11-20 08:00:11", None, True, None, 0),
     ),
     "chirpstack": (
         5,

@@ -475,6 +475,21 @@ def test_files_that_change_before_they_are_read_and_after_they_are_archived(inge
         )
 
 
+def test_a_renamed_folder_is_refused_even_if_its_old_name_only_continued_the_new_one(ingest, tmp_path):
+    """The rest of the old path, "_2025/a.json", looks like that of a draft. And files of several folders have been read."""
+    folder, run = ingest
+    names = [f"{folder}_2025", str(folder), f"{folder}_2026"]
+    for number, name in enumerate(names[:2]):
+        os.makedirs(name, exist_ok=True)
+        assert run(input=name) == (0, 0)
+        put(Path(name), f"{number}.json", VALID)
+        assert run(input=name) == (1, 0)
+    for number, other in ((0, f"{folder}_2"), (1, names[2])):
+        os.rename(names[number], other)
+        with pytest.raises(PipelineError, match="belongs to another input folder"):
+            run(input=other)
+
+
 @pytest.mark.parametrize(
     "other", ["inp", *(pytest.param(other, marks=pytest.mark.long) for other in ("link", "elsewhere"))]
 )

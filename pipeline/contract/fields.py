@@ -190,6 +190,8 @@ class Boolean(Unquoted):
                 )
         if both := {*map(json_text, self.true)} & {*map(json_text, self.false)}:
             raise ContractError(f"the field {self.name} takes {min(both)} for both true and false")
+        if large := [value for value in self.true + self.false if type(value) is int and not -(2**63) <= value < 2**63]:
+            raise ContractError(f"the field {self.name} can't take {large[0]}, which does not fit in 64 bits")
         if self.quoted:
             raise ContractError(f"the field {self.name} can't be quoted: list the strings in true=(…) and false=(…)")
         if any(isinstance(value, str) and not value.strip() for value in self.true + self.false):

@@ -25,6 +25,15 @@ def version_and_last_batch(spark: SparkSession, table: str, stream: str | None) 
     return snapshot.version(), last_batch.get() if last_batch.isDefined() else -1
 
 
+def configuration(spark: SparkSession, table: str) -> dict[str, str]:
+    """The properties of a table. Spark's SHOW TBLPROPERTIES hides a value that contains "url", "token" or "password", even in a
+    topic's name ("hourly").
+    """
+    java, none = _java(spark), _java(spark).scala.Option.empty()
+    properties = _delta_log(spark, table).update(False, none, none).metadata().configuration()
+    return dict(java.scala.jdk.javaapi.CollectionConverters.asJava(properties))
+
+
 class Commit(NamedTuple):
     """A version of a table: Delta's name for the `operation`, whether it has deleted or restored rows, and the `rows` it has added
     in these `files`. Files that were merely merged count as neither.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.contract.columns import ELEMENT, FILE_ORIGIN, KAFKA_ORIGIN
 from pipeline.delta.locks import write_lock
-from pipeline.delta.private import remove_old_log_entries
+from pipeline.delta.private import configuration, remove_old_log_entries
 from pipeline.paths import local_path, quarantine_of
 from pipeline.spark.file_system import FileSystem
 from pipeline.terminal.errors import PipelineError
@@ -177,8 +177,7 @@ def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:
     """The properties of the table at `path`; None if there is no table."""
     if not DeltaTable.isDeltaTable(spark, path):
         return None
-    # This reads the newest commit's checksum file; DeltaTable.detail() would read the whole table's state.
-    return {row.key: row.value for row in spark.sql(f"SHOW TBLPROPERTIES {as_identifier(path)}").collect()}
+    return configuration(spark, path)
 
 
 def as_identifier(path: str) -> str:

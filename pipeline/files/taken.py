@@ -20,7 +20,8 @@ AT_ONCE = 1000  # files that one call of `watch` checks, in a few milliseconds
 
 def is_draft(path: str, folder: str = "") -> bool:
     """Whether the name of a file, or of a folder above it up to `folder`, begins with "_" or "."."""
-    inner = path[len(folder) :] if path.startswith(folder) else os.path.basename(path)
+    begin = f"{folder.rstrip('/')}/" if folder else ""
+    inner = path[len(begin) :] if path.startswith(begin) else os.path.basename(path)
     return any(name[:1] in ("_", ".") for name in inner.split("/"))
 
 
@@ -55,9 +56,10 @@ class TakenFiles:
         """Raises PipelineError if the folder has the same files under a different path, so that they would be read again. For a
         URI, the content of the folder does not matter.
         """
-        begin = os.path.commonprefix([f"{os.path.dirname(path)}/" for path in self.files]).rpartition("/")[0]
-        folder = self.folder.rstrip("/") + "/"
-        if not self.files or folder.startswith(f"{begin}/") or any(path.startswith(folder) for path in self.files):
+        folder, folders = f"{self.folder.rstrip('/')}/", {f"{os.path.dirname(path)}/" for path in self.files}
+        if not folders or any(folder.startswith(other) or other.startswith(folder) for other in folders):
+            return
+        if local_path(folder) is None and folder.startswith(os.path.commonprefix([*folders]).rpartition("/")[0] + "/"):
             return
         taken = {(os.path.basename(path), file.modified) for path, file in self.files.items()}
         there = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)

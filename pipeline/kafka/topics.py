@@ -288,7 +288,10 @@ class Topic(Broker):
         has_no_topic = re.search(
             r"UNKNOWN_TOPIC|UnknownTopic|does not host this topic|metadata for topic .* could not be found", message
         )
-        is_away = r"kafka\.\S*(Timeout|Disconnect|Network|NotAvailable|NotLeader)\w*Exception|java\.util\.concurrent\.TimeoutException"
+        is_away = (
+            r"kafka\.\S*(Timeout|Disconnect|Network|NotAvailable|NotLeader)\w*Exception|"
+            r"java\.util\.concurrent\.TimeoutException|No resolvable bootstrap urls"
+        )
         if not (has_no_topic or isinstance(error, KafkaError) or re.search(is_away, message)):
             raise error
         if not has_no_topic:

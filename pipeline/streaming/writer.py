@@ -1,6 +1,7 @@
 """Writing a micro-batch: every record to the table or to its quarantine, exactly once."""
 
 import json
+import os
 from typing import Any, NamedTuple
 
 from pipeline.contract.contract import Contract
@@ -9,6 +10,7 @@ from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.private import compact_own_files, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of
+from pipeline.paths import local_path
 from pipeline.spark.private import SPARK_ERRORS, code_generation, dataframe_of, number_of_tasks, observed
 from pipeline.streaming.source import Backlog, Source
 from pipeline.streaming.start import Start, in_use_message, require_same_contents
@@ -70,7 +72,8 @@ class TableWriter:
 
     def __init__(self, tables: TablePair, contract: Contract, source: Source, start: Start):
         self.tables, self.contract, self.source, self.start = tables, contract, source, start
-        self.appended_to: set[str] = set()  # which of the two tables this process has written to
+        # The tables that this process has written to, each with an identification of its log if it is on a local disk.
+        self.appended_to: dict[str, tuple[int, int] | None] = {}
         self.synced: dict[str, int] = {}  # the version up to which "table" and "quarantine" are synced to the disk
 
     def write(self, batch: DataFrame, number: int, stream: str) -> BatchReport:
@@ -118,6 +121,8 @@ class TableWriter:
             # An earlier process may have been killed before it got here.
             first = self.synced.get(role, version - NEWEST_COMMITS) + 1
             sync_commits(spark, table, range(max(0, first), version + 1))
+            if version < self.synced.get(role, -1):
+                raise PipelineError(replaced_message(table))
             self.synced[role] = version
         return self.synced
 
@@ -292,7 +297,10 @@ class TableWriter:
                 "next start names any missing batches."
             )
         compact_own_files(records.sparkSession, is_first_commit=table not in self.appended_to)
-        self.appended_to.add(table)
+        log = os.stat(f"{local}/_delta_log") if (local := local_path(table)) else None
+        identification = log and (log.st_dev, log.st_ino)
+        if self.appended_to.setdefault(table, identification) != identification:
+            raise PipelineError(replaced_message(table))
         (
             records.select(*(f"`{column}`" for column in columns))
             .write.format("delta")
@@ -300,6 +308,13 @@ class TableWriter:
             .options(txnAppId=this.stream, txnVersion=this.number, userMetadata=contents_note(*this[:3]))
             .save(table)
         )
+
+
+def replaced_message(table: str) -> str:
+    return (
+        f"While the stream was running, another table took the place of {table}; perhaps a disk was mounted or a backup "
+        f"was restored. Start again to see whether table and checkpoint belong together."
+    )
 
 
 def _is_valid() -> Column:

@@ -48,6 +48,35 @@ def test_a_table_that_is_deleted_while_the_stream_runs_stops_it_and_can_be_put_b
     world.check(account, "a table deleted while the stream runs, and put back")
 
 
+@pytest.mark.parametrize("which", [str, quarantine_of])
+def test_a_table_that_is_replaced_by_a_copy_while_the_stream_runs_stops_it(world, tmp_path, account, which):
+    """Without this, a disk that is mounted late would get records of a stream that has started from the beginning."""
+    world = world()
+    world.make()
+    world.send(reading(), b"{")
+    world.consume()
+    table, other = which(world.options.table), str(tmp_path / "other")
+    shutil.copytree(table, other)
+    world.options.max_offsets_per_trigger = 2
+
+    class Replacing(TableWriter):
+        def write(self, batch, number, stream):
+            if number == 2:
+                os.rename(table, f"{other}_before")
+                os.rename(other, table)
+            return super().write(batch, number, stream)
+
+    world.send(reading(), b"{", reading(), b"{")
+    with pytest.raises(PipelineError, match=f"another table took the place of {table}"):
+        world.consume(Replacing)
+    with pytest.raises(PipelineError, match="is an older copy|older version"):
+        world.consume()
+    shutil.rmtree(table)
+    os.rename(f"{other}_before", table)
+    world.consume()
+    world.check(account, "a table replaced while the stream runs, and put back")
+
+
 def test_a_checkpoint_and_tables_that_do_not_belong_together_are_refused(world, ingest, tmp_path, account):
     """For both streams: a deleted checkpoint, swapped checkpoints, a deleted table, and another topic."""
     kafka, other, (folder, run) = world(), world(), ingest

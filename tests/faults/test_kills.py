@@ -11,12 +11,16 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.contract.contract import load_contract
 from pipeline.paths import quarantine_of
 
+from kafka import KafkaConsumer
+
+from helpers import oracle
 from helpers.files import put
 from helpers.processes import PATIENCE, acknowledged
 from helpers.records import reading
-from helpers.topics import origins
+from helpers.topics import origins, tables
 
 CONSUMER, BRONZE = "spark_kafka_consumer.py", "streaming_files_to_delta_bronze.py"
 
@@ -75,6 +79,46 @@ def test_the_consumer_is_killed_while_the_producer_runs(
     in_topic, *arrived = origins(spark, broker, options)
     account(f"{kills} kills of the consumer, {between} of them between its two writes", in_topic, *arrived)
     assert between and delivered == len(in_topic)
+
+
+def test_the_consumer_of_arrays_is_killed_while_the_producer_runs(
+    spark, broker, silver, start, account, pytestconfig, run_here, tmp_path
+):
+    """The same, with three readings in each message: all of them arrive once, each in a row of its own or among the `elements`."""
+    (topic, options), kills = silver, 20 if pytestconfig.option.long else 2
+    contract = tmp_path / "gateway.py"
+    contract.write_text(
+        "from pipeline.contract import *\n"
+        "fields = Text('gateway'), Timestamp('readings[].ts', format='epoch_ms'), Number('readings[].t')\n"
+        "CONTRACT = Contract(fields, {'too_hot': 't > 60'})\n"
+    )
+    simulated = ["--create-topic", "--rate", 200, "--invalid-fraction", 0.05, "--readings", contract]
+    producer = start("kafka_producer.py", *topic, *simulated)
+    producer.wait_for("acknowledged")
+    table = str(options[options.index("--table") + 1])
+    options = [*options, "--readings", contract]
+
+    between = kill_again_and_again(start, [CONSUMER, *options, "--trigger", "0 seconds"], table, kills)
+
+    acknowledged(producer)
+    last = run_here(CONSUMER, *options, "--once")
+    assert (last.returncode, last.stderr) == (0, "")
+    with KafkaConsumer(
+        topic[3], bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=5000
+    ) as consumer:
+        sent = [
+            (message.partition, message.offset, element)
+            for message in consumer
+            for element, *_ in oracle.read_readings(load_contract(str(contract)), message.value, 2**62)
+        ]
+    accepted, rejected = tables(spark, options)
+    account(
+        f"{kills} kills of the consumer of arrays, {between} of them between its two writes",
+        sent,
+        [tuple(row) for row in accepted.select("partition", "offset", "element").collect()],
+        [tuple(row) for row in rejected.selectExpr("partition", "offset", "explode_outer(elements)").collect()],
+    )
+    assert between and accepted.where("element = 2").count() > 100 and rejected.where("size(elements) > 1").count() > 10
 
 
 def test_the_bronze_job_is_killed_while_files_arrive(spark, tmp_path, start, account, pytestconfig, run_here):

@@ -340,3 +340,15 @@ def test_partitions_that_are_added_are_read_from_their_beginning(spark, broker, 
     in_topic, *arrived = origins(spark, broker, options)
     account("two partitions added while the stream runs", in_topic, *arrived)
     assert delivered == len(in_topic) and {partition for _, partition, _ in in_topic} == {0, 1, 2}
+
+
+def test_a_name_that_does_not_resolve_is_waited_for(spark, world):
+    """As of a new client in the middle of a run: Spark's consumers are replaced after some minutes without a record."""
+    there = world()
+    there.make()
+    settings = spark._jvm.java.util.HashMap()
+    settings.put("bootstrap.servers", "broker.invalid:9092")
+    decoder = spark._jvm.org.apache.kafka.common.serialization.ByteArrayDeserializer()
+    with pytest.raises(Py4JJavaError) as unresolved:
+        spark._jvm.org.apache.kafka.clients.consumer.KafkaConsumer(settings, decoder, decoder)
+    there.topic.wait_until_available(unresolved.value, StopFlag())

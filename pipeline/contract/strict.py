@@ -18,9 +18,8 @@ from pipeline.contract.fields import KEY, Elements, Field, Unquoted, sql_text
 from pyspark.sql import Column
 from pyspark.sql import functions as F
 
-# Large records are first read as a single variant, which is null if a name occurs twice at any depth. A map would hold
-# every repetition of a name and fill memory, and to find duplicates, Spark compares each name with all others that have
-# the same hash.
+# A large record is read as a single variant, which is null if a name occurs twice at any depth. Reading it into a map would hold every
+# repetition of a name and fill memory, and to find duplicates, Spark compares each name with all others that have the same hash.
 IS_SMALL = "octet_length(_json) < 10000"
 MAX_NAMED_FIELDS = 20  # names of a record's unknown fields that are reported; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
@@ -68,10 +67,11 @@ def record_reading(contract: Contract) -> str:
     text, is_other = (
         ("concat('{\"[]\":', _json, '}')", " OR size(get(json, 0)) <> 1") if contract.array == "[]" else ("_json", "")
     )
+    frame = f"concat('[', {text}, ',{{\"end\":\"', sha2(_json, 256), '\"}}]')"
+    options = "map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')"
     json = (
-        f"CASE WHEN {IS_SMALL} OR try_parse_json(_json) IS NOT NULL THEN "
-        f"from_json(concat('[', {text}, ',{{\"end\":\"', sha2(_json, 256), '\"}}]'), "
-        "'ARRAY<MAP<STRING, VARIANT>>', map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')) END"
+        f"CASE WHEN {IS_SMALL} THEN from_json({frame}, 'ARRAY<MAP<STRING, VARIANT>>', {options}) "
+        f"ELSE try_variant_get(try_parse_json({frame}), '$', 'ARRAY<MAP<STRING, VARIANT>>') END"
     )
     form = {
         "empty_record": f"_json IS NULL OR _json RLIKE r'{BLANK}'",

@@ -22,11 +22,15 @@ from pipeline.terminal.messages import warn
 
 from pyspark.sql import DataFrame, Row, SparkSession
 
+SMALL_FILES, SMALL_BYTES = 300, 64_000_000  # of a batch that a single task writes
+
 
 class FileSource(Source):
     """The input folder as the source of a stream (streaming/source.py). Its batches contain file names."""
 
     def __init__(self, spark: SparkSession, options: argparse.Namespace):
+        # A task keeps its readers' buffers until its end, and with large records, those of several scans would fill the memory.
+        spark.conf.set("spark.sql.files.maxPartitionNum", spark.sparkContext.defaultParallelism)
         self.folder = FileSystem(spark, options.input).qualified(options.input)
         self.taken = TakenFiles(spark, options.checkpoint, self.folder, options.archive)
         self.options, self.waiting = options, 0  # number of files, if known
@@ -98,6 +102,9 @@ class FileSource(Source):
         files = self._files_in(batch)
         self._name_gone(batch.sparkSession, [plain(file.path) for file in self.files])
         return self.read(batch.sparkSession, files, self.faults, self.max_unpacked, careful=True)
+
+    def is_small(self, records: DataFrame) -> bool:
+        return len(self.files) <= SMALL_FILES and sum(file.length for file in self.files) <= SMALL_BYTES
 
     def _name_gone(self, spark: SparkSession, paths: list[str]) -> None:
         """Names those of `paths` that have disappeared. Raises SourceAwayError if one of their local folders is empty, because its disk

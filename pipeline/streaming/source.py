@@ -3,10 +3,13 @@
 from typing import Any, NamedTuple
 
 from pipeline.delta.tables import TablePair
+from pipeline.spark.private import number_of_tasks
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.signals import StopFlag
 
 from pyspark.sql import Column, DataFrame, SparkSession
+
+SMALL_BATCH = 10  # tasks up to which a batch becomes a single file; above that, it becomes one file per core
 
 
 class SourceAwayError(PipelineError):
@@ -40,6 +43,10 @@ class Source:
         came from. A repeated batch returns the same records.
         """
         return batch
+
+    def is_small(self, records: DataFrame) -> bool:
+        """Whether a single task should write the records of a batch, into a single file."""
+        return number_of_tasks(records) <= SMALL_BATCH
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
         """Describes the records of a micro-batch that the checkpoint plans to end at `end`. If two batches have the same number

@@ -11,7 +11,7 @@ from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note
 from pipeline.delta.private import compact_own_files, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of
 from pipeline.paths import local_path
-from pipeline.spark.private import SPARK_ERRORS, code_generation, dataframe_of, number_of_tasks, observed
+from pipeline.spark.private import SPARK_ERRORS, code_generation, dataframe_of, observed
 from pipeline.streaming.source import Backlog, Source
 from pipeline.streaming.start import Start, in_use_message, require_same_contents
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
@@ -22,7 +22,6 @@ from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-SMALL_BATCH = 10  # tasks up to which a batch becomes a single file; above that, it becomes one file per core
 # Rejected records kept in memory while a batch is written: their maximum number, on all cores together, and the maximum
 # bytes of each. If there are more, the batch is read again for them.
 MAX_KEPT_ROWS = 200_000
@@ -112,7 +111,7 @@ class TableWriter:
 
     def _judge(self, records: DataFrame) -> DataFrame:
         cores = records.sparkSession.sparkContext.defaultParallelism
-        return parse(records.coalesce(1 if number_of_tasks(records) <= SMALL_BATCH else cores), self.contract)
+        return parse(records.coalesce(1 if self.source.is_small(records) else cores), self.contract)
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
         """Returns the versions of both tables after syncing them to the disk."""

@@ -10,6 +10,7 @@ a record.
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Annotated
 
@@ -47,7 +48,8 @@ class Reading(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 decode = msgspec.json.Decoder(Reading).decode
 
 
-def main(broker: str, topic: str, table: str, count: int) -> None:
+def consume(check: Callable, broker: str, topic: str, table: str, count: int) -> None:
+    """`check`: returns the rows for the table and those for its quarantine, from messages and the current time."""
     consumer = Consumer(
         {
             "bootstrap.servers": broker,
@@ -161,4 +163,4 @@ def origin(messages: list[Message]) -> dict[str, pa.Array]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]))
+    consume(check, *sys.argv[1:4], int(sys.argv[4]))

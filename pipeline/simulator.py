@@ -12,7 +12,8 @@ from operator import getitem
 from typing import Any
 
 from pipeline.contract.contract import Contract, load_readings
-from pipeline.contract.fields import Boolean, Elements, Field, Integer, Number, Text, Timestamp
+from pipeline.contract.fields import Boolean, Elements, Field, Integer, Number, Text
+from pipeline.contract.times import Timestamp
 
 BUILDINGS = ("A", "B", "C")
 FLOORS = range(6)

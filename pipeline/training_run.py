@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.fields import Integer, Number, Text, Timestamp
+from pipeline.contract.fields import Integer, Number, Text
+from pipeline.contract.times import Timestamp
 from pipeline.delta.tables import bronze_tables
 from pipeline.files.folder import list_new_files
 from pipeline.files.source import FileSource

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pipeline.contract.contract import INCONSISTENT, Contract, load_contract
 from pipeline.contract.elements import MAX_ELEMENTS
-from pipeline.contract.fields import Boolean, Integer, Number, Text, Timestamp
+from pipeline.contract.fields import Boolean, Integer, Number, Text
 from pipeline.contract.judge import parse
+from pipeline.contract.times import Timestamp
 from pipeline.delta.tables import silver_tables
 from pipeline.kafka.source import KafkaSource
 from pipeline.streaming.private import Checkpoint

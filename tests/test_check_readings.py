@@ -3,7 +3,8 @@
 import json
 
 from pipeline.contract.contract import Contract, load_contract
-from pipeline.contract.fields import Boolean, Integer, Number, Text, Timestamp
+from pipeline.contract.fields import Boolean, Integer, Number, Text
+from pipeline.contract.times import Timestamp
 from pipeline.sample.draft import draft_contract
 
 import pytest

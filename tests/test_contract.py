@@ -10,8 +10,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from pipeline.contract.contract import Contract, load_contract
-from pipeline.contract.fields import Boolean, ContractError, Integer, Number, Text, Timestamp
+from pipeline.contract.fields import Boolean, ContractError, Integer, Number, Text
 from pipeline.contract.judge import parse
+from pipeline.contract.times import Timestamp
 from pipeline.simulator import Simulator
 from pipeline.streaming.start import check_start
 from pipeline.terminal.errors import PipelineError

@@ -11,8 +11,9 @@ import subprocess
 from collections import Counter
 
 from pipeline.contract.contract import Contract, load_contract
-from pipeline.contract.fields import Boolean, Number, Timestamp
+from pipeline.contract.fields import Boolean, Number
 from pipeline.contract.judge import parse
+from pipeline.contract.times import Timestamp
 from pipeline.paths import quarantine_of
 from pipeline.spark.private import code_generation, jvm_of
 

@@ -8,4 +8,4 @@ from pipeline.contract.fields import Boolean as Boolean
 from pipeline.contract.fields import Integer as Integer
 from pipeline.contract.fields import Number as Number
 from pipeline.contract.fields import Text as Text
-from pipeline.contract.fields import Timestamp as Timestamp
+from pipeline.contract.times import Timestamp as Timestamp

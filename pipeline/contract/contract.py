@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.contract.columns import ELEMENT_COLUMNS
-from pipeline.contract.fields import KEY, ContractError, Elements, Field, Timestamp
+from pipeline.contract.fields import KEY, ContractError, Elements, Field
 from pipeline.contract.private import is_deterministic, is_of_one_row, is_zone
+from pipeline.contract.times import Timestamp
 from pipeline.paths import REPOSITORY
 from pipeline.terminal.arguments import location
 from pipeline.terminal.errors import PipelineError, first_line

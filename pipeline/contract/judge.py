@@ -12,7 +12,7 @@ import re
 from pipeline.contract.columns import ELEMENT
 from pipeline.contract.contract import Contract
 from pipeline.contract.elements import Read, read_elements
-from pipeline.contract.fields import KEY, Timestamp
+from pipeline.contract.fields import KEY
 from pipeline.contract.plain import plain_parts
 from pipeline.contract.private import attempt
 from pipeline.contract.strict import (
@@ -24,6 +24,7 @@ from pipeline.contract.strict import (
     missing_key,
     slow_reading,
 )
+from pipeline.contract.times import Timestamp
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.contract.columns import ELEMENT_COLUMNS, RESERVED_COLUMNS
-from pipeline.contract.fields import DATE_TIME, OFFSET, RFC3339
+from pipeline.contract.times import DATE_TIME, OFFSET, RFC3339
 from pipeline.terminal.errors import PipelineError
 
 MOST = 0.8  # the share of a field's values that must look alike to determine its format

@@ -11,7 +11,8 @@ from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
 from zoneinfo import ZoneInfo
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.fields import Boolean, Field, Integer, Number, Text, Timestamp
+from pipeline.contract.fields import Boolean, Field, Integer, Number, Text
+from pipeline.contract.times import Timestamp
 
 SENSORS = {"temperature": ("°C", -40, 120), "humidity": ("%", 0, 100), "co2": ("ppm", 0, 10_000)}
 WHITE_SPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))

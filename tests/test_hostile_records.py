@@ -4,6 +4,7 @@ Also large records.
 There are 20,000 mutated records, or 110,000 with `--long`.
 """
 
+import itertools
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import subprocess
 from collections import Counter
 
 from pipeline.contract.contract import Contract, load_contract
-from pipeline.contract.fields import Boolean, Number
+from pipeline.contract.fields import Boolean, Number, Text
 from pipeline.contract.judge import parse
 from pipeline.contract.times import Timestamp
 from pipeline.paths import quarantine_of
@@ -233,7 +234,27 @@ def test_names_of_one_hash_take_no_longer_than_others(spark, tmp_path):
         assert seconds_for(spark, CONTRACT, tmp_path, [shapes.FLAT.replace("}", f",{fields}}}").encode()]) < 8
 
 
-@pytest.mark.parametrize("record", CONTRACTS, ids=["flat", "nested", "kinds"])
+ARRAYS = {
+    shapes.ARRAY: Contract((Text("gateway"), Text("readings[].id"), Number("readings[].t"), Timestamp("readings[].ts")))
+}
+
+
+def test_arrays_that_are_hard_to_read_are_read_as_the_oracle_reads_them(spark):
+    [(record, contract)] = ARRAYS.items()
+    raws = shapes.records(record, 20_000)
+    rows = spark.createDataFrame(list(enumerate(raws)), "number INT, raw BINARY").withColumn(
+        "ingest_time", F.lit(ARRIVAL).cast("timestamp")
+    )
+    judged = parse(rows, contract).withColumn("ts", F.unix_micros("ts")).orderBy("number", "element").collect()
+    for number, found in itertools.groupby(judged, lambda row: row.number):
+        wanted = oracle.read_readings(contract, raws[number], ARRIVAL_MICROS)
+        for row, (element, reason, values, rest) in zip(found, wanted, strict=True):
+            assert (row.element, row.reject_reason) == (element, reason), raws[number][:300]
+            values_found = {name: row[name] for name in contract.columns}
+            assert reason or (values_found, rescued(row)) == (values, rest), raws[number][:300]
+
+
+@pytest.mark.parametrize("record", CONTRACTS | ARRAYS, ids=["flat", "nested", "kinds", "array"])
 def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
     """Records that used to hang the reader, exhaust its memory or take quadratic time are read separately, two at a time.
     All others are read in one go, and with --long also separately.
@@ -243,10 +264,10 @@ def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, 
     worst += [record.replace("21.5", f"[{shapes.counted(part)(size)}]").encode() for part in ('{"n#":1}', '"#"')]
     worst += [record.replace("{", "{" + shapes.short_names(size) + ",", 1).encode()]
     for raw in [*worst, *(shapes.records(record, size) if pytestconfig.option.long else [])]:
-        seconds = seconds_for(spark, CONTRACTS[record], tmp_path, [raw] * 2)
+        seconds = seconds_for(spark, (CONTRACTS | ARRAYS)[record], tmp_path, [raw] * 2)
         assert seconds < 2 * 8 + 4, raw[:300]
     raws = shapes.records(record, 200_000)
-    assert seconds_for(spark, CONTRACTS[record], tmp_path, raws) < sum(map(len, raws)) / 1_000_000 + 10
+    assert seconds_for(spark, (CONTRACTS | ARRAYS)[record], tmp_path, raws) < sum(map(len, raws)) / 1_000_000 + 10
 
 
 @pytest.mark.parametrize("record", ["valid", pytest.param("array", marks=pytest.mark.long)])

@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.contract.contract import load_contract
 from pipeline.paths import quarantine_of
 
+import pytest
 from kafka import KafkaConsumer
 
 from helpers import oracle
@@ -81,6 +82,7 @@ def test_the_consumer_is_killed_while_the_producer_runs(
     assert between and delivered == len(in_topic)
 
 
+@pytest.mark.long
 def test_the_consumer_of_arrays_is_killed_while_the_producer_runs(
     spark, broker, silver, start, account, pytestconfig, run_here, tmp_path
 ):

@@ -4,8 +4,8 @@ import itertools
 import random
 from collections.abc import Callable
 
-# A record for readings.py, one for examples/zigbee2mqtt.py, and one with the other kinds of fields. In PLACES, @ marks where a
-# shape inserts its text: as additional fields, at a deeper level, as a string or as a number.
+# A record for readings.py, one for examples/zigbee2mqtt.py, one with the other kinds of fields, and one with an array. In
+# PLACES, @ marks where a shape inserts its text: as additional fields, at a deeper level, as a string or as a number.
 FLAT = (
     '{"timestamp": "2026-11-20T10:00:00Z", "device_id": "sensor-001", "building": "A", "floor": 2, "type": "temperature", '
     '"value": 21.5, "unit": "°C"}'
@@ -15,6 +15,7 @@ NESTED = (
     '"humidity":45.1,"linkquality":120}'
 )
 KINDS = '{"time":"2026-11-20 10:00:00","quoted":"21.5","switch":"ON","seen":"1763625600123456"}'
+ARRAY = '{"gateway":"g","readings":[{"id":"a","t":21.5,"ts":"2026-11-20T10:00:00Z"}]}'
 PLACES = {
     FLAT: {
         "fields": ('"}', '",@}'),
@@ -43,6 +44,17 @@ PLACES = {
         "time": ("00:00", "00:00.@"),
         "all": (KINDS, "@"),
     },
+}
+
+
+PLACES[ARRAY] = {
+    "first": ("{", "{@,"),
+    "text": ('"g"', '"@"'),
+    "number": ("21.5", "@"),
+    "inner": ('"a",', '"a",@,'),
+    "object": ('"readings":', '"readings":@,"was":'),
+    "elements": ("[{", "[@,{"),
+    "all": (ARRAY, "@"),
 }
 
 
@@ -210,6 +222,18 @@ SHAPES = {
         within("", times(" ", ""), "1"),
     ],
     "time": [times("1", "")],
+    "elements": [
+        times(element)
+        for element in (
+            "{}",
+            "7",
+            "[]",
+            "null",
+            '{"id":"a","t":1,"ts":"2026-11-20T10:00:00Z"}',
+            '{"id":"\\u0061","t":"x"}',
+        )
+    ]
+    + [counted('{"n#":1}'), counted('{"id":"a","t":1,"ts":"2026-11-20T10:00:00Z","n#":[]}')],
     "all": WHOLE,
 }
 

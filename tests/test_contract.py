@@ -974,7 +974,7 @@ def test_a_table_that_was_killed_while_it_gained_a_column_goes_on(spark, tmp_pat
 def test_a_batch_that_is_half_written_by_one_contract_is_not_finished_by_another(spark, tmp_path):
     begin(spark, tmp_path, OLD, 0).write(batch_of(spark, '{"a": 1}'), 0, "test")
     begin(spark, tmp_path, OLD, 1).write(batch_of(spark, '{"a": 2}'), 1, "test")
-    with pytest.raises(PipelineError, match="was begun with a different contract .*. Run it once as before"):
+    with pytest.raises(PipelineError, match="was begun with a different contract .*. Run the stream once as before"):
         begin(spark, tmp_path, NEW, 1)
     begin(spark, tmp_path, OLD, 1).write(batch_of(spark, '{"a": 2}'), 1, "test")
     begin(spark, tmp_path, NEW, 2)

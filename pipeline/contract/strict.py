@@ -13,7 +13,7 @@ therefore gets the record in a form that reveals all of this:
 import itertools
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.fields import KEY, Elements, Field, Unquoted, sql_text
+from pipeline.contract.fields import KEY, Elements, Field, Unquoted, json_text, sql_text
 
 from pyspark.sql import Column
 from pyspark.sql import functions as F
@@ -32,7 +32,6 @@ LONE_SURROGATE = (
 
 IS_BROKEN_KEY = "coalesce(NOT is_valid_utf8(kafka_key::STRING), false)"
 KEY_TEXT = f"CASE WHEN NOT {IS_BROKEN_KEY} THEN kafka_key::STRING END"
-NOTHING = "CAST(map() AS MAP<STRING, VARIANT>)"
 # Strings whose content is a number or a Boolean in JSON; numbers of more than 1,000 characters are malformed there.
 QUOTED = r"\A(?=.{1,1000}\z)(?:-?(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?\d++)?+|true|false)\z"
 
@@ -94,7 +93,7 @@ def _object_reading(
     fields: tuple[Field, ...], levels: dict[str, str], root: str, form: dict[str, str], twice: str
 ) -> str:
     """SQL: see `record_reading`. `root`: the object as a map, given the values named by `levels`. `form`: reasons that come first, as
-    in `_first`. `twice`: whether the object has a name twice.
+    in `first_reason`. `twice`: whether the object has a name twice.
 
     Spark analyses each level of `_let` again for each batch, so the number of levels is kept small.
     """
@@ -121,15 +120,19 @@ def _object_reading(
             for field, variant, text in zip(read, found, map("seen.text{}".format, itertools.count(1)))
         ]
     )
+    jsons = {path: f"outside.json{number}" for number, path in enumerate(objects, 1)}
+    levels["outside"] = _struct(
+        json=[f"CASE WHEN NOT seen.twice1 AND size({rest}) > 0 THEN to_json({rest}) END" for rest in rests.values()]
+    )
     names = ", ".join(
-        f"transform(slice(coalesce(map_keys({rest}), array()), 1, {MAX_NAMED_FIELDS}), "
-        f"name -> concat({sql_text(''.join(f'{step}.' for step in path))}, name))"
+        f"CASE WHEN {jsons[path]} IS NOT NULL THEN transform(slice(map_keys({rest}), 1, {MAX_NAMED_FIELDS}), "
+        f"name -> concat({sql_text(''.join(f'{step}.' for step in path))}, name)) ELSE array() END"
         for path, rest in rests.items()
     )
     return _let(
         levels,
         f"struct(value, {first_reason(form | _wrong_fields(fields, objects))} AS reason, "
-        f"CASE WHEN NOT seen.twice1 THEN nullif(to_json({_rest_of(rests, ())}), '{{}}') END AS rescued, "
+        f"{_rest_of(jsons, ())} AS rescued, "
         f"slice(concat({names}), 1, {MAX_NAMED_FIELDS}) AS unknown)",
     )
 
@@ -224,16 +227,18 @@ def _unnamed(objects: dict[tuple[str, ...], str], fields: list[Field], path: tup
     return f"map_filter({objects[path]}, (name, _) -> name NOT IN ({', '.join(map(sql_text, sorted(named)))}))"
 
 
-def _rest_of(rests: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
-    """SQL: the fields of an object and its nested objects that are outside the contract, as a map."""
-    parts = [f"coalesce({rests[path]}, {NOTHING})"]
-    for inner in rests:
-        if inner and inner[:-1] == path:
-            rest = _rest_of(rests, inner)
-            parts.append(
-                f"CASE WHEN size({rest}) > 0 THEN map({sql_text(inner[-1])}, to_variant_object({rest})) ELSE {NOTHING} END"
-            )
-    return f"map_concat({', '.join(parts)})" if len(parts) > 1 else parts[0]
+def _rest_of(jsons: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
+    """SQL: the fields of an object and its nested objects that are outside the contract, as JSON; null if there are none. `jsons`: those
+    of each object itself, or null, by its path.
+    """
+    parts = [f"substring({jsons[path]}, 2, length({jsons[path]}) - 2)"]
+    parts += [
+        f"concat({sql_text(json_text(inner[-1]) + ':')}, {_rest_of(jsons, inner)})"
+        for inner in jsons
+        if inner and inner[:-1] == path
+    ]
+    below = ", ".join(json for inner, json in jsons.items() if inner[: len(path)] == path)
+    return f"CASE WHEN coalesce({below}) IS NOT NULL THEN concat('{{', concat_ws(',', {', '.join(parts)}), '}}') END"
 
 
 def _in(objects: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:

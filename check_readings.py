@@ -30,8 +30,10 @@ def main() -> None:
     spark = build_spark("check-readings", READER_JVM, options.verbose)
     records = of_topic(spark, topic, options.newest) if topic else of_file(spark, options.sample, options.multiline)
     if contract is None:
-        rows = records.where("raw IS NOT NULL").select("raw").limit(options.newest).collect()
-        sys.stdout.write(draft_contract([bytes(row.raw) for row in rows], options.sample or str(topic)))
+        columns = ["raw", "kafka_key"] if topic else ["raw"]
+        rows = records.where("raw IS NOT NULL").select(columns).limit(options.newest).collect()
+        keys = [row.kafka_key and bytes(row.kafka_key) for row in rows] if topic else []
+        sys.stdout.write(draft_contract([bytes(row.raw) for row in rows], options.sample or str(topic), keys))
         return
     with in_file(options.readings):
         contract.check(spark, has_keys=topic is not None, has_arrays=not options.multiline)

@@ -10,7 +10,7 @@ from pipeline.sample.draft import draft_contract
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
 
-from helpers.processes import REPOSITORY
+from helpers.processes import REPOSITORY, run_script
 from helpers.records import reading
 from helpers.topics import make_topic
 
@@ -70,6 +70,8 @@ def test_a_draft_accepts_the_valid_records_of_each_example(run_here, tmp_path, n
         ([1, None], Number("x", required=False)),
         ([1, ""], Number("x", required=False)),
         (["a", 7, "b"], Text("x")),
+        (["1.5", 2, "3", "--"], Number("x", quoted=True)),
+        (["ON", "OFF", "on"], Boolean("x", true=("on", "ON"), false=("off", "OFF"))),
     ],
 )
 def test_a_draft_finds_the_kind_of_a_field(values, field):
@@ -87,6 +89,45 @@ def test_a_draft_goes_by_names_where_values_do_not_tell():
         Text("meter_id"),
         Number("n"),
     )
+
+
+def test_a_draft_says_what_is_rare_and_puts_the_usual_time_first():
+    records = [{"battery_mV": 3, "sent": 1763625600, "seen": 1763625600}, *[{"id": "a", "seen": 1763625600}] * 9]
+    raws = [json.dumps(record).encode() for record in records]
+    text = draft_contract(raws, "a sample", keys=[b"home/attic", *[None] * 9])
+    assert '# Text("@key"),  # 1 of 10 messages have a key, such as "home/attic"' in text
+    assert 'Text("id", required=False),  # 9 of 10 have it' in text
+    assert 'Number("battery_mV", column="battery_mv", required=False),' in text and "battery_mv NOT BETWEEN" in text
+    names: dict = {}
+    exec(text, names)
+    first, second = names["CONTRACT"].fields[:2]
+    assert (first.name, first.at_most_ahead, second.name, second.at_most_ahead) == ("seen", "1 day", "sent", "")
+
+
+def test_a_draft_takes_an_array_of_readings_for_rows():
+    gateway = {"gateway": "g", "readings": [{"id": "a", "t": 1.5}, {"id": "b"}], "details": [{"x": 1}]}
+    text = draft_contract([json.dumps(gateway).encode()] * 3, "a sample")
+    names: dict = {}
+    exec(text, names)
+    assert names["CONTRACT"].fields == (
+        Text("gateway"),
+        Text("readings[].id"),
+        Number("readings[].t", required=False),
+    )
+    assert '# details: an array of objects; kept in _rescued_data; "details[].…" would make each a row' in text
+
+
+def test_the_report_counts_readings_and_quotes_the_element_that_is_wrong(tmp_path):
+    """As a process, because a connection to Python that is left open prints a traceback at the end of it."""
+    (tmp_path / "mine.py").write_text(
+        "from pipeline.contract import *\nCONTRACT = Contract((Text('readings[].id'), Number('readings[].t')))\n"
+    )
+    rows = [{"id": "a", "t": 1}, {"id": "b", "t": "x"}, {"id": "c", "t": 3, "fw": 1}]
+    (tmp_path / "sample.jsonl").write_text(json.dumps({"readings": rows}) + '\n{"readings":[]}\n')
+    run = run_script(CHECK, tmp_path / "sample.jsonl", "--readings", tmp_path / "mine.py")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("4 readings: 2 accepted, 2 rejected\n")
+    assert '"x" is not a number' in run.stdout and "_rescued_data: readings[].fw (1)" in run.stdout
 
 
 def test_a_draft_leaves_out_what_no_field_can_be_and_says_so():

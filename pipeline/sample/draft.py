@@ -3,10 +3,11 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.contract.columns import ELEMENT_COLUMNS, RESERVED_COLUMNS
+from pipeline.contract.fields import KEY
 from pipeline.contract.times import DATE_TIME, OFFSET, RFC3339
 from pipeline.terminal.errors import PipelineError
 
@@ -18,6 +19,7 @@ EPOCHS = {"epoch_s": 1, "epoch_ms": 10**3, "epoch_us": 10**6, "epoch_ns": 10**9}
 TIME_NAME = r"(?i:(^|_)at($|_)|time|date|seen|epoch|ts$)|[a-z]At$"
 ID_NAME = r"(?i)(^|_|[a-z])(id|eui|addr|address|serial|imei|phone|key|code|version)$"
 SWITCH_NAME = r"(?i)state|contact|occupan|motion|open|closed|alarm|switch|relay|leak|tamper|online|enabled|^(is|has)_"
+AHEAD = ', at_most_ahead="1 day"'
 SWITCHES = [("on", "off"), ("open", "closed"), ("yes", "no"), ("true", "false"), ("online", "offline"), ("high", "low")]
 # Names of arrays that probably hold readings, unlike those with details about one reading.
 READINGS_NAME = (
@@ -26,7 +28,8 @@ READINGS_NAME = (
 JSON_NUMBER = r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?"
 HEADER = '''"""Drafted from {source}: {used}.
 
-Read every line, above all those with a comment. Which fields must a reading have? Which values make no sense?
+Read every line, above all those with a comment. Which fields must a reading have? Which values make no sense? Is a Number an Integer,
+because it never has a fraction?
 """
 
 from pipeline.contract import {kinds}
@@ -36,20 +39,25 @@ CONTRACT = Contract(
 '''
 FOOTER = """    ),
     rules={
-        # "out_of_range": "temperature NOT BETWEEN -40 AND 80",
+        # "out_of_range": "{number} NOT BETWEEN -40 AND 80",
     },
 )
 """
 
 
-def draft_contract(records: list[bytes], source: str) -> str:
-    """The text of a Python file with a contract for these records, which `source` names. Raises PipelineError if none is a JSON
-    object, or an array of objects.
+def draft_contract(records: list[bytes], source: str, keys: Sequence[bytes | None] = ()) -> str:
+    """The text of a Python file with a contract for these records, which `source` names. `keys`: those of the messages. Raises
+    PipelineError if no record is a JSON object, or an array of objects.
     """
     values = [value for record in records if isinstance(value := _json_of(record), dict) or _objects_in(value)]
     if not values:
         raise PipelineError(f"{source} has no JSON object from which a contract could be drafted.")
     draft = _Draft()
+    if texts := [key.decode(errors="replace") for key in keys if key is not None]:
+        example = json.dumps(texts[0], ensure_ascii=False)
+        draft.lines = [
+            f'        # Text("{KEY}"),  # {len(texts):,} of {len(keys):,} messages have a key, such as {example}'
+        ]
     if 2 * sum(isinstance(value, list) for value in values) > len(values):
         draft.add([element for value in values if isinstance(value, list) for element in _objects_in(value)], "[].")
         used = "arrays"
@@ -60,7 +68,7 @@ def draft_contract(records: list[bytes], source: str) -> str:
     return (
         HEADER.format(source=source, used=used, kinds=", ".join(sorted(draft.kinds)))
         + "".join(f"{line}\n" for line in draft.lines)
-        + FOOTER
+        + FOOTER.replace("{number}", draft.number or "value")
     )
 
 
@@ -69,7 +77,8 @@ class _Draft:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.kinds, self.columns, self.has_time = {"Contract"}, {*RESERVED_COLUMNS, *ELEMENT_COLUMNS}, False
+        self.kinds, self.columns, self.number = {"Contract"}, {*RESERVED_COLUMNS, *ELEMENT_COLUMNS}, ""
+        self.most_times = 0  # of the values of a Timestamp
 
     def add(self, objects: list[dict[str, Any]], prefix: str = "") -> None:
         """Adds the fields of `objects`, which are the records or, with a `prefix` such as "readings[].", the elements of their arrays."""
@@ -84,7 +93,7 @@ class _Draft:
             path: elements
             for path, elements in arrays.items()
             if re.search(READINGS_NAME, path[-1])
-            and sum(map(bool, map(_objects_in, values[path]))) >= MOST * len(objects)
+            and sum(map(bool, map(_objects_in, values[path]))) >= MOST_NAMED * len(objects)
         }
         readings = None if prefix else max(likely, key=lambda path: len(likely[path]), default=None)
         for path, found in values.items():
@@ -105,9 +114,9 @@ class _Draft:
             elif why := _why_not(path, present):
                 self.lines.append(f"        # {name}: {why}; kept in _rescued_data")
             else:
-                self._add_field(name, path, present, is_required=len(present) == len(objects))
+                self._add_field(name, path, present, len(objects))
 
-    def _add_field(self, name: str, path: tuple[str, ...], present: list[Any], is_required: bool) -> None:
+    def _add_field(self, name: str, path: tuple[str, ...], present: list[Any], objects: int) -> None:
         kind, options, comment = _kind(path[-1], present)
         self.kinds.add(kind)
         column = _column(path, self.columns)
@@ -116,12 +125,20 @@ class _Draft:
             options = [f'column="{column}"', *options]
         if name in RESERVED_COLUMNS:
             comment = comment or f"the tables have a column {name} of their own"
-        if kind == "Timestamp" and not self.has_time:
-            options, self.has_time = [*options, 'at_most_ahead="1 day"'], True
-        if not is_required:
+        if len(present) < objects:
             options = [*options, "required=False"]
+            if len(present) >= MOST * objects:
+                comment = comment or f"{len(present):,} of {objects:,} have it"
+        if kind == "Number" and not self.number:
+            self.number = column
+        place = len(self.lines)
+        if kind == "Timestamp" and len(present) > self.most_times:
+            # The first Timestamp of a contract is the time of a reading.
+            place, self.most_times = 0, len(present)
+            self.lines = [line.replace(AHEAD, "") for line in self.lines]
+            options = [*options, AHEAD.removeprefix(", ")]
         line = f"        {kind}({', '.join([json.dumps(name, ensure_ascii=False), *options])}),"
-        self.lines.append(f"{line}  # {comment}" if comment else line)
+        self.lines.insert(place, f"{line}  # {comment}" if comment else line)
 
 
 def _why_not(path: tuple[str, ...], present: list[Any]) -> str:
@@ -158,7 +175,7 @@ def _leaves(value: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 def _column(path: tuple[str, ...], taken: set[str]) -> str:
     """A column for the field: the last of its names, or as many of them as tell it from the others."""
     for depth in range(1, len(path) + 1):
-        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", "_".join(path[-depth:]))
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z]{2}|[A-Z][a-z])", "_", "_".join(path[-depth:]))
         column = re.sub(r"\W+", "_", words).strip("_").lower() or "field"
         column = f"_{column}" if column[0].isdigit() else column
         if column not in taken:
@@ -169,18 +186,19 @@ def _column(path: tuple[str, ...], taken: set[str]) -> str:
 def _kind(name: str, values: list[Any]) -> tuple[str, list[str], str]:
     """Returns the kind of field that fits most of these values, its options, and a comment on any guesses."""
     kinds = Counter(map(_json_kind, values))
-    if (kinds["number"] and kinds["numeric string"]) and not kinds["string"]:
-        return *_numbers(name, values, quoted=True)[
-            :2
-        ], f"{kinds['numeric string']:,} of {len(values):,} values are in quotes"
+    in_quotes = ""
+    if kinds["number"] and kinds["numeric string"] and kinds["number"] + kinds["numeric string"] > kinds["string"]:
+        in_quotes = f"{kinds['numeric string']:,} of {len(values):,} values are in quotes"
+        kinds["numeric string"] += kinds.pop("number")
     [(most, count)] = kinds.most_common(1)
-    values = [value for value in values if _json_kind(value) == most]
+    values = [value for value in values if _json_kind(value) == most or in_quotes and _json_kind(value) == "number"]
     if most == "string":
         kind, options, comment = _strings(name, values)
     elif most == "boolean":
         kind, options, comment = "Boolean", [], ""
     else:
         kind, options, comment = _numbers(name, values, quoted=most == "numeric string")
+        comment = in_quotes or comment
     if others := sum(kinds.values()) - count:
         comment = f"{others:,} of {sum(kinds.values()):,} values are of another kind, and would be rejected; {comment}".rstrip(
             "; "
@@ -215,7 +233,7 @@ def _numbers(name: str, values: list[Any], quoted: bool) -> tuple[str, list[str]
         return "Boolean", ["true=(1,)", "false=(0,)"], "guessed from its name"
     if is_whole and (re.search(ID_NAME, name) or max(map(abs, numbers)) >= 2**53):
         return "Integer", of_quoted, ""
-    return "Number", of_quoted, "whole numbers; Integer if none ever has a fraction" if is_whole else ""
+    return "Number", of_quoted, ""
 
 
 def _strings(name: str, values: list[str]) -> tuple[str, list[str], str]:
@@ -229,9 +247,12 @@ def _strings(name: str, values: list[str]) -> tuple[str, list[str], str]:
     if most_are(f"{DATE_TIME}(?:{OFFSET})?"):
         return "Timestamp", ['format="iso8601"', 'zone="Etc/UTC"'], "which time zone are its clocks in?"
     for pair in SWITCHES:
-        found = {*values}
-        for change in (str.lower, str.upper, str.title):
-            true, false = map(change, pair)
-            if found <= {true, false}:
-                return "Boolean", [f'true=("{true}",)', f'false=("{false}",)'], "guessed from its values"
+        changes = [change for change in (str.lower, str.upper, str.title) if {*map(change, pair)} & {*values}]
+        true, false = ([*dict.fromkeys(change(word) for change in changes)] for word in pair)
+        if {*values} <= {*true, *false}:
+            return "Boolean", [f"true={_tuple(true)}", f"false={_tuple(false)}"], "guessed from its values"
     return "Text", [], ""
+
+
+def _tuple(words: list[str]) -> str:
+    return f"({', '.join(map(json.dumps, words))}{',' * (len(words) == 1)})"

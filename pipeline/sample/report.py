@@ -20,7 +20,6 @@ SHOWN_CHARACTERS = 100  # of a rejected record or value
 
 def report(records: DataFrame, contract: Contract) -> None:
     """Prints how many of the records are accepted, why the others are rejected, the fields outside the contract, and some rows."""
-    spark = records.sparkSession
     judged = (with_raw(parse(records, contract)) if contract.array else parse(records, contract)).cache()
     element = "element" if contract.array else "CAST(NULL AS INT)"
     first = F.expr(f"first(struct(raw::STRING AS raw, {element} AS element))").alias("first")
@@ -38,16 +37,19 @@ def report(records: DataFrame, contract: Contract) -> None:
         if row.reject_reason
     ]:
         say("")
-        show(spark.createDataFrame(rejected, "reject_reason STRING, records BIGINT, example STRING"), len(rejected))
+        # createDataFrame opens a connection to Python, whose end at the exit prints a traceback.
+        columns = ("reject_reason", "records", "example")
+        lines = [F.struct(*(F.lit(value).alias(name) for name, value in zip(columns, line))) for line in rejected]
+        show(records.sparkSession.range(1).select(F.inline(F.array(*lines))), len(rejected))
     unknown = judged.where("reject_reason IS NULL").select(F.explode("_unknown_fields").alias("name"))
     if names := [f"{row.name} ({row['count']:,})" for row in unknown.groupBy("name").count().sort("name").collect()]:
         say(f"\nFields outside the contract, kept in _rescued_data: {', '.join(names)}")
     if accepted:
         say("\nThe first accepted records:\n")
-        show(
-            judged.where("reject_reason IS NULL").select(*(f"`{name}`" for name in contract.columns)).limit(SHOWN_ROWS),
-            SHOWN_ROWS,
-        )
+        first_rows = judged.where("reject_reason IS NULL")
+        if contract.array:
+            first_rows = first_rows.orderBy("_record", "element")
+        show(first_rows.select(*(f"`{name}`" for name in contract.columns)).limit(SHOWN_ROWS), SHOWN_ROWS)
 
 
 def _example(reason: str, raw: str, element: int | None, contract: Contract) -> str:

@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 
 from pipeline.paths import BRONZE, SILVER, checkpoint_of
 from pipeline.terminal.ports import free_ports
@@ -167,3 +168,13 @@ def test_jars_that_cannot_be_downloaded_are_said_with_the_way_out(tmp_path):
     notice, error = run.stderr.splitlines()
     assert run.returncode == 1 and notice.startswith("First start: downloading io.delta:delta-spark")
     assert error.startswith("error: Could not download io.delta:delta-spark") and "proxy" in error
+
+
+def test_an_output_that_cannot_be_written_is_said(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, REPOSITORY / "kafka_producer.py", "--to-folder", tmp_path, "--count", "1"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (
+        1,
+        "error: The output can't be written: No space left on device. Send it somewhere else, or free up some space.\n",
+    )

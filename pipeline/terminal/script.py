@@ -1,5 +1,6 @@
 """Running a script's `main`: error messages and exit codes."""
 
+import errno
 import logging
 import os
 import signal
@@ -38,6 +39,8 @@ def _message(error: Exception) -> str:
             "Spark's JVM has died; perhaps it ran out of memory, or the system killed it. Nothing is lost: "
             "start again. --verbose shows its last messages."
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
+        return f"The output can't be written: {error.strerror}. Send it somewhere else, or free up some space."
     return f"{first_line(root_cause(error))} (--verbose shows all of it)"
 
 

@@ -18,7 +18,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -110,29 +110,36 @@ def write_files(
         nonlocal files, records, lines
         name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}.json"
         draft = folder / f"_{name}"
-        draft.write_bytes(b"\n".join(lines) + b"\n")
-        draft.rename(folder / name)
+        with _writing_to(folder):
+            draft.write_bytes(b"\n".join(lines) + b"\n")
+            draft.rename(folder / name)
         files, records, lines = files + 1, records + len(lines), []
         say(f"{records:,} records in {files:,} file{'s' * (files != 1)}; last: {folder / name}")
 
-    try:
+    with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        say(f"Writing to {folder}. Press Ctrl+C to stop.")
-        begun = time.monotonic()
-        until_next = 1 / options.rate if options.rate else 0
-        for _, (_, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
-            lines += [record] if record else []
-            if time.monotonic() - begun + until_next >= FILE_SECONDS or len(lines) >= FILE_RECORDS:
-                write()
-                begun = time.monotonic()
-        if lines:
+    say(f"Writing to {folder}. Press Ctrl+C to stop.")
+    begun = time.monotonic()
+    until_next = 1 / options.rate if options.rate else 0
+    for _, (_, record) in zip(itertools.islice(ticks(options.rate, stopping), options.count), messages):
+        lines += [record] if record else []
+        if time.monotonic() - begun + until_next >= FILE_SECONDS or len(lines) >= FILE_RECORDS:
             write()
+            begun = time.monotonic()
+    if lines:
+        write()
+    say(f"{records:,} records in {files:,} file{'s' * (files != 1)} written.")
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise PipelineError(
             f"{folder} can't be written to: {error.strerror}. Give this user permission, make room, or name another "
             f"folder."
         ) from error
-    say(f"{records:,} records in {files:,} file{'s' * (files != 1)} written.")
 
 
 class Producer(KafkaProducer):

@@ -41,7 +41,7 @@ BRONZE = "streaming_files_to_delta_bronze.py"
 VALID, BROKEN = reading(), b"{"
 
 
-@pytest.mark.parametrize("multiline", [False, True])
+@pytest.mark.parametrize("multiline", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("nothing", [[], [b"", b"\t", b"\n \r\n\n"]], ids=["no file", "empty and blank"])
 def test_a_folder_with_nothing_in_it_stops_nothing_and_what_comes_later_is_read(ingest, nothing, multiline):
     folder, run = ingest

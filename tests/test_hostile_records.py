@@ -254,7 +254,11 @@ def test_arrays_that_are_hard_to_read_are_read_as_the_oracle_reads_them(spark):
             assert reason or (values_found, rescued(row)) == (values, rest), raws[number][:300]
 
 
-@pytest.mark.parametrize("record", CONTRACTS | ARRAYS, ids=["flat", "nested", "kinds", "array"])
+@pytest.mark.parametrize(
+    "record",
+    [*CONTRACTS, pytest.param(shapes.ARRAY, marks=pytest.mark.long)],
+    ids=["flat", "nested", "kinds", "array"],
+)
 def test_a_large_record_takes_no_more_than_a_second_a_megabyte(spark, tmp_path, pytestconfig, record):
     """Records that used to hang the reader, exhaust its memory or take quadratic time are read separately, two at a time.
     All others are read in one go, and with --long also separately.

@@ -43,7 +43,7 @@ CONSUMER, PRODUCER, BRONZE = "spark_kafka_consumer.py", "kafka_producer.py", "st
 VALID, BROKEN = reading(), b"{"
 
 
-@pytest.mark.parametrize("partitions", [1, 50])
+@pytest.mark.parametrize("partitions", [1, pytest.param(50, marks=pytest.mark.long)])
 def test_an_empty_topic_stops_nothing_and_what_comes_later_is_read(world, account, partitions):
     world = world()
     world.make(partitions)
@@ -84,6 +84,7 @@ def test_a_batch_that_failed_for_want_of_a_record_goes_on(world, account):
     world.check(account, "a checkpoint whose first batch failed")
 
 
+@pytest.mark.long
 def test_compressed_messages_are_read(world, account):
     for codec in ("gzip", "snappy", "lz4", "zstd"):
         each = world()

@@ -173,6 +173,7 @@ def test_a_second_stream_on_the_same_checkpoint_is_refused(spark, broker, silver
     assert delivered == len(in_topic)
 
 
+@pytest.mark.long
 def test_two_streams_where_there_is_no_lock_write_nothing_twice(spark, broker, silver, start, produce, account):
     topic, options = silver
     # URIs are not locked, as on an object store.

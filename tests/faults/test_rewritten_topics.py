@@ -190,6 +190,7 @@ def test_records_that_were_fetched_with_the_batch_before_are_read_again_from_a_l
     assert arrived(world) == [*range(60), *range(200, 240)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("aborted", [5, 15])
 @pytest.mark.parametrize("kept", [110, 123])
 def test_a_lost_tail_is_noticed_behind_an_aborted_transaction(world, rewrite, aborted, kept):

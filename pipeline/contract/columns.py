@@ -10,7 +10,7 @@ KAFKA_ORIGIN = {
 }
 ELEMENT = {"element": "INT"}  # the position of a reading in the array of its record, from 0
 # Further lower-case names that the columns of a contract with an array can't have.
-ELEMENT_COLUMNS = {*ELEMENT, "_element", "_first", "_outer", "_record"}
+ELEMENT_COLUMNS = {*ELEMENT, "_element", "_elements", "_first", "_outer", "_record", "_row"}
 # Lower-case names that a contract's columns can't have: the tables' own columns, and the intermediate columns used
 # while processing.
 RESERVED_COLUMNS = {

@@ -15,7 +15,6 @@ from pipeline.contract.strict import MAX_NAMED_FIELDS, element_reading, record_r
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
-MAX_ELEMENTS = 400_000  # of an array; it is in memory as a whole
 MAX_REPEATED_BYTES = 1_000_000_000  # of text and keys from outside the array, which each of its readings repeats
 ONCE = ("raw", "raw_json")  # columns that only the first row of a record has
 
@@ -46,8 +45,7 @@ def read_elements(records: DataFrame, contract: Contract, given: str) -> Read:
     repeated_bytes = " + ".join(["0L", *(f"coalesce(octet_length({column}), 0)" for column in repeated)])
     reason = (
         "CASE WHEN _outer.reason IS NOT NULL THEN _outer.reason WHEN coalesce(size(_elements), 0) = 0 THEN 'malformed_json' "
-        f"WHEN size(_elements) > {MAX_ELEMENTS} OR size(_elements) * ({repeated_bytes}) > {MAX_REPEATED_BYTES} "
-        f"THEN '{OVERSIZED}' END"
+        f"WHEN size(_elements) * ({repeated_bytes}) > {MAX_REPEATED_BYTES} THEN '{OVERSIZED}' END"
     )
     whole = (
         records.withColumn("_record", F.monotonically_increasing_id())
@@ -104,7 +102,7 @@ def _elements_of(contract: Contract) -> str:
 
 def by_record(judged: DataFrame, columns: Iterable[str]) -> DataFrame:
     """The rejected ones of the rows of `parse`, with the quarantine's `columns`: a row for each record and reason. `elements` has the
-    positions of the rejected readings, and is null for a whole record.
+    positions of the rejected readings, and is null for a whole record. `raw` comes from the first row of the record, if it is there.
     """
     same = [F.first(name).alias(name) for name in columns if name not in ("reject_reason", "elements", "raw")]
     rows = (
@@ -116,9 +114,5 @@ def by_record(judged: DataFrame, columns: Iterable[str]) -> DataFrame:
             F.expr("nullif(sort_array(collect_list(element)), array())").alias("elements"),
         )
     )
-    return with_raw(rows).where("reject_reason IS NOT NULL").select(*columns)
-
-
-def with_raw(judged: DataFrame) -> DataFrame:
-    """The rows of `parse`, each with the `raw` of its record."""
-    return judged.withColumn("raw", F.first("raw", ignorenulls=True).over(Window.partitionBy("_record")))
+    raw = F.first("raw", ignorenulls=True).over(Window.partitionBy("_record"))
+    return rows.withColumn("raw", raw).where("reject_reason IS NOT NULL").select(*columns)

@@ -12,7 +12,7 @@ therefore gets the record in a form that reveals all of this:
 
 import itertools
 
-from pipeline.contract.contract import Contract
+from pipeline.contract.contract import OVERSIZED, Contract
 from pipeline.contract.fields import KEY, Elements, Field, Unquoted, json_text, sql_text
 
 from pyspark.sql import Column
@@ -21,6 +21,7 @@ from pyspark.sql import functions as F
 # A large record is read as a single variant, which is null if a name occurs twice at any depth. Reading it into a map would hold every
 # repetition of a name and fill memory, and to find duplicates, Spark compares each name with all others that have the same hash.
 IS_SMALL = "octet_length(_json) < 10000"
+MAX_ELEMENTS = 400_000  # of an array of readings
 MAX_NAMED_FIELDS = 20  # names of a record's unknown fields that are reported; it may have a million
 BLANK = r"\A\p{IsWhite_Space}*\z"
 # SQL: whether `text`, which is JSON, contains half of a surrogate pair as an escape. Escaped backslashes and whole
@@ -182,6 +183,7 @@ def _wrong_fields(fields: tuple[Field, ...], objects: dict[tuple[str, ...], str]
     """SQL for each reason that comes from a field, in the order of `contract.reasons`."""
     missing: dict[str, str] = {}
     invalid: dict[str, str] = {}
+    oversized: dict[str, str] = {}
     numbers = itertools.count(1)
     for field in fields:
         if field.name == KEY:
@@ -202,7 +204,11 @@ def _wrong_fields(fields: tuple[Field, ...], objects: dict[tuple[str, ...], str]
         invalid[f"invalid_{field.name}"] = (
             f"seen.text{number} IS NOT NULL AND ({field.is_invalid(f'value.f{number}')}){astray}"
         )
-    return missing | invalid
+        if isinstance(field, Elements):  # millions of them would fill memory
+            oversized[OVERSIZED] = (
+                f"try_variant_get({_in(objects, field.path)}, '$[{MAX_ELEMENTS}]', 'VARIANT') IS NOT NULL"
+            )
+    return missing | invalid | oversized
 
 
 def values_of(fields: tuple[Field, ...], reading: str) -> list[Column]:

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.contract.contract import MAX_RECORD_BYTES, UNREADABLE
-from pipeline.contract.elements import MAX_ELEMENTS
+from pipeline.contract.strict import MAX_ELEMENTS
 from pipeline.paths import local_path, plain
 from pipeline.spark.file_system import BrokenFileError, FileSystem
 from pipeline.spark.globs import escape_glob, is_pattern

@@ -13,7 +13,7 @@ from pipeline.contract.judge import json_sql
 from pipeline.delta.tables import TablePair
 from pipeline.kafka.lookup import MAX_LOOKUP_SECONDS, MAX_WAIT_SECONDS, Offsets, RecordLookup, Result, kafka_options
 from pipeline.kafka.private import KafkaReader
-from pipeline.kafka.records import differs, hash_of, is_same_sql, known_time, md5_sql, time_sql
+from pipeline.kafka.records import IS_SAME_PLACE, differs, hash_of, is_same_sql, known_time, md5_sql, time_sql
 
 from delta.tables import DeltaTable
 from kafka.errors import KafkaTimeoutError
@@ -143,15 +143,7 @@ class LastRecords:
         """The offset between `first` and `end` at which Kafka and the tables begin to differ."""
 
         def newest_same(records: DataFrame) -> int | None:
-            same = [
-                spark.read.format("delta")
-                .load(table)
-                .alias("row")
-                .join(records, F.expr(is_same))
-                .select("record.offset")
-                for table, is_same in is_same_sql(tables).items()
-            ]
-            [[offset]] = same[0].union(same[1]).agg(F.max("offset")).collect()
+            [[offset]] = _same(spark, tables, records).agg(F.max("offset")).collect()
             return offset
 
         size = FIRST_SEARCH_OFFSETS
@@ -167,7 +159,12 @@ class LastRecords:
         """Deletes the records that Kafka has at these offsets from `tables`, which may have others at the same offsets."""
 
         def delete(records: DataFrame) -> None:
-            for table, is_same in is_same_sql(tables).items():
+            conditions = is_same_sql(tables)
+            if "elements" in spark.read.format("delta").load(tables.quarantine).columns:
+                # Only one of a message's rows has its value.
+                records = _same(spark, tables, records).distinct().localCheckpoint().alias("record")
+                conditions = dict.fromkeys(conditions, IS_SAME_PLACE)
+            for table, is_same in conditions.items():
                 DeltaTable.forPath(spark, table).alias("row").merge(records, is_same).whenMatchedDelete().execute()
 
         self._in_kafka(spark, offsets, delete)
@@ -202,3 +199,12 @@ class LastRecords:
                 ).alias("record")
             ),
         )
+
+
+def _same(spark: SparkSession, tables: TablePair, records: DataFrame) -> DataFrame:
+    """Those of Kafka's records that the tables have, too."""
+    same = [
+        spark.read.format("delta").load(table).alias("row").join(records, F.expr(is_same)).select("record.*")
+        for table, is_same in is_same_sql(tables).items()
+    ]
+    return same[0].union(same[1])

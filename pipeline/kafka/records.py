@@ -56,20 +56,17 @@ def md5_sql(value: str) -> str:
     return f"CASE WHEN octet_length({value}) <= {MAX_RECORD_BYTES} THEN md5({value}) END"
 
 
-def is_same_sql(tables: TablePair) -> dict[str, str]:
-    """SQL by table: whether a `row` of it is the `record` of `LastRecords._in_kafka`.
+IS_SAME_PLACE = (
+    "row.partition = record.partition AND row.offset = record.offset "
+    f"AND {time_sql('unix_millis(row.kafka_timestamp)')} <=> record.time"
+)
 
-    Of the readings in a message, only the first row has the message itself. The others are recognised by offset and time.
-    """
-    further = "row.element > 0 OR " if tables.has_elements else ""
-    same_value = {
-        tables.table: f"({further}{md5_sql('row.raw_json')} <=> record.json_md5)",
-        tables.quarantine: f"{md5_sql('row.raw')} <=> record.md5",
-    }
+
+def is_same_sql(tables: TablePair) -> dict[str, str]:
+    """SQL by table: whether a `row` of it has the `record` of `LastRecords._in_kafka`. Of the readings in a message, one row has it."""
     return {
-        table: f"row.partition = record.partition AND row.offset = record.offset AND {is_same} "
-        f"AND {time_sql('unix_millis(row.kafka_timestamp)')} <=> record.time"
-        for table, is_same in same_value.items()
+        tables.table: f"{IS_SAME_PLACE} AND {md5_sql('row.raw_json')} <=> record.json_md5",
+        tables.quarantine: f"{IS_SAME_PLACE} AND {md5_sql('row.raw')} <=> record.md5",
     }
 
 

@@ -95,8 +95,11 @@ class KafkaSource(Source):
             f"quarantine, the valid ones as {INCONSISTENT}."
         )
         row, record = written.alias("row"), judged.alias("record")
-        # A record that is now rejected as a whole may have elements in the tables, and the other way round.
-        is_element = " AND coalesce(row.element = record.element, true)" if "element" in written.columns else ""
+        # A record that was rejected as a whole has no elements in the tables. One that is now rejected as a whole may have some, and
+        # others that are nowhere yet.
+        is_element = (
+            " AND (row.element IS NULL OR row.element <=> record.element)" if "element" in written.columns else ""
+        )
         # For a record that is not read (`Gap`), Kafka's time is unknown.
         is_written = F.expr(
             "row.partition = record.partition AND row.offset = record.offset AND (row.kafka_timestamp <=> record.kafka_timestamp "

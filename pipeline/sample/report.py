@@ -5,7 +5,6 @@ from contextlib import suppress
 from functools import reduce
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.elements import with_raw
 from pipeline.contract.fields import Elements
 from pipeline.contract.judge import parse
 from pipeline.readers.printing import show
@@ -20,21 +19,23 @@ SHOWN_CHARACTERS = 100  # of a rejected record or value
 
 def report(records: DataFrame, contract: Contract) -> None:
     """Prints how many of the records are accepted, why the others are rejected, the fields outside the contract, and some rows."""
-    judged = (with_raw(parse(records, contract)) if contract.array else parse(records, contract)).cache()
-    element = "element" if contract.array else "CAST(NULL AS INT)"
-    first = F.expr(f"first(struct(raw::STRING AS raw, {element} AS element))").alias("first")
-    reasons = (
-        judged.groupBy("reject_reason").agg(F.count("*").alias("records"), first).orderBy(F.desc("records")).collect()
-    )
+    judged = parse(records, contract).cache()
+    record = F.struct("_record", "element") if contract.array else F.struct("raw", F.lit(None).alias("element"))
+    figures = F.count("*").alias("records"), F.first(record).alias("first")
+    reasons = judged.groupBy("reject_reason").agg(*figures).orderBy(F.desc("records")).collect()
+    if contract.array:  # only the first row of a record has all of it
+        is_first = F.col("_record").isin([row.first._record for row in reasons]) & F.col("raw").isNotNull()
+        raws = {row._record: row.raw for row in judged.where(is_first).select("_record", "raw").collect()}
     accepted = sum(row.records for row in reasons if row.reject_reason is None)
     total = sum(row.records for row in reasons)
     say(
         f"{total:,} {'readings' if contract.array else 'records'}: {accepted:,} accepted, {total - accepted:,} rejected"
     )
     if rejected := [
-        (row.reject_reason, row.records, _example(row.reject_reason, row.first.raw or "", row.first.element, contract))
+        (row.reject_reason, row.records, _example(row.reject_reason, raw or b"", row.first.element, contract))
         for row in reasons
         if row.reject_reason
+        for raw in [raws.get(row.first._record) if contract.array else row.first.raw]
     ]:
         say("")
         # createDataFrame opens a connection to Python, whose end at the exit prints a traceback.
@@ -52,8 +53,9 @@ def report(records: DataFrame, contract: Contract) -> None:
         show(first_rows.select(*(f"`{name}`" for name in contract.columns)).limit(SHOWN_ROWS), SHOWN_ROWS)
 
 
-def _example(reason: str, raw: str, element: int | None, contract: Contract) -> str:
+def _example(reason: str, record: bytes, element: int | None, contract: Contract) -> str:
     """Explains why the record, or this element of it, was rejected, by quoting the invalid value, the rule or the record."""
+    raw = record.decode(errors="replace")
     with suppress(KeyError, TypeError, ValueError):  # not JSON, or not of the expected form
         if element is not None:
             begin, names = ("[", ()) if contract.array == "[]" else ("{", Elements(contract.array).path)

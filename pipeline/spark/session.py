@@ -83,6 +83,8 @@ SETTINGS = {
     # Lists the input folder itself, even if another Spark job has left its own file list there, which may have paths
     # from elsewhere.
     "spark.sql.streaming.fileStreamSink.ignoreMetadata": "true",
+    # An aggregate keeps this many groups in memory, by default 128, and sorts the rest: groups may hold a record of 8 MB each.
+    "spark.sql.objectHashAggregate.sortBased.fallbackThreshold": "8",
     # Spark keeps a consumer for each partition between batches, by default for at most 64 partitions.
     "spark.kafka.consumer.cache.capacity": "1000",
     "spark.executor.extraJavaOptions": f"{STACK} {UTC}",  # on a cluster

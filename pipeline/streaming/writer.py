@@ -5,7 +5,7 @@ import os
 from typing import Any, NamedTuple
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.elements import by_record, with_raw
+from pipeline.contract.elements import by_record
 from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.private import compact_own_files, version_and_last_batch
@@ -216,9 +216,12 @@ class TableWriter:
         written = [
             self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)
         ]
-        judged = with_raw(judged) if self.tables.has_elements else judged
         rows = self.source.rejected_otherwise(judged, written[0].unionByName(written[1], allowMissingColumns=True))
-        return self.source.knows_records, self._as_rejected(rows)
+        rows = self._as_rejected(rows)
+        if self.tables.has_elements and self.source.knows_records:  # the first row of a record may have been left out
+            raws = judged.where("raw IS NOT NULL").select("partition", "offset", "raw")
+            rows = rows.drop("raw").join(raws, ["partition", "offset"], "left")
+        return self.source.knows_records, rows.select(*self.tables.quarantine_columns)
 
     def _as_rejected(self, judged: DataFrame) -> DataFrame:
         """The rejected ones of the judged records, with the quarantine's columns."""

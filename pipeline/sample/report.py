@@ -24,8 +24,8 @@ def report(records: DataFrame, contract: Contract) -> None:
     figures = F.count("*").alias("records"), F.first(record).alias("first")
     reasons = judged.groupBy("reject_reason").agg(*figures).orderBy(F.desc("records")).collect()
     if contract.array:  # only the first row of a record has all of it
-        is_first = F.col("_record").isin([row.first._record for row in reasons]) & F.col("raw").isNotNull()
-        raws = {row._record: row.raw for row in judged.where(is_first).select("_record", "raw").collect()}
+        is_first = F.col("_record").isin([row.first["_record"] for row in reasons]) & F.col("raw").isNotNull()
+        raws = {row["_record"]: row.raw for row in judged.where(is_first).select("_record", "raw").collect()}
     accepted = sum(row.records for row in reasons if row.reject_reason is None)
     total = sum(row.records for row in reasons)
     say(
@@ -35,7 +35,7 @@ def report(records: DataFrame, contract: Contract) -> None:
         (row.reject_reason, row.records, _example(row.reject_reason, raw or b"", row.first.element, contract))
         for row in reasons
         if row.reject_reason
-        for raw in [raws.get(row.first._record) if contract.array else row.first.raw]
+        for raw in [raws.get(row.first["_record"]) if contract.array else row.first.raw]
     ]:
         say("")
         # createDataFrame opens a connection to Python, whose end at the exit prints a traceback.

@@ -72,7 +72,7 @@ def consume(check: Callable, broker: str, topic: str, table: str, count: int) ->
         write_deltalake(table, accepted, mode="append", commit_properties=commit)
         consumer.commit(asynchronous=False)
         rows, number = rows + size, number + 1
-        print(f"{size} rows", flush=True)
+        print(f"{accepted.num_rows + rejected.num_rows} rows", flush=True)
     consumer.close()
 
 

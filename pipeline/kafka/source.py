@@ -27,6 +27,7 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 GOES_ON = "the stream continues with the remaining records"
+PART = 20_000  # messages of a batch that a task reads at a time
 EARLIEST = -2  # Spark's number for the earliest offset
 ELECTION_SECONDS = 3  # seconds after an election until all replicas agree on the end of a partition
 TOPIC_ID = "pipeline.topic.id"  # a property of a table: the topic that it is written from
@@ -65,6 +66,10 @@ class KafkaSource(Source):
                 raise Stopped
         self.lookup.forget_fetched_records(batch.sparkSession)
         return batch
+
+    def is_small(self, records: DataFrame) -> bool:
+        messages = sum(end - self.begins.get(partition, 0) for partition, end in self.ends.items())
+        return messages <= PART and super().is_small(records)
 
     def contents(self, batch: DataFrame, end: dict[str, Any]) -> dict[str, Any]:
         if end and self.topic.name not in end:

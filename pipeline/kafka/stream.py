@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.kafka.lookup import kafka_options
 from pipeline.kafka.records import records_of
-from pipeline.kafka.source import KafkaSource
+from pipeline.kafka.source import PART, KafkaSource
 from pipeline.streaming.query import AVAILABLE_NOW, trigger_of
 
 from pyspark.sql import DataFrame, SparkSession
@@ -42,7 +42,7 @@ def read_topic(
         .option("maxOffsetsPerTrigger", options.max_offsets_per_trigger)
         .option("failOnDataLoss", fail_on_data_loss)
         # A large batch is split into many small parts, which TableWriter joins into files of equal size for all cores.
-        .option("maxRecordsPerPartition", 20_000)
+        .option("maxRecordsPerPartition", PART)
         # A batch reads only records that are already there; two minutes, the default, would only hide that Kafka is down.
         .option("kafkaConsumer.pollTimeoutMs", 60_000)
         # `run_until_stopped` waits for a broker that does not answer, and says so.

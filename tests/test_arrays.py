@@ -233,15 +233,7 @@ def test_elements_from_files_are_rows_or_are_listed_in_the_quarantine(spark, tmp
         put(tmp_path / "input", "a.json", *messages)
     else:
         put(tmp_path / "input", "a.json", b"[" + b",\n".join(messages) + b"]")
-    options = [
-        "--input",
-        tmp_path / "input",
-        "--table",
-        tmp_path / "bronze",
-        "--checkpoint",
-        tmp_path / "checkpoint",
-        "--once",
-    ]
+    options = ["--input", tmp_path / "input", "--table", tmp_path / "bronze", "--once"]
     options += ["--multiline"] if form == "multiline" else []
 
     run = run_here(BRONZE, *options, "--readings", gateway)

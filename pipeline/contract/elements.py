@@ -20,8 +20,8 @@ ONCE = ("raw", "raw_json")  # columns that only the first row of a record has
 
 
 class Read(NamedTuple):
-    """Records that have been read: `rows` with the contract's columns, and SQL over them: `reason`, why a row is rejected, except for
-    rules (several values, of which the first one counts), `rescued` and `unknown`.
+    """Records that have been read. `rows` has the contract's columns. `reason`, `rescued` and `unknown` are SQL over it. `reason` lists
+    the possible reasons to reject a row, rules excluded; the first that is not null counts.
     """
 
     rows: DataFrame
@@ -31,11 +31,11 @@ class Read(NamedTuple):
 
 
 def read_elements(records: DataFrame, contract: Contract, given: str) -> Read:
-    """Reads records (as in `parse`, with `_json`), each with an array of readings. Gives a row for each element, and one for each
-    record that is rejected as a whole, perhaps for a reason that is `given` (SQL, with a comma after it, or "").
+    """Reads records (as in `parse`, with `_json`), each with an array of readings. Returns a row for each element, and a single row for
+    a record that is rejected as a whole. `given`: SQL for an earlier reason to reject a record, followed by a comma, or "".
 
-    Adds `element` (int: the position in the array from 0, null for a whole record) and `_record` (a number that all rows of a
-    record share). Only the first row has `raw` and `raw_json`, and what is outside the contract and the array.
+    Adds `element` (int: the position in the array, from 0; null for a whole record) and `_record` (a number shared by all rows of a
+    record). `raw`, `raw_json` and the record's own unknown fields are in its first row only.
     """
     of_record, of_element = values_of(contract.record_fields, "_outer"), values_of(contract.element_fields, "_strict")
     once = [name for name in ONCE if name in records.columns]

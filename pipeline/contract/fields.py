@@ -28,10 +28,10 @@ def json_text(value: Any) -> str:
 class Field(ABC):
     """A field of a record.
 
-    `name`: its name in the record; a dotted path such as "device.id" reaches into nested objects. "readings[].value" is a
-    field of the elements of an array, each of which is a reading; "[].value" if the record itself is the array. `column`:
-    its column in the table, by default the name (in an element, the part after "[].") with "_" instead of ".". `required`:
-    whether a record without the field (absent, null, or a blank string) is rejected.
+    `name`: its name in the record. A dotted path such as "device.id" reaches into nested objects. "readings[].value" reads
+    a field from each element of an array, and every element is a separate reading; write "[].value" if the record itself is
+    the array. `column`: its column in the table, by default the name (for an element, the part after "[].") with "_"
+    instead of ".". `required`: whether a record without the field (absent, null, or a blank string) is rejected.
     """
 
     name: str

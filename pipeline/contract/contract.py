@@ -6,6 +6,7 @@ pipeline/contract/judge.py applies it to records.
 """
 
 import argparse
+import hashlib
 import itertools
 import re
 import runpy
@@ -32,6 +33,7 @@ MAX_RECORD_BYTES = 8_000_000
 # Reasons that come from reading, not from a contract: two reads of a record disagree, a message is larger than
 # MAX_RECORD_BYTES or has too many readings, or a file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
+DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Contract:
 
     `fields`: in the order of the table's columns; records are read fastest if they have their fields in the same order.
     `rules`: reasons to reject a record, each with an SQL condition on the columns and `ingest_time` that is true for such a record. The
-    first rule that is true gives the reason.
+    first rule that is true gives the reason. `key`: the columns that identify a reading. A reading that is otherwise valid, but
+    whose key is in the table already, is rejected as a duplicate.
     """
 
     fields: tuple[Field, ...]
     rules: dict[str, str] = field(default_factory=dict)
+    key: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.fields or not all(isinstance(each, Field) for each in self.fields):
@@ -70,8 +74,19 @@ class Contract:
         for reason, sql in self.rules.items():
             if not (isinstance(reason, str) and reason.strip() and isinstance(sql, str)):
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
-            if reason in (*self.reasons[: -len(self.rules)], *OTHER_REASONS):
+            if reason in (*self._own_reasons, *OTHER_REASONS, *([DUPLICATE] if self.key else [])):
                 raise ContractError(f"the rule {reason} has the name of an existing reason; rename it")
+        self._check_key()
+
+    def _check_key(self) -> None:
+        if isinstance(self.key, str):
+            raise ContractError(f'its key must be a tuple, such as ("{self.key}",)')
+        required = [each.column for each in self.fields if each.required]
+        for column in self.key:
+            if column not in required:
+                raise ContractError(
+                    f"its key has {column}, which is not the column of a required field; those are {', '.join(required)}"
+                )
 
     def _check_array(self) -> None:
         arrays = sorted({each.array for each in self.element_fields})
@@ -117,8 +132,27 @@ class Contract:
         return next((each.column for each in self.fields if isinstance(each, Timestamp)), "ingest_time")
 
     @property
+    def key_time(self) -> str:
+        """The column of the key that says when a reading was made; "" if there is none."""
+        return next(
+            (each.column for each in self.fields if isinstance(each, Timestamp) and each.column in self.key), ""
+        )
+
+    @property
+    def id(self) -> str:
+        """Changes when the verdict on a record, or its values, may change."""
+        key = f", key={self.key!r}" if self.key else ""
+        described = f"Contract(fields={self.fields!r}, rules={self.rules!r}{key})"
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """The reasons for which a record can be rejected, in the order in which they are checked."""
+        return (*self._own_reasons, *self.rules, *([DUPLICATE] if self.key else []))
+
+    @property
+    def _own_reasons(self) -> tuple[str, ...]:
+        """Those that do not come from its rules or its key."""
         return (
             "empty_record",
             "invalid_encoding",
@@ -130,7 +164,6 @@ class Contract:
                 for each in fields
                 if each.required or kind == "invalid"
             ),
-            *self.rules,
         )
 
     @property

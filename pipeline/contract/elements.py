@@ -8,6 +8,7 @@ row only.
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pipeline.contract.columns import LISTED
 from pipeline.contract.contract import OVERSIZED, Contract
 from pipeline.contract.fields import json_text, sql_text
 from pipeline.contract.strict import MAX_NAMED_FIELDS, element_reading, record_reading, values_of
@@ -16,7 +17,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 MAX_REPEATED_BYTES = 1_000_000_000  # of text and keys from outside the array, which each of its readings repeats
-ONCE = ("raw", "raw_json")  # columns that only the first row of a record has
+ONCE = ("raw", "raw_json", LISTED)  # columns that only the first row of a record has
 
 
 class Read(NamedTuple):
@@ -38,8 +39,8 @@ def read_elements(records: DataFrame, contract: Contract, given: str) -> Read:
     record). `raw`, `raw_json` and the record's own unknown fields are in its first row only.
     """
     of_record, of_element = values_of(contract.record_fields, "_outer"), values_of(contract.element_fields, "_strict")
-    once = [name for name in ONCE if name in records.columns]
-    kept = [f"`{name}`" for name in records.columns if name not in (*once, "_json")] + ["_record"]
+    once = [f"`{name}`" for name in ONCE if name in records.columns]
+    kept = [f"`{name}`" for name in records.columns if name not in (*ONCE, "_json")] + ["_record"]
     repeated = [f"`{each.column}`" for each in contract.record_fields if each.type == "STRING"]
     repeated += [name for name in ("kafka_key", "source_file") if name in records.columns]
     repeated_bytes = " + ".join(["0L", *(f"coalesce(octet_length({column}), 0)" for column in repeated)])

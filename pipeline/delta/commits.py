@@ -20,6 +20,8 @@ from pyspark.sql import SparkSession
 NEWEST_COMMITS = 20  # commits that a start examines
 # Suffix of a stream's id in Delta's transactions, for the differing verdicts of a batch that was read twice.
 AGAIN = " again"
+REPLAY = "pipeline.replay"  # the id of replays (pipeline/delta/replay.py) in Delta's transactions
+REPLAY_NOTE = json.dumps({"replay": True})  # the note in all of their commits
 
 
 class Commits:
@@ -47,19 +49,25 @@ class Commits:
                                 return contents
         return None
 
-    def has_changed_rows_since(self, stream: str, batch_id: int) -> bool:
-        """Whether anybody has changed or deleted rows since the stream wrote this recent batch to the table."""
+    def version_of(self, stream: str, batch_id: int) -> int | None:
+        """The version that the stream's batch has created; None if it is not among the newest commits."""
         for version in range(self.newest, max(self.newest - NEWEST_COMMITS, -1), -1):
-            actions = self.actions(version) or []
-            if any(
-                action["txn"]["appId"] == stream and action["txn"]["version"] == batch_id
-                for action in actions
-                if "txn" in action
-            ):
-                return False
-            if any(action["remove"].get("dataChange", True) for action in actions if "remove" in action):
-                return True
-        return False
+            transactions = [action["txn"] for action in self.actions(version) or () if "txn" in action]
+            if any((each["appId"], each["version"]) == (stream, batch_id) for each in transactions):
+                return version
+        return None
+
+    def has_other_rows_since(self, stream: str, batch_id: int) -> bool:
+        """Whether anybody else has added, changed or deleted rows since the stream wrote this recent batch to the table."""
+        written = self.version_of(stream, batch_id)
+        first = max(self.newest - NEWEST_COMMITS, -1) if written is None else written
+        return any(
+            action[kind].get("dataChange", True)
+            for version in range(self.newest, first, -1)
+            for action in self.actions(version) or ()
+            for kind in ("add", "remove")
+            if kind in action
+        )
 
     def damage(self) -> tuple[int, str]:
         """Returns the oldest damaged version among the newest commits, and a description; (-1, "") if all are intact."""
@@ -113,8 +121,8 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream
             return
         what_follows = "recreated" if is_all else f"rolled back to version {damaged - 1}"
         say(
-            f"{table} is incomplete, perhaps after a power cut: {problem}. It is {what_follows}; the batch is "
-            "rewritten, so nothing is lost."
+            f"{table} is incomplete, perhaps after a power cut: {problem}. It is {what_follows}. The batch is rewritten, "
+            "and an interrupted replay can be repeated, so nothing is lost."
         )
         (log / "_last_checkpoint").unlink(missing_ok=True)  # only a hint, which may point to a renamed version
         for version, file in itertools.product(range(newest, damaged - 1, -1), ("checkpoint.parquet", "crc", "json")):
@@ -123,11 +131,14 @@ def set_cut_aside(spark: SparkSession, table: str, relied_on: int | None, stream
 
 
 def _is_written_again(actions: list[dict[str, Any]] | None, stream: str | None, batches: range) -> bool:
-    """Whether a commit belongs to one of these batches, changed no rows, or can't be read."""
+    """Whether a commit belongs to one of these batches, or to a replay that was killed; or changed no rows, or can't be read."""
     transactions = [action["txn"] for action in actions or () if "txn" in action]
     changes = [action[kind] for action in actions or () for kind in ("add", "remove") if kind in action]
-    return not any(change.get("dataChange", True) for change in changes) or any(
-        each["appId"].removesuffix(AGAIN) == stream and each["version"] in batches for each in transactions
+    notes = [action["commitInfo"].get("userMetadata") for action in actions or () if "commitInfo" in action]
+    return (
+        not any(change.get("dataChange", True) for change in changes)
+        or REPLAY_NOTE in notes
+        or any(each["appId"].removesuffix(AGAIN) == stream and each["version"] in batches for each in transactions)
     )
 
 

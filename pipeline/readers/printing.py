@@ -129,6 +129,13 @@ def show(rows: DataFrame, limit: int | None, form: str = "table", whole: bool = 
         say_rows(rows, form)
 
 
+def show_lines(spark: SparkSession, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    """Prints a table of these values."""
+    # createDataFrame opens a connection to Python, whose end at the exit prints a traceback.
+    rows = [F.struct(*(F.lit(value).alias(name) for name, value in zip(columns, line))) for line in lines]
+    show(spark.range(1).select(F.inline(F.array(*rows))), len(lines))
+
+
 def say_rows(rows: DataFrame, form: str, whole: bool = False) -> None:
     for line in lines(rows, form, whole):
         say(line)

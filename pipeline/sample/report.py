@@ -3,11 +3,12 @@
 import json
 from contextlib import suppress
 from functools import reduce
+from typing import Any
 
 from pipeline.contract.contract import Contract
 from pipeline.contract.fields import Elements
 from pipeline.contract.judge import parse
-from pipeline.readers.printing import show
+from pipeline.readers.printing import show, show_lines
 from pipeline.terminal.messages import say
 
 from pyspark.sql import DataFrame
@@ -20,28 +21,15 @@ SHOWN_CHARACTERS = 100  # of a rejected record or value
 def report(records: DataFrame, contract: Contract) -> None:
     """Prints how many of the records are accepted, why the others are rejected, the fields outside the contract, and some rows."""
     judged = parse(records, contract).cache()
-    record = F.struct("_record", "element") if contract.array else F.struct("raw", F.lit(None).alias("element"))
-    figures = F.count("*").alias("records"), F.first(record).alias("first")
-    reasons = judged.groupBy("reject_reason").agg(*figures).orderBy(F.desc("records")).collect()
-    if contract.array:  # only the first row of a record has all of it
-        is_first = F.col("_record").isin([row.first["_record"] for row in reasons]) & F.col("raw").isNotNull()
-        raws = {row["_record"]: row.raw for row in judged.where(is_first).select("_record", "raw").collect()}
-    accepted = sum(row.records for row in reasons if row.reject_reason is None)
-    total = sum(row.records for row in reasons)
+    found = with_examples(judged, contract, "reject_reason")
+    accepted = sum(count for reason, count, _ in found if reason is None)
+    total = sum(count for _, count, _ in found)
     say(
         f"{total:,} {'readings' if contract.array else 'records'}: {accepted:,} accepted, {total - accepted:,} rejected"
     )
-    if rejected := [
-        (row.reject_reason, row.records, _example(row.reject_reason, raw or b"", row.first.element, contract))
-        for row in reasons
-        if row.reject_reason
-        for raw in [raws.get(row.first["_record"]) if contract.array else row.first.raw]
-    ]:
+    if rejected := [line for line in found if line[0]]:
         say("")
-        # createDataFrame opens a connection to Python, whose end at the exit prints a traceback.
-        columns = ("reject_reason", "records", "example")
-        lines = [F.struct(*(F.lit(value).alias(name) for name, value in zip(columns, line))) for line in rejected]
-        show(records.sparkSession.range(1).select(F.inline(F.array(*lines))), len(rejected))
+        show_lines(records.sparkSession, ("reject_reason", "records", "example"), rejected)
     unknown = judged.where("reject_reason IS NULL").select(F.explode("_unknown_fields").alias("name"))
     if names := [f"{row.name} ({row['count']:,})" for row in unknown.groupBy("name").count().sort("name").collect()]:
         say(f"\nFields outside the contract, kept in _rescued_data: {', '.join(names)}")
@@ -51,6 +39,24 @@ def report(records: DataFrame, contract: Contract) -> None:
         if contract.array:
             first_rows = first_rows.orderBy("_record", "element")
         show(first_rows.select(*(f"`{name}`" for name in contract.columns)).limit(SHOWN_ROWS), SHOWN_ROWS)
+
+
+def with_examples(judged: DataFrame, contract: Contract, *columns: str) -> list[tuple[Any, ...]]:
+    """Groups the result of `parse` by these columns, the last of which is a reject_reason. Returns for each group its values, the
+    number of readings, and, if they are rejected, an example; the largest group first.
+    """
+    record = F.struct("_record", "element") if contract.array else F.struct("raw", F.lit(None).alias("element"))
+    figures = F.count("*").alias("readings"), F.first(record).alias("first")
+    groups = judged.groupBy(*columns).agg(*figures).orderBy(F.desc("readings"), *columns).collect()
+    raws = {}
+    if contract.array:  # only the first row of a record has all of it
+        is_first = F.col("_record").isin([row.first["_record"] for row in groups]) & F.col("raw").isNotNull()
+        raws = {row["_record"]: row.raw for row in judged.where(is_first).select("_record", "raw").collect()}
+    found = []
+    for *values, count, first in groups:
+        raw = (raws.get(first["_record"]) if contract.array else first.raw) or b""
+        found.append((*values, count, values[-1] and _example(values[-1], raw, first.element, contract)))
+    return found
 
 
 def _example(reason: str, record: bytes, element: int | None, contract: Contract) -> str:

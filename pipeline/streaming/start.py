@@ -1,7 +1,6 @@
 """The start of a stream: its checkpoint is used by one process at a time, and only together with its own tables."""
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -131,7 +130,7 @@ def check_start(
     if place is not None:
         checkpoint = _start_over(spark, source, checkpoint, tables, properties, unread, {STARTS_AT: place})
     source.begin_at((properties[tables.table] or {}).get(STARTS_AT, ""))
-    read_by = {CONTRACT: hashlib.sha256(repr(contract).encode()).hexdigest()[:16], MODE: source.mode}
+    read_by = {CONTRACT: contract.id, MODE: source.mode}
     start = Start(checkpoint, identity, read_by)
     if written_from:
         _fit_table(spark, tables, written_from, start, source.notes)

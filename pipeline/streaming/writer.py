@@ -2,12 +2,14 @@
 
 import json
 import os
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pipeline.contract.contract import Contract
 from pipeline.contract.elements import by_record
 from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
+from pipeline.delta.duplicates import mark_duplicates
 from pipeline.delta.private import compact_own_files, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of
 from pipeline.paths import local_path
@@ -80,7 +82,7 @@ class TableWriter:
         this = self._begin(batch, number, stream)
 
         def write(records: DataFrame) -> BatchReport:
-            judged = self._judge(records)
+            judged = self._judge(records, this)
             found = self._append_valid(judged, this)
             self._quarantine_rejected(judged, found, this)
             return self._report(judged, found)
@@ -109,9 +111,24 @@ class TableWriter:
             require_same_contents(Commits(spark, tables.table, version), checkpoint, number, contents)
         return Batch(stream, number, contents, end)
 
-    def _judge(self, records: DataFrame) -> DataFrame:
+    def _judge(self, records: DataFrame, this: Batch) -> DataFrame:
         cores = records.sparkSession.sparkContext.defaultParallelism
-        return parse(records.coalesce(1 if self.source.is_small(records) else cores), self.contract)
+        judged = parse(records.coalesce(1 if self.source.is_small(records) else cores), self.contract)
+        return mark_duplicates(judged, self.contract, self._earlier_rows(judged, this)) if self.contract.key else judged
+
+    def _earlier_rows(self, judged: DataFrame, this: Batch) -> DataFrame:
+        """The table as it was before this batch, which may be there already."""
+        spark, rows = judged.sparkSession, judged.sparkSession.read.format("delta")
+        version, last_batch = version_and_last_batch(spark, self.tables.table, this.stream)
+        if this.number > last_batch:
+            return rows.load(self.tables.table)
+        written = Commits(spark, self.tables.table, version).version_of(this.stream, this.number)
+        with suppress(*SPARK_ERRORS):
+            if written is not None:
+                return rows.option("versionAsOf", written - 1).load(self.tables.table)
+        # Its earlier versions are gone. All rows of a batch have the same time.
+        own = judged.select("ingest_time").distinct()
+        return rows.load(self.tables.table).join(own, "ingest_time", "left_anti")
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
         """Returns the versions of both tables after syncing them to the disk."""
@@ -162,8 +179,8 @@ class TableWriter:
             everything.write.format("noop").mode("overwrite").save()
             found = observed(spark, seen, OBSERVATION_SECONDS) or {}
         version, _ = version_and_last_batch(spark, self.tables.table, this.stream)
-        # Rows that somebody has deliberately deleted since then do not count as rejected by a second reading.
-        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
+        # Rows that somebody has deleted or replayed since then do not count as rejected by a second reading.
+        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_other_rows_since(
             this.stream, this.number
         )
         in_table: tuple[int, ...] = found["accepted"], found["fingerprint"]

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -76,3 +77,15 @@ def at_least(
 
 fraction = at_least(0, float, at_most=1)
 port_number = at_least(1, at_most=65_535)
+
+
+def utc_time(value: str) -> int:
+    """The type of an option that takes a time, in UTC unless it has an offset: microseconds since 1970."""
+    try:
+        time = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{value!r} is not a time such as "2026-11-20 08:00:00"') from None
+    since_1970 = (time if time.tzinfo else time.replace(tzinfo=timezone.utc)) - datetime(
+        1970, 1, 1, tzinfo=timezone.utc
+    )
+    return since_1970 // timedelta(microseconds=1)

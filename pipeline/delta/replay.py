@@ -1,0 +1,249 @@
+"""Replaying a quarantine: records that a contract accepts by now move to the table, each exactly once.
+
+Delta has no transactions over two tables. So each part of the quarantine moves in four commits:
+
+1. Its rows are marked: their reject_reason begins with "replay N: ". New rows never do, so the part can't change any more.
+2. New verdicts replace the marked rows. Valid ones stay marked; the others get the reason for which they are rejected now.
+3. The valid ones are appended to the table, as transaction N of REPLAY.
+4. The marked rows are deleted from the quarantine.
+
+If a replay is killed, the next one finds the mark. If the table has transaction N, it completes step 4; otherwise it removes the
+mark, and the part is judged again. Each commit is synced to the disk before the next one.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline.contract.columns import BEFORE, LISTED
+from pipeline.contract.contract import OVERSIZED, UNREADABLE, Contract
+from pipeline.contract.elements import by_record
+from pipeline.contract.judge import json_sql, parse
+from pipeline.delta.commits import NEWEST_COMMITS, REPLAY, REPLAY_NOTE, sync_commits
+from pipeline.delta.duplicates import mark_duplicates
+from pipeline.delta.locks import with_retries
+from pipeline.delta.private import newest_state, version_and_last_batch
+from pipeline.delta.tables import TablePair, add_missing_columns
+from pipeline.spark.private import code_generation
+
+from delta.tables import DeltaTable
+from pyspark import StorageLevel
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+MARK = "replay "
+MAX_PART_ROWS, MAX_PART_BYTES = 200_000, 500_000_000  # of a part; the stream waits until it has moved
+SETTINGS = {
+    "spark.databricks.delta.commitInfo.userMetadata": REPLAY_NOTE,
+    # The new verdicts do not meet the condition of the rows that they replace.
+    "spark.databricks.delta.replaceWhere.constraintCheck.enabled": "false",
+}
+
+
+class Verdict(NamedTuple):
+    """Why a reading was rejected, and why it is rejected now (None: it is valid)."""
+
+    before: str
+    now: str | None
+
+
+@contextmanager
+def replaying(spark: SparkSession) -> Iterator[None]:
+    """Must be active while anything is moved."""
+    for name, value in SETTINGS.items():
+        spark.conf.set(name, value)
+    try:
+        yield
+    finally:
+        for name in SETTINGS:
+            spark.conf.unset(name)
+
+
+@dataclass
+class Replay:
+    """Moves those rows of the quarantine that meet the SQL condition `selected` and that the contract accepts."""
+
+    spark: SparkSession
+    tables: TablePair
+    contract: Contract
+    selected: str
+    synced: dict[str, int] = field(default_factory=dict)  # the version up to which each table is synced to the disk
+
+    def __post_init__(self) -> None:
+        # Without their record, whole files and messages that were too large to read can't be judged.
+        self.selected += (
+            f" AND NOT startswith(reject_reason, '{MARK}') AND reject_reason <> '{UNREADABLE}' "
+            f"AND (raw IS NOT NULL OR reject_reason <> '{OVERSIZED}')"
+        )
+        if "elements" in self.quarantine.columns and not self.contract.array:
+            self.selected += " AND elements IS NULL"  # the table has the other readings of their messages
+
+    @property
+    def quarantine(self) -> DataFrame:
+        return self.spark.read.format("delta").load(self.tables.quarantine)
+
+    def prepare(self) -> int:
+        """Adds the contract's columns to the tables, and finishes an interrupted replay. Returns the number of rows that it had
+        marked.
+        """
+        add_missing_columns(self.spark, self.tables.table, self.tables.columns)
+        add_missing_columns(self.spark, self.tables.quarantine, self.tables.quarantine_columns)
+        for table in (self.tables.table, self.tables.quarantine):
+            self._sync(table)
+        number = F.regexp_extract("reject_reason", rf"^{MARK}(\d+): ", 1).cast("int").alias("number")
+        marked = self.quarantine.where(f"startswith(reject_reason, '{MARK}')").groupBy(number).count().collect()
+        for row in marked:
+            if row.number <= self._last_number():
+                self._delete(row.number)
+            else:
+                self._set_reason(f"startswith(reject_reason, '{_mark(row.number)}')", _unmarked(row.number))
+        return sum(row["count"] for row in marked)
+
+    def parts(self) -> list[str]:
+        """Divides the selected rows into parts. Returns an SQL condition for each."""
+        figures = F.count("*").alias("rows"), F.sum(F.coalesce(F.octet_length("raw"), F.lit(0))).alias("size")
+        batches = self.quarantine.where(self.selected).groupBy(F.unix_micros("ingest_time").alias("time"))
+        parts: list[list[int]] = []  # first time, last time, rows, bytes
+        for time, rows, size in batches.agg(*figures).sort("time").collect():
+            if parts and parts[-1][2] + rows <= MAX_PART_ROWS and parts[-1][3] + size <= MAX_PART_BYTES:
+                parts[-1] = [parts[-1][0], time, parts[-1][2] + rows, parts[-1][3] + size]
+            else:
+                parts.append([time, time, rows, size])
+        conditions = []
+        for first, last, rows, size in parts:
+            slices = max(1, -(-rows // MAX_PART_ROWS), -(-size // MAX_PART_BYTES))  # of a large batch
+            conditions += [
+                f"ingest_time BETWEEN timestamp_micros({first}) AND timestamp_micros({last}) "
+                f"AND pmod(xxhash64(raw), {slices}) = {number}"
+                for number in range(slices)
+            ]
+        return conditions
+
+    def judge(self, rows: DataFrame) -> DataFrame:
+        """Returns the readings in rows of the quarantine: the columns of `parse`, and BEFORE, their former reject_reason. They are
+        judged only once; the result is on the disk.
+
+        BEFORE is null for a reading that was accepted at first, and is there only because it has the `raw` of its message.
+        """
+        records = rows.withColumnRenamed("reject_reason", BEFORE)
+        if "raw_json" in self.tables.columns:
+            records = records.withColumn("raw_json", F.expr(json_sql("raw")))
+        if self.tables.has_elements:
+            elements = F.col("elements") if "elements" in rows.columns else F.lit(None).cast("array<int>")
+            records = records.withColumns({LISTED: elements, f"{LISTED}_is": elements.isNotNull()}).drop("elements")
+        with code_generation(self.spark):
+            # A cache would hold a batch of rows in memory.
+            cores = self.spark.sparkContext.defaultParallelism
+            judged = parse(records.coalesce(cores), self.contract).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
+            if self.tables.has_elements:
+                judged = _without_accepted(judged).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
+        if not self.contract.key:
+            return judged
+        table = self.spark.read.format("delta").load(self.tables.table)
+        new = {
+            name: F.lit(None).cast(kind) for name, kind in self.contract.columns.items() if name not in table.columns
+        }
+        return mark_duplicates(judged, self.contract, table.withColumns(new))
+
+    def move(self, part: str) -> Counter[Verdict]:
+        """Moves the valid readings of a part to the table. Returns the number of readings with each verdict."""
+        condition = f"{self.selected} AND {part}"
+        verdicts = counted(self.judge(self.quarantine.where(condition)))
+        if all(verdict.before == verdict.now for verdict in verdicts):
+            return verdicts
+        number = self._last_number() + 1
+        is_marked = f"startswith(reject_reason, '{_mark(number)}')"
+        self._set_reason(condition, F.concat(F.lit(_mark(number)), "reject_reason"))
+        judged = self.judge(self.quarantine.where(is_marked).withColumn("reject_reason", _unmarked(number)))
+        verdicts = counted(judged)
+        if any(verdict.now for verdict in verdicts):
+            reason = F.coalesce("reject_reason", F.concat(F.lit(_mark(number)), BEFORE))
+            rows = judged.withColumn("reject_reason", F.when(F.col(BEFORE).isNotNull(), reason))
+            with_retries(
+                lambda: (
+                    self._as_rejected(rows)
+                    .write.format("delta")
+                    .mode("overwrite")
+                    .option("replaceWhere", is_marked)
+                    .save(self.tables.quarantine)
+                )
+            )
+            self._sync(self.tables.quarantine)
+        if not all(verdict.now for verdict in verdicts):
+            valid = judged.where(F.col(BEFORE).isNotNull() & F.col("reject_reason").isNull())
+            with_retries(
+                lambda: (
+                    valid.select(*(f"`{column}`" for column in self.tables.columns))
+                    .write.format("delta")
+                    .mode("append")
+                    .options(txnAppId=REPLAY, txnVersion=number)
+                    .save(self.tables.table)
+                )
+            )
+            self._sync(self.tables.table)
+            self._delete(number)
+        return verdicts
+
+    def _as_rejected(self, rows: DataFrame) -> DataFrame:
+        """The rejected or marked rows, with the quarantine's columns."""
+        columns = [*self.tables.quarantine_columns]
+        if not self.tables.has_elements:
+            return rows.select(*columns)
+        # If a message is rejected as a whole now, its accepted readings still are in the table.
+        found = by_record(rows, [*columns, LISTED])
+        return found.withColumn("elements", F.coalesce("elements", LISTED)).select(*columns)
+
+    def _set_reason(self, condition: str, reason: Column) -> None:
+        quarantine = DeltaTable.forPath(self.spark, self.tables.quarantine)
+        with_retries(lambda: quarantine.update(condition, {"reject_reason": reason}))
+        self._sync(self.tables.quarantine)
+
+    def _delete(self, number: int) -> None:
+        quarantine = DeltaTable.forPath(self.spark, self.tables.quarantine)
+        with_retries(lambda: quarantine.delete(f"startswith(reject_reason, '{_mark(number)}')"))
+        self._sync(self.tables.quarantine)
+
+    def _last_number(self) -> int:
+        """The last transaction of a replay in the table; -1 for none."""
+        newest_state(self.spark, self.tables.table)  # brings Delta's view of the table up to date
+        return version_and_last_batch(self.spark, self.tables.table, REPLAY)[1]
+
+    def _sync(self, table: str) -> None:
+        """Syncs the newest commits of a table to the disk."""
+        newest = newest_state(self.spark, table)[1]
+        first = self.synced.get(table, newest - NEWEST_COMMITS) + 1
+        sync_commits(self.spark, table, range(max(0, first), newest + 1))
+        self.synced[table] = newest
+
+
+def counted(judged: DataFrame) -> Counter[Verdict]:
+    """The number of readings with each verdict, from the result of `Replay.judge`."""
+    verdicts = judged.where(F.col(BEFORE).isNotNull()).groupBy(BEFORE, "reject_reason").count().collect()
+    return Counter({Verdict(before, now): count for before, now, count in verdicts})
+
+
+def _mark(number: int) -> str:
+    return f"{MARK}{number}: "
+
+
+def _unmarked(number: int) -> Column:
+    """The former reject_reason of a marked row."""
+    return F.expr(f"substring(reject_reason, {len(_mark(number)) + 1})")
+
+
+def _without_accepted(judged: DataFrame) -> DataFrame:
+    """Drops the readings that were accepted at first, and which the quarantine does not list. If such a reading has the `raw` of its
+    message, it stays without BEFORE.
+    """
+    lists = judged.where(F.col(LISTED).isNotNull()).select("_record", F.explode(LISTED).alias("element"))
+    rows = judged.join(lists.withColumn("@match", F.lit(True)), ["_record", "element"], "left")
+    was_rejected = F.expr(f"NOT `{LISTED}_is` OR `@match` OR element IS NULL")
+    rows = rows.withColumns({name: F.when(was_rejected, F.col(name)) for name in (BEFORE, "reject_reason")})
+    rows = rows.where(F.col(BEFORE).isNotNull() | F.col("raw").isNotNull()).drop("@match")
+    # By now, the contract may name another array, which is shorter. Listed readings that it lacks stay as they are.
+    gone = lists.join(judged, ["_record", "element"], "left_anti")
+    gone = gone.join(judged.where("element IS NULL"), "_record", "left_anti")
+    messages = judged.where("raw IS NOT NULL").drop("element").withColumn("reject_reason", F.col(BEFORE))
+    return rows.unionByName(gone.join(messages, "_record"))

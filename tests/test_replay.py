@@ -1,0 +1,240 @@
+"""Replaying a quarantine: rejected records that a contract accepts by now move to the table, exactly once, whatever is killed."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from pipeline.contract.contract import Contract
+from pipeline.contract.fields import Number, Text
+from pipeline.delta import replay as replaying
+from pipeline.delta.replay import Replay
+from pipeline.delta.tables import bronze_tables
+from pipeline.paths import quarantine_of
+
+import pytest
+from pyspark.sql import functions as F
+
+from helpers.records import reading
+from helpers.streams import bronze_writer
+from readings import CONTRACT
+
+SCRIPT = "replay_quarantine.py"
+WIDER = """
+from dataclasses import replace
+from readings import CONTRACT as OLD
+
+CONTRACT = replace(OLD, rules=OLD.rules | {"unknown_type": "type = 'nonsense'", "wrong_unit": "false", "out_of_range": "value > 900"})
+"""
+
+
+def batch_of(spark, *records: bytes, second: int = 0):
+    return spark.createDataFrame([(record,) for record in records], "raw BINARY").select(
+        "raw",
+        F.lit("file").alias("source_file"),
+        F.lit(f"2026-11-20T08:00:{second:02}Z").cast("timestamp").alias("ingest_time"),
+    )
+
+
+def contents(spark, table) -> tuple[Counter, Counter]:
+    """The devices in the table, and the reasons and records in the quarantine."""
+    accepted = spark.read.format("delta").load(str(table)).collect()
+    rejected = spark.read.format("delta").load(quarantine_of(str(table))).collect()
+    return (
+        Counter((row.device_id, row.source_file, str(row.ingest_time)) for row in accepted),
+        Counter((row.reject_reason, bytes(row.raw)) for row in rejected),
+    )
+
+
+@pytest.fixture
+def wider(tmp_path):
+    path = tmp_path / "wider.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n{WIDER}")
+    return path
+
+
+@pytest.fixture
+def bronze(spark, tmp_path):
+    table = tmp_path / "bronze"
+    writer = bronze_writer(spark, table)
+    noise = reading(type="noise", device_id="new")
+    writer.write(batch_of(spark, reading(), noise, noise, b"{", reading(value=500, device_id="hot")), 0, "stream")
+    writer.write(batch_of(spark, noise, reading(value=999, device_id="sun"), second=1), 1, "stream")
+    return table
+
+
+def test_valid_records_move_with_their_origin_and_the_others_get_their_new_reason(spark, bronze, wider, run_here):
+    before = contents(spark, bronze)
+    preview = run_here(SCRIPT, bronze, "--readings", wider, "--dry-run")
+    assert "4 of 6 rejected readings would move" in preview.stdout, preview
+    assert contents(spark, bronze) == before
+    done = run_here(SCRIPT, bronze, "--readings", wider)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 of 6 rejected readings moved" in done.stdout
+    accepted, rejected = contents(spark, bronze)
+    first, second = "2026-11-20 08:00:00", "2026-11-20 08:00:01"
+    assert accepted == before[0] + Counter(
+        {("new", "file", first): 2, ("hot", "file", first): 1, ("new", "file", second): 1}
+    )
+    assert rejected == Counter({("malformed_json", b"{"): 1, ("out_of_range", reading(value=999, device_id="sun")): 1})
+    again = run_here(SCRIPT, bronze, "--readings", wider)
+    assert "0 of 2 rejected readings moved" in again.stdout and contents(spark, bronze) == (accepted, rejected)
+
+
+class Killed(BaseException):
+    pass
+
+
+STEPS = ["marked", "verdicts", "appended", "deleted"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("contract", ["as before", "another"], ids=str)
+def test_a_replay_that_is_killed_after_any_commit_is_finished_by_the_next(spark, bronze, monkeypatch, step, contract):
+    """The next one may have another contract: then it must not judge again what the table has already."""
+    new = CONTRACT.rules | {"unknown_type": "type = 'nonsense'", "wrong_unit": "false", "out_of_range": "value > 900"}
+    wider = Contract(CONTRACT.fields, new)
+    calls = []
+
+    def sync_and_die(self, table):
+        calls.append(table)
+        sync(self, table)
+        if len(calls) == STEPS.index(step) + 3:  # the first two are those of `prepare`
+            raise Killed
+
+    sync = Replay._sync
+    before = contents(spark, bronze)
+
+    def replay(contract) -> None:
+        tables = bronze_writer(spark, bronze, contract).tables
+        with replaying.replaying(spark):
+            mover = Replay(spark, tables, contract, "true")
+            mover.prepare()
+            for part in mover.parts():
+                mover.move(part)
+
+    monkeypatch.setattr(Replay, "_sync", sync_and_die)
+    with pytest.raises(Killed):
+        replay(wider)
+    monkeypatch.undo()
+    killed = contents(spark, bronze)
+    assert killed != before and sum(killed[0].values()) == (5 if step in STEPS[2:] else 1)
+    replay(wider if contract == "as before" else CONTRACT)
+    accepted, rejected = contents(spark, bronze)
+    assert accepted.total() + rejected.total() == 7
+    moved = 5 if contract == "as before" or step in STEPS[2:] else 1
+    assert accepted.total() == moved and all(not reason.startswith("replay") for reason, _ in rejected)
+    assert rejected == before[1] or moved == 5 and rejected.total() == 2
+
+
+READINGS = Contract(
+    (Text("gateway"), Text("readings[].id", column="device_id"), Number("readings[].t")),
+    {"hot": "t > 60", "cold": "t < -40"},
+)
+LOOSER = Contract(READINGS.fields, {"hot": "t > 90", "cold": "t < -40"})
+
+
+def message(*temperatures: float, gateway: str | None = "g", **more) -> bytes:
+    elements = [{"id": f"d{number}", "t": t} for number, t in enumerate(temperatures)]
+    return json.dumps({"gateway": gateway, "readings": elements} | more).encode()
+
+
+def array_writer(spark, table, contract):
+    writer = bronze_writer(spark, table, contract)
+    writer.tables = bronze_tables(str(table), contract.columns, None, bool(contract.array))
+    return writer
+
+
+def move_all(spark, tables, contract, selected="true") -> Counter:
+    verdicts = Counter()
+    with replaying.replaying(spark):
+        replay = Replay(spark, tables, contract, selected)
+        replay.prepare()
+        for part in replay.parts():
+            verdicts += replay.move(part)
+    return verdicts
+
+
+def elements(spark, table) -> tuple[Counter, Counter]:
+    accepted = spark.read.format("delta").load(str(table)).collect()
+    rejected = spark.read.format("delta").load(quarantine_of(str(table))).collect()
+    return (
+        Counter((row.gateway, row.device_id, row.element, row.t) for row in accepted),
+        Counter((row.reject_reason, bytes(row.raw), tuple(row.elements) if row.elements else None) for row in rejected),
+    )
+
+
+def test_only_the_rejected_readings_of_a_message_move(spark, tmp_path):
+    table = tmp_path / "bronze"
+    writer = array_writer(spark, table, READINGS)
+    mixed, all_hot, nameless = message(20, 70, 95, -50, 80), message(61, 62), message(1, 2, gateway=None)
+    first_hot = message(70, 20, fw="1.2")
+    writer.write(batch_of(spark, mixed, all_hot, all_hot, nameless, first_hot, b"[]"), 0, "stream")
+    accepted, rejected = elements(spark, table)
+    assert rejected[("hot", mixed, (1, 2, 4))] == 1 and rejected[("hot", all_hot, (0, 1))] == 2
+    verdicts = move_all(spark, array_writer(spark, table, LOOSER).tables, LOOSER)
+    assert verdicts == {
+        ("hot", None): 7,
+        ("hot", "hot"): 1,
+        ("cold", "cold"): 1,
+        ("missing_gateway", "missing_gateway"): 1,
+        ("malformed_json", "malformed_json"): 1,
+    }
+    moved = Counter({("g", "d1", 1, 70.0): 1, ("g", "d4", 4, 80.0): 1, ("g", "d0", 0, 70.0): 1})
+    moved += Counter({("g", "d0", 0, 61.0): 2, ("g", "d1", 1, 62.0): 2})
+    now = elements(spark, table)
+    assert now[0] == accepted + moved
+    assert now[1] == Counter(
+        [
+            ("hot", mixed, (2,)),
+            ("cold", mixed, (3,)),
+            ("missing_gateway", nameless, None),
+            ("malformed_json", b"[]", None),
+        ]
+    )
+    [row] = spark.read.format("delta").load(str(table)).where("_rescued_data IS NOT NULL").collect()
+    assert (row.element, row["_rescued_data"]) == (0, '{"fw":"1.2"}')
+
+
+def test_a_contract_with_another_array_loses_no_listed_reading(spark, tmp_path):
+    table = tmp_path / "bronze"
+    both = message(20, 70, 80, other=[{"id": "x", "t": 1}, {"id": "y", "t": 2}])
+    array_writer(spark, table, READINGS).write(batch_of(spark, both), 0, "stream")
+    other = Contract((Text("gateway"), Text("other[].id", column="device_id"), Number("other[].t")))
+    move_all(spark, array_writer(spark, table, other).tables, other)
+    accepted, rejected = elements(spark, table)
+    assert ("g", "y", 1, 2.0) in accepted and rejected == Counter([("hot", both, (2,))])
+    nothing = Contract((Text("gateway"), Text("none[].id", column="device_id"), Number("none[].t")))
+    move_all(spark, array_writer(spark, table, nothing).tables, nothing)
+    assert elements(spark, table)[1] == Counter([("missing_none[]", both, (2,))])
+    flat = Contract((Text("gateway"), Text("device_id", required=False), Number("t", required=False)))
+    move_all(spark, array_writer(spark, table, flat).tables, flat)
+    assert elements(spark, table)[1] == Counter([("missing_none[]", both, (2,))])
+
+
+def test_messages_from_before_a_contract_had_an_array_are_read_with_it(spark, tmp_path):
+    table = tmp_path / "bronze"
+    flat = Contract((Text("gateway"), Text("device_id"), Number("t")))
+    old = message(20, 70, 95)
+    array_writer(spark, table, flat).write(batch_of(spark, old, old), 0, "stream")
+    move_all(spark, array_writer(spark, table, LOOSER).tables, LOOSER)
+    accepted, rejected = elements(spark, table)
+    assert accepted == Counter({("g", "d0", 0, 20.0): 2, ("g", "d1", 1, 70.0): 2})
+    assert rejected == Counter({("hot", old, (2,)): 2})
+
+
+def test_a_large_quarantine_moves_in_parts(spark, tmp_path, monkeypatch):
+    table, contract = tmp_path / "bronze", Contract((Number("value"),), {"high": "value > 0"})
+    writer = bronze_writer(spark, table, contract)
+    records = [b'{"value":%d}' % number for number in range(1, 101)]
+    for second in range(4):
+        writer.write(batch_of(spark, *records[: 10 + 30 * second], second=second), second, "stream")
+    monkeypatch.setattr(replaying, "MAX_PART_ROWS", 60)
+    wider = Contract((Number("value"),), {"high": "value > 90"})
+    with replaying.replaying(spark):
+        replay = Replay(spark, writer.tables, wider, "true")
+        replay.prepare()
+        parts = replay.parts()
+        assert len(parts) == 1 + 2 + 2
+        assert sum((replay.move(part) for part in parts), Counter()) == {("high", None): 210, ("high", "high"): 10}
+    rows = spark.read.format("delta").load(str(table)).groupBy("ingest_time").count().sort("ingest_time").collect()
+    assert [row["count"] for row in rows] == [10, 40, 70, 90]

@@ -56,7 +56,10 @@ def parse_options() -> argparse.Namespace:
         help="number of messages to read from the topic, or of records to draft a contract from",
     )
     add_topic_options(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.sample and any(argument.partition("=")[0] == "--topic" for argument in sys.argv):
+        parser.error("the sample is either FILE or --topic")
+    return options
 
 
 if __name__ == "__main__":

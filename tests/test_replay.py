@@ -1,15 +1,17 @@
 """Replaying a quarantine: rejected records that a contract accepts by now move to the table, exactly once, whatever is killed."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.fields import Number, Text
+from pipeline.contract.fields import ContractError, Number, Text
 from pipeline.delta import replay as replaying
 from pipeline.delta.replay import Replay
 from pipeline.delta.tables import bronze_tables
 from pipeline.paths import quarantine_of
+from pipeline.streaming.writer import TableWriter
 
 import pytest
 from pyspark.sql import functions as F
@@ -238,3 +240,100 @@ def test_a_large_quarantine_moves_in_parts(spark, tmp_path, monkeypatch):
         assert sum((replay.move(part) for part in parts), Counter()) == {("high", None): 210, ("high", "high"): 10}
     rows = spark.read.format("delta").load(str(table)).groupBy("ingest_time").count().sort("ingest_time").collect()
     assert [row["count"] for row in rows] == [10, 40, 70, 90]
+
+
+def keyed(spark, table, contract, first: int = 0):
+    """A function that writes a batch to a table and returns the figures of its verdicts. The next number is `first`."""
+    writer, numbers = array_writer(spark, table, contract), itertools.count(first)
+
+    def write(*records: bytes, number: int | None = None) -> dict:
+        number = next(numbers) if number is None else number
+        return writer.write(batch_of(spark, *records, second=number), number, "stream").rows
+
+    return writer, write
+
+
+KEYED = Contract(CONTRACT.fields, CONTRACT.rules, key=("device_id", "event_time"))
+
+
+def test_a_reading_whose_key_is_in_the_table_or_earlier_in_the_batch_is_a_duplicate(spark, tmp_path):
+    writer, write = keyed(spark, tmp_path / "bronze", KEYED)
+    first, second, third = (reading(device_id=f"d{number}", timestamp="2026-11-20T08:00:00Z") for number in range(3))
+    broken, other_value = (reading(device_id="d0", timestamp="2026-11-20T08:00:00Z", value=value) for value in (500, 3))
+    later = reading(device_id="d0", timestamp="2026-11-20T07:00:00Z")
+    assert write(broken, first, other_value, second) == {"out_of_range": 1, "duplicate": 1, None: 2}
+    assert write(first, third, third) == {"duplicate": 2, None: 1}
+    # The same instant in another zone is the same key.
+    assert write(reading(device_id="d0", timestamp="2026-11-20T09:00:00+01:00"), later) == {"duplicate": 1, None: 1}
+    assert write(later, number=3) == {"duplicate": 1}
+    accepted, rejected = contents(spark, tmp_path / "bronze")
+    assert Counter(device for device, *_ in accepted.elements()) == {"d0": 2, "d1": 1, "d2": 1}
+    assert rejected[("duplicate", other_value)] == 1  # the first line of a file wins
+
+
+@pytest.mark.parametrize("deleted", [False, True], ids=["", "rows deleted in between"])
+def test_a_batch_that_is_repeated_is_no_duplicate_of_itself(spark, tmp_path, monkeypatch, deleted):
+    """If rows of the table were deleted in between, the verdicts of the first time count."""
+    table = tmp_path / "bronze"
+    writer, write = keyed(spark, table, KEYED)
+    first, second = reading(device_id="d0"), reading(device_id="d1")
+    write(first)
+    append = TableWriter._append
+
+    def die_before_the_quarantine(records, path, *rest):
+        if path == writer.tables.quarantine:
+            raise Killed
+        append(writer, records, path, *rest)
+
+    monkeypatch.setattr(writer, "_append", die_before_the_quarantine)
+    with pytest.raises(Killed):
+        write(first, second, second)
+    monkeypatch.undo()
+    if deleted:
+        spark.sql(f"DELETE FROM delta.`{table}` WHERE device_id = 'd0'")
+    assert write(first, second, second, number=1) == {"duplicate": 2, None: 1}
+    accepted, rejected = contents(spark, table)
+    assert accepted.total() == 2 - deleted and rejected == Counter([("duplicate", first), ("duplicate", second)])
+
+
+@pytest.mark.parametrize("key", [("device_id",), ("value", "device_id"), ("event_time",)], ids=str)
+def test_a_key_may_have_any_required_fields(spark, tmp_path, key):
+    _, write = keyed(spark, tmp_path / "bronze", Contract(CONTRACT.fields, CONTRACT.rules, key=key))
+    old = reading(timestamp="2016-11-20T08:00:00Z", device_id="d1", value=2)
+    assert write(reading(value=0.0), reading(value=-0.0), old) == {"duplicate": 1, None: 2}
+    assert write(old, reading(value=0), b"{") == {"duplicate": 2, "malformed_json": 1}
+
+
+def test_replays_of_readings_with_a_key_add_none_twice(spark, tmp_path):
+    table = tmp_path / "bronze"
+    _, write = keyed(spark, table, KEYED)
+    noise = [reading(type="noise", device_id=f"n{number}") for number in range(3)]
+    write(*noise, noise[0], reading(device_id="n2"))
+    write(noise[1])
+    wider = Contract(CONTRACT.fields, {"wrong_unit": "unit = 'K'"}, key=KEYED.key)
+    assert move_all(spark, bronze_writer(spark, table, wider).tables, wider) == {
+        ("unknown_type", None): 2,
+        ("unknown_type", "duplicate"): 3,
+    }
+    accepted, rejected = contents(spark, table)
+    assert Counter(device for device, *_ in accepted.elements()) == {"n0": 1, "n1": 1, "n2": 1}
+    assert {reason for reason, _ in rejected} == {"duplicate"} and rejected.total() == 3
+
+
+@pytest.mark.parametrize(
+    "key, problem",
+    [
+        ("device_id", r'must be a tuple, such as \("device_id",\)'),
+        (("floor",), "floor, which is not the column of a required field; those are event_time, device_id"),
+        (("timestamp",), "has timestamp, which is not the column"),
+    ],
+)
+def test_a_key_that_cannot_hold_is_refused(key, problem):
+    with pytest.raises(ContractError, match=problem):
+        Contract(CONTRACT.fields, {}, key=key)
+
+
+def test_a_contract_without_a_key_may_have_a_rule_named_duplicate():
+    assert Contract(CONTRACT.fields, {"duplicate": "false"}).reasons[-1] == "duplicate"
+    with pytest.raises(ContractError, match="the rule duplicate has the name of an existing reason"):
+        Contract(CONTRACT.fields, {"duplicate": "false"}, key=("device_id",))

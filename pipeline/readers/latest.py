@@ -15,6 +15,12 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     parser = argument_parser(manual)
     parser.add_argument("--table", type=table_location, default=default_table, help="Delta table")
     parser.add_argument("--rejected", action="store_true", help="show the table's quarantine instead")
+    parser.add_argument(
+        "--without",
+        action="append",
+        metavar="REASON",
+        help="with --rejected, leave out records with this reject_reason, such as duplicate; may be given several times",
+    )
     parser.add_argument("--raw", action="store_true", help="show whole records, as they arrived")
     parser.add_argument(
         "--follow",
@@ -23,6 +29,8 @@ def show_latest(manual: str, default_table: str, written_by: str) -> None:
     )
     add_reader_options(parser)
     options = parser.parse_args()
+    if options.without and not options.rejected:
+        parser.error("--without needs --rejected, because accepted records have no reject_reason")
     if options.follow:
         has_no_end()
 

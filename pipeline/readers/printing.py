@@ -49,7 +49,9 @@ def table_of(options: argparse.Namespace) -> str:
 
 
 def in_order(rows: DataFrame, options: argparse.Namespace, newest_first: bool = False) -> DataFrame:
-    """The rows of that table, ordered by time, with the columns selected by the options."""
+    """The rows of that table that the options do not exclude, ordered by time, with the columns selected by the options."""
+    if options.without:
+        rows = rows.where(~F.col("reject_reason").isin(options.without))
     if options.format == "table" and not options.raw:
         rows = rows.drop("raw_json")
     times = [column for column, kind in rows.dtypes if kind == "timestamp" and column != "ingest_time"]
@@ -60,7 +62,7 @@ def newest_rows(spark: SparkSession, options: argparse.Namespace, **time_travel:
     """The newest rows, newest first, as selected by a reader's options; of the newest version or of another (`versionAsOf`)."""
     path = table_of(options)
     rows = spark.read.format("delta").options(**time_travel).load(path)
-    if since := newest_since(spark, path, options.limit):
+    if not options.without and (since := newest_since(spark, path, options.limit)):
         rows = rows.where(F.col("ingest_time") >= F.timestamp_micros(F.lit(since)))
     return in_order(rows, options, newest_first=True).limit(options.limit)
 

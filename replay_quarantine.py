@@ -19,10 +19,11 @@ from pipeline.contract.columns import BEFORE
 from pipeline.contract.contract import Contract, add_readings_option, in_file, load_contract
 from pipeline.contract.fields import sql_text
 from pipeline.delta.replay import Replay, Verdict, replaying
-from pipeline.delta.tables import MODE, TablePair, bronze_tables, properties_of, silver_tables
+from pipeline.delta.tables import CONTRACT, MODE, TablePair, bronze_tables, properties_of, silver_tables
 from pipeline.paths import local_path
 from pipeline.readers.printing import read_table, show_lines
 from pipeline.sample.report import with_examples
+from pipeline.spark.private import free_checkpoints
 from pipeline.spark.session import build_spark
 from pipeline.terminal.arguments import argument_parser, table_location, utc_time
 from pipeline.terminal.errors import PipelineError
@@ -81,13 +82,15 @@ def tables_at(spark: SparkSession, options: argparse.Namespace, contract: Contra
     make_tables = silver_tables if "offset" in columns else bronze_tables
     tables = make_tables(options.table, contract.columns, None, bool(contract.array))
     rejected = read_table(spark, tables.quarantine, STREAMS).columns
-    if not {"ingest_time", "raw", "reject_reason", *tables.origin} - {"element"} <= {*columns, *rejected}:
+    if not {"ingest_time", "raw", "reject_reason", *tables.origin} - {"element"} <= {*rejected}:
         raise PipelineError(
             f"{options.table} is not a table of this pipeline, so its rejected records can't be replayed."
         )
-    is_multiline = (properties_of(spark, options.table) or {}).get(MODE) == "with --multiline"
+    properties = properties_of(spark, options.table) or {}
     with in_file(options.readings):
-        contract.check(spark, has_keys="kafka_key" in columns, has_arrays=not is_multiline)
+        contract.check(spark, has_keys="kafka_key" in columns, has_arrays=properties.get(MODE) != "with --multiline")
+    if properties.get(CONTRACT, contract.id) != contract.id:
+        warn(f"The stream of {options.table} last ran with another contract than that in {options.readings}.")
     return tables
 
 
@@ -105,16 +108,22 @@ def selection(options: argparse.Namespace) -> str:
 
 def preview(replay: Replay) -> None:
     """Prints the verdicts on the selected records, with an example of each kind that is not valid."""
-    judged = replay.judge(replay.quarantine.where(replay.selected))
-    # Without BEFORE, it is a reading that was accepted at first.
-    found = [line for line in with_examples(judged, replay.contract, BEFORE, "reject_reason") if line[0] is not None]
-    if found:
-        lines = [(before, now or "valid", count, example or "") for before, now, count, example in found]
+    verdicts, examples = Counter[Verdict](), dict[Verdict, str]()
+    for part in replay.parts():
+        judged = replay.judge(replay.quarantine.where(f"{replay.selected} AND {part}"))
+        for before, now, count, example in with_examples(judged, replay.contract, BEFORE, "reject_reason"):
+            if before is not None:  # otherwise, the reading was accepted at first
+                verdicts[Verdict(before, now)] += count
+                examples.setdefault(Verdict(before, now), example or "")
+        free_checkpoints(replay.spark)
+    if verdicts:
+        lines = [(*verdict, count, examples[verdict]) for verdict, count in verdicts.most_common()]
+        lines = [(before, now or "valid", count, example) for before, now, count, example in lines]
         show_lines(replay.spark, ("reject_reason", "now", "readings", "example"), lines)
         say("")
-    total = sum(count for _, _, count, _ in found)
-    moves = sum(count for _, now, count, _ in found if now is None)
-    say(f"{moves:,} of {total:,} rejected readings would move to {replay.tables.table}. Nothing was written.")
+    say(
+        f"{moved(verdicts):,} of {verdicts.total():,} rejected readings would move to {replay.tables.table}. Nothing was written."
+    )
 
 
 def move(replay: Replay) -> None:
@@ -124,7 +133,8 @@ def move(replay: Replay) -> None:
     verdicts = Counter[Verdict]()
     if local_path(tables.table) is None:
         warn(
-            f"{tables.table} has no lock. Make sure that no other replay runs, and on S3 also no stream: commits could be lost."
+            f"{tables.table} has no lock. Make sure that neither its stream nor another replay runs in the meantime: readings could "
+            f"be written twice or lost."
         )
     with replaying(replay.spark):
         try:

@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.contract.contract import Contract
-from pipeline.contract.fields import ContractError, Number, Text
+from pipeline.contract.fields import ContractError, Integer, Number, Text
+from pipeline.delta import duplicates
 from pipeline.delta import replay as replaying
 from pipeline.delta.replay import Replay
 from pipeline.delta.tables import bronze_tables
@@ -337,3 +338,98 @@ def test_a_contract_without_a_key_may_have_a_rule_named_duplicate():
     assert Contract(CONTRACT.fields, {"duplicate": "false"}).reasons[-1] == "duplicate"
     with pytest.raises(ContractError, match="the rule duplicate has the name of an existing reason"):
         Contract(CONTRACT.fields, {"duplicate": "false"}, key=("device_id",))
+
+
+def test_a_replay_that_was_killed_can_not_append_its_rows_afterwards(spark, bronze, monkeypatch):
+    """Spark may go on for a moment when its script is killed."""
+    wider = Contract(CONTRACT.fields, {"hot": "value > 900"})
+    tables = bronze_writer(spark, bronze, wider).tables
+    before = contents(spark, bronze)
+
+    def die(self, number):
+        raise Killed
+
+    with replaying.replaying(spark):
+        replay = Replay(spark, tables, wider, "true")
+        replay.prepare()
+        [part] = replay.parts()
+        monkeypatch.setattr(Replay, "_sync", lambda self, table: die(self, table) if table == tables.table else None)
+        with pytest.raises(Killed):
+            replay.move(part)
+    monkeypatch.undo()
+    # The append is undone here, as if it were still to come.
+    rows = spark.read.format("delta").load(str(bronze)).where("device_id <> 'sensor-001'").localCheckpoint()
+    spark.sql(f"RESTORE delta.`{bronze}` TO VERSION AS OF 2")
+    Replay(spark, tables, wider, "true").prepare()
+    assert contents(spark, bronze) == before
+    late = rows.write.format("delta").mode("append").options(txnAppId="pipeline.replay", txnVersion=2)
+    late.save(str(bronze))
+    assert contents(spark, bronze) == before
+
+
+def test_a_replay_leaves_tables_to_the_stream_that_lack_something_of_its_last_batch(spark, bronze, wider, run_here):
+    newest = max(Path(bronze).glob("*.parquet"), key=lambda path: path.stat().st_mtime)
+    content = newest.read_bytes()
+    newest.write_bytes(b"")
+    spark.sql(f"ALTER TABLE delta.`{bronze}` SET TBLPROPERTIES ('pipeline.checkpoint.id' = 'stream')")
+    refused = run_here(SCRIPT, bronze, "--readings", wider)
+    assert refused.returncode == 1 and "incomplete, perhaps after a power cut" in refused.stderr
+    newest.write_bytes(content)
+    assert run_here(SCRIPT, bronze, "--readings", wider).returncode == 0
+
+
+def test_an_accepted_reading_that_the_new_contract_would_reject_or_repeat_stays(spark, tmp_path):
+    """It is in the table already, whatever its key is by the new contract."""
+    table = tmp_path / "bronze"
+    record = json.dumps(
+        {
+            "gateway": "g",
+            "readings": [{"id": "a", "t": 1}, {"id": "b", "temp": 2, "n": 1}, {"id": "b", "temp": 2, "n": 1}],
+        }
+    ).encode()
+    array_writer(spark, table, READINGS).write(batch_of(spark, record, record), 0, "stream")
+    fields = Text("readings[].id", column="device_id"), Integer("readings[].n"), Number("readings[].temp", column="t")
+    new = Contract((Text("gateway"), *fields), key=("device_id", "n"))
+    assert move_all(spark, array_writer(spark, table, new).tables, new) == {
+        ("missing_readings[].t", None): 1,
+        ("missing_readings[].t", "duplicate"): 3,
+    }
+    accepted, rejected = elements(spark, table)
+    assert accepted == Counter({("g", "a", 0, 1.0): 2, ("g", "b", 1, 2.0): 1})
+    assert rejected == Counter([("duplicate", record, (2,)), ("duplicate", record, (1, 2))])
+
+
+def test_long_keys_and_keys_with_many_repeats_need_little_memory(spark, tmp_path):
+    contract = Contract((Text("id"), Number("value")), key=("id",))
+    _, write = keyed(spark, tmp_path / "bronze", contract)
+    long = [json.dumps({"id": "é" * 100_000 + str(number), "value": 1}).encode() for number in range(20)]
+    assert write(*long, *long) == {None: 20, "duplicate": 20}
+    assert write(*long, *[b'{"id":"x","value":1}'] * 3000) == {None: 1, "duplicate": 3019}
+
+
+def test_a_batch_of_many_readings_has_the_same_duplicates(spark, tmp_path, monkeypatch):
+    """Many keys take another way than a few."""
+    monkeypatch.setattr(duplicates, "FEW_ROWS", 5)
+    monkeypatch.setattr(duplicates, "MAX_BROADCAST_ROWS", 8)
+    _, write = keyed(spark, tmp_path / "bronze", KEYED)
+    records = [reading(device_id=f"d{number}") for number in range(20)]
+    assert write(*records[:3], *records[:3]) == {None: 3, "duplicate": 3}
+    assert write(*records, *records) == {None: 17, "duplicate": 23}
+    assert write(*records) == {"duplicate": 20}
+    assert contents(spark, tmp_path / "bronze")[1].total() == 46
+
+
+@pytest.mark.parametrize("reason", ["replay 0: x", "replay 17: of a buffer"])
+def test_a_rule_is_not_taken_for_the_mark_of_a_replay(reason):
+    with pytest.raises(ContractError, match="begins like the reason of a record that is being replayed"):
+        Contract(CONTRACT.fields, {reason: "false"})
+    assert Contract(CONTRACT.fields, {"replay of a buffer": "false"})
+
+
+def test_duplicates_stay_if_the_contract_has_no_key(spark, tmp_path):
+    table = tmp_path / "bronze"
+    _, write = keyed(spark, table, KEYED)
+    write(reading(), reading(), reading(value=500, device_id="hot"))
+    wider = Contract(CONTRACT.fields)
+    assert move_all(spark, bronze_writer(spark, table, wider).tables, wider) == {("out_of_range", None): 1}
+    assert contents(spark, table)[1] == Counter([("duplicate", reading())])

@@ -34,6 +34,7 @@ MAX_RECORD_BYTES = 8_000_000
 # MAX_RECORD_BYTES or has too many readings, or a file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
 DUPLICATE = "duplicate"
+MOVING = "replay ([0-9]+): "  # a pattern: how the reason of a record begins while a replay moves it
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Contract:
                 raise ContractError(f"the rule {reason!r} must be a name and its SQL, both of them strings")
             if reason in (*self._own_reasons, *OTHER_REASONS, *([DUPLICATE] if self.key else [])):
                 raise ContractError(f"the rule {reason} has the name of an existing reason; rename it")
+            if re.match(MOVING, reason):
+                raise ContractError(
+                    f"the rule {reason} begins like the reason of a record that is being replayed; rename it"
+                )
         self._check_key()
 
     def _check_key(self) -> None:

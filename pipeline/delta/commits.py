@@ -57,16 +57,18 @@ class Commits:
                 return version
         return None
 
-    def has_other_rows_since(self, stream: str, batch_id: int) -> bool:
-        """Whether anybody else has added, changed or deleted rows since the stream wrote this recent batch to the table."""
+    def has_changed_rows_since(self, stream: str, batch_id: int, by_replay: bool) -> bool:
+        """Whether anybody has changed or deleted rows since the stream wrote this recent batch to the table or, if `by_replay`, has
+        replayed any.
+        """
         written = self.version_of(stream, batch_id)
         first = max(self.newest - NEWEST_COMMITS, -1) if written is None else written
         return any(
-            action[kind].get("dataChange", True)
+            action.get("remove", {"dataChange": False}).get("dataChange", True)
+            or by_replay
+            and action.get("txn", {}).get("appId") == REPLAY
             for version in range(self.newest, first, -1)
             for action in self.actions(version) or ()
-            for kind in ("add", "remove")
-            if kind in action
         )
 
     def damage(self) -> tuple[int, str]:

@@ -1,15 +1,23 @@
 """Readings that came twice: their key is in the table already, or in an earlier row of the same batch."""
 
+from itertools import pairwise
+from typing import Any
+
 from pipeline.contract.columns import ROW
 from pipeline.contract.contract import DUPLICATE, Contract
-from pipeline.spark.private import code_generation, setting
+from pipeline.spark.private import OBSERVATION_SECONDS, code_generation, observed, setting
 
 from pyspark import StorageLevel
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Observation, Window
 from pyspark.sql import functions as F
+from pyspark.sql.types import DataType, StringType
 
-FEW_ROWS = 2000  # valid rows of a batch for which one task is fastest
+FEW_ROWS = 2000  # valid rows of a batch for which one task, without compiled code, is fastest
 MAX_BROADCAST_ROWS = 300_000  # rows of which each task keeps a copy in memory
+LONG_BYTES = 100  # of a text in a key
+# Seconds between a reading and its arrival. Readings with such times make one range of times each, so that a device whose clock
+# stands still does not extend the range of all others.
+AGES = (-(10**12), -10, 10, 60, 600, 3600, 6 * 3600, 86_400, 7 * 86_400, 30 * 86_400, 365 * 86_400, 10**12)
 
 
 def mark_duplicates(judged: DataFrame, contract: Contract, table: DataFrame) -> DataFrame:
@@ -17,61 +25,82 @@ def mark_duplicates(judged: DataFrame, contract: Contract, table: DataFrame) -> 
     earlier valid row: a message with a lower partition or offset, or a line above it in its file. The rows are read only once,
     and kept on the disk.
     """
-    spark = judged.sparkSession
+    spark, seen = judged.sparkSession, Observation()
+    figures = _figures(contract.key_time)
+    rows = judged.withColumn(ROW, F.monotonically_increasing_id())
     with code_generation(spark):
         # A cache would hold a batch of rows in memory.
-        rows = judged.withColumn(ROW, F.monotonically_increasing_id()).localCheckpoint(
-            storageLevel=StorageLevel.DISK_ONLY
-        )
-        valid = rows.where("reject_reason IS NULL")
-        count, is_near = _near(valid, contract.key_time)
-        is_few = count <= FEW_ROWS
-        with setting(spark, "spark.sql.shuffle.partitions", "1" if is_few else "4"):
-            found = _duplicates(valid, contract.key, table.where(is_near), count)
-            if is_few:
-                numbers = [str(row[0]) for row in found.collect()]
-                is_duplicate = f"`{ROW}` IN ({', '.join(numbers)})" if numbers else "false"
-                reason = F.coalesce("reject_reason", F.when(F.expr(is_duplicate), DUPLICATE))
-                return rows.withColumn("reject_reason", reason).drop(ROW)
-            found = found.distinct().localCheckpoint()
-            is_large = found.count() > MAX_BROADCAST_ROWS
-    found = found.select(ROW, F.lit(DUPLICATE).alias(f"{ROW} reason"))
+        rows = rows.observe(seen, *figures).localCheckpoint(storageLevel=StorageLevel.DISK_ONLY)
+    found = observed(spark, seen, OBSERVATION_SECONDS)
+    count = rows.where("reject_reason IS NULL").count() if found is None else found.get("rows", 0)
+    if not count:
+        return rows.drop(ROW)
+    is_few = count <= FEW_ROWS
+    with setting(spark, "spark.sql.shuffle.partitions", "1") if is_few else code_generation(spark):
+        near = table.where(_has_time_near(contract.key_time, found))
+        duplicates = _duplicates(rows, contract.key, near, count)
+        if is_few:
+            numbers = [str(row[0]) for row in duplicates.collect()]
+            is_duplicate = f"`{ROW}` IN ({', '.join(numbers)})" if numbers else "false"
+            reason = F.coalesce("reject_reason", F.when(F.expr(is_duplicate), DUPLICATE))
+            return rows.withColumn("reject_reason", reason).drop(ROW)
+        duplicates = duplicates.localCheckpoint()
+        is_large = duplicates.count() > MAX_BROADCAST_ROWS
+    duplicates = duplicates.select(ROW, F.lit(DUPLICATE).alias(f"{ROW} reason"))
     return (
-        rows.join(found if is_large else F.broadcast(found), ROW, "left")
+        rows.join(duplicates if is_large else F.broadcast(duplicates), ROW, "left")
         .withColumn("reject_reason", F.coalesce("reject_reason", f"`{ROW} reason`"))
         .drop(f"{ROW} reason", ROW)
     )
 
 
-def _near(valid: DataFrame, time: str) -> tuple[int, str]:
-    """Returns the number of valid rows, and SQL: whether a row of the table may have the key of one, by its time. Delta skips files
+def _figures(time: str) -> list[Column]:
+    """What to observe over the judged rows: the number of valid ones, and their first and last time in each range of AGES."""
+    is_valid = F.col("reject_reason").isNull()
+    times = []
+    for low, high in pairwise(AGES) if time else ():
+        age = f"(unix_micros(ingest_time) - unix_micros(`{time}`))"
+        is_of_age = f"reject_reason IS NULL AND {age} >= {low * 1_000_000} AND {age} < {high * 1_000_000}"
+        one = f"CASE WHEN {is_of_age} THEN unix_micros(`{time}`) END"
+        times += [f"min({one})", f"max({one})"]
+    return [F.count_if(is_valid).alias("rows"), F.expr(f"array({', '.join(times)})").alias("times")]
+
+
+def _has_time_near(time: str, found: dict[str, Any] | None) -> str:
+    """SQL: whether a row of the table may have the key of a valid row, by its time, given the observed figures. Delta skips files
     without such rows.
-
-    Times that are about equally long ago make one range, so that a device whose clock stands still does not extend the range of
-    all others.
     """
-    if not time:
-        return valid.count(), "true"
-    seconds = f"unix_micros(ingest_time) / 1e6 - unix_micros(`{time}`) / 1e6"
-    about = F.expr(f"signum({seconds}) * floor(log2(1 + abs({seconds})))")
-    micros = F.unix_micros(f"`{time}`")
-    ranges = valid.groupBy(about).agg(F.count("*").alias("rows"), F.min(micros), F.max(micros)).collect()
-    conditions = [
-        f"`{time}` BETWEEN timestamp_micros({first}) AND timestamp_micros({last})" for _, _, first, last in ranges
-    ]
-    return sum(row.rows for row in ranges), " OR ".join(conditions) or "false"
+    if not time or found is None:
+        return "true"
+    times = list(found["times"])
+    ranges = [(first, last) for first, last in zip(times[::2], times[1::2]) if first is not None]
+    return " OR ".join(
+        [
+            "false",
+            *(f"`{time}` BETWEEN timestamp_micros({first}) AND timestamp_micros({last})" for first, last in ranges),
+        ]
+    )
 
 
-def _duplicates(valid: DataFrame, key: tuple[str, ...], table: DataFrame, count: int) -> DataFrame:
+def _duplicates(judged: DataFrame, key: tuple[str, ...], table: DataFrame, count: int) -> DataFrame:
     """The numbers (ROW) of those valid rows, of which there are `count`, whose key is in the table or in an earlier one."""
     names = [f"key {number}" for number in range(len(key))]
-    keys = [F.col(f"`{column}`").alias(name) for column, name in zip(key, names)]
-    of_topic = [name for name in ("partition", "offset", "element") if name in valid.columns]
-    order = of_topic if "offset" in valid.columns else ["source_file"]
-    rows = valid.select(ROW, *order, *keys)
+    keys = [F.expr(_short(column, judged.schema[column].dataType)).alias(name) for column, name in zip(key, names)]
+    of_topic = [name for name in ("partition", "offset", "element") if name in judged.columns]
+    order = of_topic if "offset" in judged.columns else ["source_file"]
+    rows = judged.where("reject_reason IS NULL").select(ROW, *order, *keys)
     in_order = Window.partitionBy(*(f"`{name}`" for name in names)).orderBy(*order, ROW)
-    repeats = rows.withColumn("number", F.row_number().over(in_order)).where("number > 1").select(ROW)
-    there = table.select(*keys)
+    rows = rows.withColumn("number", F.row_number().over(in_order))
+    repeats, firsts, there = rows.where("number > 1"), rows.where("number = 1"), table.select(*keys)
     if count <= MAX_BROADCAST_ROWS:  # reads the table without sorting it
-        return repeats.union(there.join(F.broadcast(rows), names).select(ROW)).distinct()
-    return repeats.union(rows.join(there, names, "left_semi").select(ROW))
+        found = there.join(F.broadcast(firsts), names).select(ROW).distinct()
+    else:
+        found = firsts.join(there, names, "left_semi").select(ROW)
+    return repeats.select(ROW).union(found)
+
+
+def _short(column: str, kind: DataType) -> str:
+    """SQL: the value of a key's column, or a hash of a long one: keys are kept in memory."""
+    if not isinstance(kind, StringType):
+        return f"`{column}`"
+    return f"IF(octet_length(`{column}`) > {LONG_BYTES}, sha2(`{column}`, 256), `{column}`)"

@@ -4,37 +4,40 @@ Delta has no transactions over two tables. So each part of the quarantine moves 
 
 1. Its rows are marked: their reject_reason begins with "replay N: ". New rows never do, so the part can't change any more.
 2. New verdicts replace the marked rows. Valid ones stay marked; the others get the reason for which they are rejected now.
-3. The valid ones are appended to the table, as transaction N of REPLAY.
+3. The valid ones are appended to the table, as transaction N of REPLAY (in Delta's numbering 2 N; 2 N + 1 prevents it).
 4. The marked rows are deleted from the quarantine.
 
-If a replay is killed, the next one finds the mark. If the table has transaction N, it completes step 4; otherwise it removes the
-mark, and the part is judged again. Each commit is synced to the disk before the next one.
+If a replay is killed, the next one finds the mark. If the table has transaction N, it completes step 4. Otherwise it prevents that
+transaction, which Spark may be about to commit without its script, and removes the mark. Each commit is synced to the disk before
+the next one.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.contract.columns import BEFORE, LISTED
-from pipeline.contract.contract import OVERSIZED, UNREADABLE, Contract
+from pipeline.contract.contract import DUPLICATE, MAX_RECORD_BYTES, MOVING, OVERSIZED, UNREADABLE, Contract
 from pipeline.contract.elements import by_record
 from pipeline.contract.judge import json_sql, parse
-from pipeline.delta.commits import NEWEST_COMMITS, REPLAY, REPLAY_NOTE, sync_commits
+from pipeline.delta.commits import NEWEST_COMMITS, REPLAY, REPLAY_NOTE, Commits, sync_commits
 from pipeline.delta.duplicates import mark_duplicates
 from pipeline.delta.locks import with_retries
 from pipeline.delta.private import newest_state, version_and_last_batch
-from pipeline.delta.tables import TablePair, add_missing_columns
-from pipeline.spark.private import code_generation
+from pipeline.delta.tables import WRITER, TablePair, add_missing_columns, properties_of
+from pipeline.spark.private import code_generation, free_checkpoints
+from pipeline.terminal.errors import PipelineError
 
+from delta.exceptions import ConcurrentTransactionException
 from delta.tables import DeltaTable
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-MARK = "replay "
 MAX_PART_ROWS, MAX_PART_BYTES = 200_000, 500_000_000  # of a part; the stream waits until it has moved
+IS_PART = f"{LISTED} is set"  # whether a row of the quarantine lists elements
 SETTINGS = {
     "spark.databricks.delta.commitInfo.userMetadata": REPLAY_NOTE,
     # The new verdicts do not meet the condition of the rows that they replace.
@@ -63,43 +66,70 @@ def replaying(spark: SparkSession) -> Iterator[None]:
 
 @dataclass
 class Replay:
-    """Moves those rows of the quarantine that meet the SQL condition `selected` and that the contract accepts."""
+    """Moves those rows of the quarantine that meet the SQL condition `chosen` and that the contract accepts."""
 
     spark: SparkSession
     tables: TablePair
     contract: Contract
-    selected: str
+    chosen: str
     synced: dict[str, int] = field(default_factory=dict)  # the version up to which each table is synced to the disk
-
-    def __post_init__(self) -> None:
-        # Without their record, whole files and messages that were too large to read can't be judged.
-        self.selected += (
-            f" AND NOT startswith(reject_reason, '{MARK}') AND reject_reason <> '{UNREADABLE}' "
-            f"AND (raw IS NOT NULL OR reject_reason <> '{OVERSIZED}')"
-        )
-        if "elements" in self.quarantine.columns and not self.contract.array:
-            self.selected += " AND elements IS NULL"  # the table has the other readings of their messages
 
     @property
     def quarantine(self) -> DataFrame:
         return self.spark.read.format("delta").load(self.tables.quarantine)
 
+    @property
+    def selected(self) -> str:
+        """SQL: whether a row of the quarantine was chosen and can be judged."""
+        is_small = " AND ".join(
+            f"coalesce(octet_length({name}), 0) <= {MAX_RECORD_BYTES}"
+            for name in ("raw", "kafka_key")
+            if name in self.tables.quarantine_columns
+        )
+        conditions = [
+            self.chosen,
+            f"NOT reject_reason RLIKE '^{MOVING}'".replace("\\", "\\\\"),
+            # Without their record, whole files and messages that were too large to read can't be judged.
+            f"reject_reason <> '{UNREADABLE}'",
+            f"(reject_reason <> '{OVERSIZED}' OR raw IS NOT NULL AND {is_small})",
+        ]
+        if "elements" in self.quarantine.columns and not self.contract.array:
+            conditions.append("elements IS NULL")  # the table has the other readings of their messages
+        if not self.contract.key and DUPLICATE not in self.contract.rules:
+            conditions.append(f"reject_reason <> '{DUPLICATE}'")  # they are valid, and in the table already
+        return " AND ".join(conditions)
+
     def prepare(self) -> int:
-        """Adds the contract's columns to the tables, and finishes an interrupted replay. Returns the number of rows that it had
-        marked.
+        """Finishes an interrupted replay. Returns the number of rows that it had marked. Raises PipelineError if the stream has to
+        repair a table first.
         """
-        add_missing_columns(self.spark, self.tables.table, self.tables.columns)
-        add_missing_columns(self.spark, self.tables.quarantine, self.tables.quarantine_columns)
         for table in (self.tables.table, self.tables.quarantine):
+            self._require_intact(table)
             self._sync(table)
-        number = F.regexp_extract("reject_reason", rf"^{MARK}(\d+): ", 1).cast("int").alias("number")
-        marked = self.quarantine.where(f"startswith(reject_reason, '{MARK}')").groupBy(number).count().collect()
+        number = F.regexp_extract("reject_reason", f"^{MOVING}", 1).alias("number")
+        marked = self.quarantine.groupBy(number).count().where("number <> ''").collect()
         for row in marked:
-            if row.number <= self._last_number():
-                self._delete(row.number)
+            if not self._is_appended(int(row.number)):
+                self._prevent(int(row.number))
+            if self._is_appended(int(row.number)):
+                self._delete(int(row.number))
             else:
                 self._set_reason(f"startswith(reject_reason, '{_mark(row.number)}')", _unmarked(row.number))
         return sum(row["count"] for row in marked)
+
+    def _require_intact(self, table: str) -> None:
+        """Raises PipelineError if the stream has to write its last batch again, after a crash or a power cut."""
+        _, damage = Commits(self.spark, table, newest_state(self.spark, table)[1]).damage()
+        writer = (properties_of(self.spark, self.tables.table) or {}).get(WRITER)
+        written, rejected = (
+            version_and_last_batch(self.spark, each, writer)[1] for each in (self.tables.table, self.tables.quarantine)
+        )
+        if damage or rejected > written:
+            problem = damage or "its quarantine has a batch that the table lacks"
+            raise PipelineError(
+                f"The table {table} is incomplete, perhaps after a power cut: {problem}. Start its stream first, which repairs it "
+                f"or says what to do."
+            )
 
     def parts(self) -> list[str]:
         """Divides the selected rows into parts. Returns an SQL condition for each."""
@@ -132,7 +162,7 @@ class Replay:
             records = records.withColumn("raw_json", F.expr(json_sql("raw")))
         if self.tables.has_elements:
             elements = F.col("elements") if "elements" in rows.columns else F.lit(None).cast("array<int>")
-            records = records.withColumns({LISTED: elements, f"{LISTED}_is": elements.isNotNull()}).drop("elements")
+            records = records.withColumns({LISTED: elements, IS_PART: elements.isNotNull()}).drop("elements")
         with code_generation(self.spark):
             # A cache would hold a batch of rows in memory.
             cores = self.spark.sparkContext.defaultParallelism
@@ -142,8 +172,9 @@ class Replay:
         if not self.contract.key:
             return judged
         table = self.spark.read.format("delta").load(self.tables.table)
+        there = {name.lower() for name in table.columns}
         new = {
-            name: F.lit(None).cast(kind) for name, kind in self.contract.columns.items() if name not in table.columns
+            name: F.lit(None).cast(kind) for name, kind in self.contract.columns.items() if name.lower() not in there
         }
         return mark_duplicates(judged, self.contract, table.withColumns(new))
 
@@ -151,9 +182,12 @@ class Replay:
         """Moves the valid readings of a part to the table. Returns the number of readings with each verdict."""
         condition = f"{self.selected} AND {part}"
         verdicts = counted(self.judge(self.quarantine.where(condition)))
+        free_checkpoints(self.spark)
         if all(verdict.before == verdict.now for verdict in verdicts):
             return verdicts
-        number = self._last_number() + 1
+        add_missing_columns(self.spark, self.tables.table, self.tables.columns)
+        add_missing_columns(self.spark, self.tables.quarantine, self.tables.quarantine_columns)
+        number = self._last_transaction() // 2 + 1
         is_marked = f"startswith(reject_reason, '{_mark(number)}')"
         self._set_reason(condition, F.concat(F.lit(_mark(number)), "reject_reason"))
         judged = self.judge(self.quarantine.where(is_marked).withColumn("reject_reason", _unmarked(number)))
@@ -178,12 +212,13 @@ class Replay:
                     valid.select(*(f"`{column}`" for column in self.tables.columns))
                     .write.format("delta")
                     .mode("append")
-                    .options(txnAppId=REPLAY, txnVersion=number)
+                    .options(txnAppId=REPLAY, txnVersion=2 * number)
                     .save(self.tables.table)
                 )
             )
             self._sync(self.tables.table)
             self._delete(number)
+        free_checkpoints(self.spark)
         return verdicts
 
     def _as_rejected(self, rows: DataFrame) -> DataFrame:
@@ -205,10 +240,26 @@ class Replay:
         with_retries(lambda: quarantine.delete(f"startswith(reject_reason, '{_mark(number)}')"))
         self._sync(self.tables.quarantine)
 
-    def _last_number(self) -> int:
-        """The last transaction of a replay in the table; -1 for none."""
+    def _last_transaction(self) -> int:
+        """The number of the last transaction of a replay in the table; -1 for none."""
         newest_state(self.spark, self.tables.table)  # brings Delta's view of the table up to date
         return version_and_last_batch(self.spark, self.tables.table, REPLAY)[1]
+
+    def _is_appended(self, number: int) -> bool:
+        # Later parts are not begun before this one is finished.
+        return self._last_transaction() == 2 * number
+
+    def _prevent(self, number: int) -> None:
+        """Makes sure that the table can't receive the rows with this mark any more, unless it has them."""
+        rows = self.spark.read.format("delta").load(self.tables.table).limit(0)
+        with suppress(ConcurrentTransactionException):  # it has just received them
+            (
+                rows.write.format("delta")
+                .mode("append")
+                .options(txnAppId=REPLAY, txnVersion=2 * number + 1)
+                .save(self.tables.table)
+            )
+        self._sync(self.tables.table)
 
     def _sync(self, table: str) -> None:
         """Syncs the newest commits of a table to the disk."""
@@ -224,11 +275,11 @@ def counted(judged: DataFrame) -> Counter[Verdict]:
     return Counter({Verdict(before, now): count for before, now, count in verdicts})
 
 
-def _mark(number: int) -> str:
-    return f"{MARK}{number}: "
+def _mark(number: int | str) -> str:
+    return f"replay {number}: "  # MOVING
 
 
-def _unmarked(number: int) -> Column:
+def _unmarked(number: int | str) -> Column:
     """The former reject_reason of a marked row."""
     return F.expr(f"substring(reject_reason, {len(_mark(number)) + 1})")
 
@@ -239,11 +290,13 @@ def _without_accepted(judged: DataFrame) -> DataFrame:
     """
     lists = judged.where(F.col(LISTED).isNotNull()).select("_record", F.explode(LISTED).alias("element"))
     rows = judged.join(lists.withColumn("@match", F.lit(True)), ["_record", "element"], "left")
-    was_rejected = F.expr(f"NOT `{LISTED}_is` OR `@match` OR element IS NULL")
-    rows = rows.withColumns({name: F.when(was_rejected, F.col(name)) for name in (BEFORE, "reject_reason")})
+    was_rejected = F.expr(f"NOT `{IS_PART}` OR `@match` OR element IS NULL")
+    # Whatever the contract says of it now, an accepted reading stays where it is.
+    reason = F.when(was_rejected, F.col("reject_reason")).otherwise("accepted")
+    rows = rows.withColumns({BEFORE: F.when(was_rejected, F.col(BEFORE)), "reject_reason": reason})
     rows = rows.where(F.col(BEFORE).isNotNull() | F.col("raw").isNotNull()).drop("@match")
     # By now, the contract may name another array, which is shorter. Listed readings that it lacks stay as they are.
     gone = lists.join(judged, ["_record", "element"], "left_anti")
     gone = gone.join(judged.where("element IS NULL"), "_record", "left_anti")
-    messages = judged.where("raw IS NOT NULL").drop("element").withColumn("reject_reason", F.col(BEFORE))
-    return rows.unionByName(gone.join(messages, "_record"))
+    messages = judged.where("raw IS NOT NULL").drop("element", "raw").withColumn("reject_reason", F.col(BEFORE))
+    return rows.unionByName(gone.join(messages, "_record"), allowMissingColumns=True)

@@ -10,12 +10,13 @@ from pipeline.delta.locks import write_lock
 from pipeline.delta.private import configuration, remove_old_log_entries
 from pipeline.paths import local_path, quarantine_of
 from pipeline.spark.file_system import FileSystem
+from pipeline.spark.private import setting
 from pipeline.terminal.errors import PipelineError
 from pipeline.terminal.messages import say
 from pipeline.terminal.signals import StopFlag
 
 from delta.tables import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 PROPERTIES = {
     # A stream appends one small file per batch. The files are merged as soon as there are 50 of them.
@@ -178,6 +179,12 @@ def properties_of(spark: SparkSession, path: str) -> dict[str, str] | None:
     if not DeltaTable.isDeltaTable(spark, path):
         return None
     return configuration(spark, path)
+
+
+def rows_at(spark: SparkSession, path: str, version: int) -> DataFrame:
+    """The table as of a version, even if it is older than the table's history. Its files may be gone."""
+    with setting(spark, "spark.databricks.delta.vacuum.enforceTimeTravelWithinDeletedFileRetentionDuration", "false"):
+        return spark.read.format("delta").option("versionAsOf", version).load(path)
 
 
 def as_identifier(path: str) -> str:

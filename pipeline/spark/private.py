@@ -34,6 +34,7 @@ def hadoop_settings(spark: SparkSession) -> Any:
 
 
 SPARK_ERRORS = (PySparkException, Py4JJavaError)  # the latter come from calls to its private APIs
+OBSERVATION_SECONDS = 60  # seconds to wait for the figures of a query that has ended
 OUT_OF_MEMORY = "java.lang.OutOfMemoryError"
 
 
@@ -83,6 +84,13 @@ def observed(spark: SparkSession, observation: Observation, seconds: int) -> dic
         field.name(): row.getList(number) if field.dataType().typeName() == "array" else row.get(number)
         for number, field in enumerate(row.schema().fields())
     }
+
+
+def free_checkpoints(spark: SparkSession) -> None:
+    """Deletes the local checkpoints on the disk. Otherwise they stay until Java happens to collect them."""
+    for rdd in cast(Any, spark.sparkContext)._jsc.getPersistentRDDs().values():
+        if not rdd.getStorageLevel().useMemory():  # Delta keeps a table's state in memory
+            rdd.unpersist(False)
 
 
 def in_memory(rows: DataFrame) -> DataFrame:

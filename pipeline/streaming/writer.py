@@ -11,9 +11,16 @@ from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.duplicates import mark_duplicates
 from pipeline.delta.private import compact_own_files, version_and_last_batch
-from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of
+from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of, rows_at
 from pipeline.paths import local_path
-from pipeline.spark.private import SPARK_ERRORS, code_generation, dataframe_of, observed
+from pipeline.spark.private import (
+    OBSERVATION_SECONDS,
+    SPARK_ERRORS,
+    code_generation,
+    dataframe_of,
+    free_checkpoints,
+    observed,
+)
 from pipeline.streaming.source import Backlog, Source
 from pipeline.streaming.start import Start, in_use_message, require_same_contents
 from pipeline.terminal.errors import PipelineError, first_line, root_cause
@@ -29,7 +36,6 @@ from pyspark.sql import functions as F
 MAX_KEPT_ROWS = 200_000
 MAX_KEPT_BYTES = 500
 CLEAN_UP_EVERY = 1000  # batches; half an hour with the default trigger
-OBSERVATION_SECONDS = 60  # seconds to wait after a batch was written
 
 
 class BatchReport(NamedTuple):
@@ -114,21 +120,22 @@ class TableWriter:
     def _judge(self, records: DataFrame, this: Batch) -> DataFrame:
         cores = records.sparkSession.sparkContext.defaultParallelism
         judged = parse(records.coalesce(1 if self.source.is_small(records) else cores), self.contract)
-        return mark_duplicates(judged, self.contract, self._earlier_rows(judged, this)) if self.contract.key else judged
+        return self._mark_duplicates(judged, this) if self.contract.key else judged
 
-    def _earlier_rows(self, judged: DataFrame, this: Batch) -> DataFrame:
-        """The table as it was before this batch, which may be there already."""
-        spark, rows = judged.sparkSession, judged.sparkSession.read.format("delta")
-        version, last_batch = version_and_last_batch(spark, self.tables.table, this.stream)
+    def _mark_duplicates(self, judged: DataFrame, this: Batch) -> DataFrame:
+        spark, table = judged.sparkSession, self.tables.table
+        version, last_batch = version_and_last_batch(spark, table, this.stream)
+        now = spark.read.format("delta").load(table)
         if this.number > last_batch:
-            return rows.load(self.tables.table)
-        written = Commits(spark, self.tables.table, version).version_of(this.stream, this.number)
+            return mark_duplicates(judged, self.contract, now)
+        # The batch is in the table already, and must not be compared with itself.
+        written = Commits(spark, table, version).version_of(this.stream, this.number)
         with suppress(*SPARK_ERRORS):
             if written is not None:
-                return rows.option("versionAsOf", written - 1).load(self.tables.table)
-        # Its earlier versions are gone. All rows of a batch have the same time.
+                return mark_duplicates(judged, self.contract, rows_at(spark, table, written - 1))
+        # That version is gone. All rows of a batch have the same time.
         own = judged.select("ingest_time").distinct()
-        return rows.load(self.tables.table).join(own, "ingest_time", "left_anti")
+        return mark_duplicates(judged, self.contract, now.join(own, "ingest_time", "left_anti"))
 
     def _synced_versions(self, spark: SparkSession, stream: str) -> dict[str, int]:
         """Returns the versions of both tables after syncing them to the disk."""
@@ -180,8 +187,9 @@ class TableWriter:
             found = observed(spark, seen, OBSERVATION_SECONDS) or {}
         version, _ = version_and_last_batch(spark, self.tables.table, this.stream)
         # Rows that somebody has deleted or replayed since then do not count as rejected by a second reading.
-        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_other_rows_since(
-            this.stream, this.number
+        is_rejected = version_and_last_batch(spark, self.tables.quarantine, this.stream)[1] >= this.number
+        is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
+            this.stream, this.number, by_replay=is_rejected
         )
         in_table: tuple[int, ...] = found["accepted"], found["fingerprint"]
         if is_compared:
@@ -209,7 +217,6 @@ class TableWriter:
             # The quarantine may already have the batch from an earlier reading.
             this = this._replace(stream=again) if has_changed else this
             self._append(rows, self.tables.quarantine, self.tables.quarantine_columns, this)
-            rows.unpersist()
 
     def _rejected(self, judged: DataFrame, found: dict[str, Any]) -> tuple[bool, DataFrame] | None:
         """Returns whether the rejected records differ from those of an earlier reading, and the records with the quarantine's
@@ -229,7 +236,6 @@ class TableWriter:
         figures = observed(judged.sparkSession, seen, OBSERVATION_SECONDS) or {}
         if (figures.get("accepted"), figures.get("fingerprint")) == found["in_table"]:
             return False, rejected
-        rejected.unpersist()
         written = [
             self._written(judged.sparkSession, table, found) for table in (self.tables.table, self.tables.quarantine)
         ]
@@ -289,6 +295,7 @@ class TableWriter:
     def _finish(self, batch: DataFrame, report: BatchReport, this: Batch) -> None:
         """Notes the batch in the checkpoint, and now and then removes old files."""
         spark = batch.sparkSession
+        free_checkpoints(spark)
         self.source.after_batch(batch, {reason for reason in report.rows if reason}, self.tables.quarantine)
         # Delta would otherwise work the versions out when the next batch begins; here, the records of this batch are
         # already visible.

@@ -36,9 +36,10 @@ writer = TableWriter(
 for number, begin in enumerate(range(0, rows, BATCH)):
     records = spark.range(begin, min(begin + BATCH, rows), numPartitions=4).select(
         F.format_string(
-            '{"timestamp": "2026-11-20T08:00:00.%03dZ", "device_id": "sensor-%03d", "building": "A", "floor": %d, '
-            '"type": "co2", "value": %d.5, "unit": "ppm"}',
-            F.col("id") % 1000,
+            '{"timestamp": "%s", "device_id": "sensor-%03d", "building": "A", "floor": %d, "type": "co2", "value": %d.5, "unit": "ppm"}',
+            F.date_format(
+                F.timestamp_micros(begun + F.col("id") * 10_000_000 / BATCH), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS'Z'"
+            ),
             F.col("id") % 997,
             F.col("id") % 6,
             F.col("id") % 9000,

@@ -71,8 +71,9 @@ SETTINGS = {
     "spark.hadoop.parquet.column.statistics.enabled#raw": "false",
     "spark.hadoop.parquet.column.statistics.enabled#raw_json": "false",
     "spark.hadoop.parquet.column.statistics.enabled#_rescued_data": "false",
-    # Java's serialization, which writes the records of a second reading to the disk, keeps the last hundred by default.
-    "spark.serializer.objectStreamReset": "1",
+    # The records of a second reading and those of a contract with a key are written to the disk: with Java's serialization,
+    # this takes twice as long, and by default a hundred records stay in memory.
+    "spark.serializer": "org.apache.spark.serializer.KryoSerializer",
     # Auto compaction merges files smaller than the first size into files of the second size. A batch waits for it, so
     # it merges a little at a time: a Silver table with a million rows a day (14 MB) gets 9 files a day.
     "spark.databricks.delta.autoCompact.minFileSize": str(3 * 512 * 1024),

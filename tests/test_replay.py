@@ -92,7 +92,7 @@ STEPS = ["marked", "verdicts", "appended", "deleted"]
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("contract", ["as before", "another"], ids=str)
+@pytest.mark.parametrize("contract", ["another", pytest.param("as before", marks=pytest.mark.long)])
 def test_a_replay_that_is_killed_after_any_commit_is_finished_by_the_next(spark, bronze, monkeypatch, step, contract):
     """The next one may have another contract: then it must not judge again what the table has already."""
     new = CONTRACT.rules | {"unknown_type": "type = 'nonsense'", "wrong_unit": "false", "out_of_range": "value > 900"}

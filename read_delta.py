@@ -193,7 +193,7 @@ def tidy(spark: SparkSession, options: argparse.Namespace) -> None:
     read_table(spark, options.table, STREAMS)
     if local_path(options.table) is None:
         warn(
-            f"{options.table} has no lock. Make sure that no stream writes to it in the meantime: on S3, commits could be lost."
+            f"{options.table} can't be locked. Make sure that no stream is writing to it: otherwise, on S3, commits could be lost."
         )
     if options.optimize:
         with write_lock(options.table):

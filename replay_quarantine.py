@@ -1,12 +1,14 @@
-"""Judges rejected records again, by the contract as it is now, and moves the valid ones from the quarantine to their table.
+"""Judges rejected records again by the current contract, and moves the valid ones from the quarantine to the table.
 
     lake/silver/sensor_data_quarantine ──> lake/silver/sensor_data
 
-A row that moves keeps its origin and its ingest_time. The others stay, with the reason for which they are rejected now. Each record
-remains in exactly one of the two tables, even if the script is killed: the next run finishes what it had begun. The stream may
-keep running; it waits while a part of the quarantine (200,000 records at most) is moved.
+Correct the contract first, and restart the stream, so that new records are judged by it, too. A row that moves keeps its origin and
+its ingest_time. The others stay, and get their new reason. Each record ends up in exactly one of the two tables, even if the script
+is killed: the next run finishes or undoes the interrupted part. The stream may keep running; it waits while a part of the
+quarantine (at most 200,000 rows or 500 MB) is moved. docs/rejected.md says what never moves, and what to do in a bucket.
 
     python3 replay_quarantine.py lake/silver/sensor_data --dry-run
+    python3 replay_quarantine.py lake/silver/sensor_data
     python3 replay_quarantine.py lake/silver/sensor_data --reason unknown_type --since "2026-11-20 08:00:00"
     python3 replay_quarantine.py lake/bronze/sensor_data --readings my.py
 """
@@ -50,12 +52,11 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("table", type=table_location, metavar="TABLE", help="the table, not its quarantine")
+    parser.add_argument("table", type=table_location, metavar="TABLE", help="path of the table (not of its quarantine)")
     add_readings_option(parser)
     parser.add_argument(
         "--reason",
         action="append",
-        default=[],
         metavar="REASON",
         help="judge only the records with this reject_reason; may be given several times",
     )
@@ -63,10 +64,10 @@ def parse_options() -> argparse.Namespace:
         "--since",
         type=utc_time,
         metavar="T",
-        help='judge only records with an ingest_time from T on, UTC: "2026-11-20 08:00:00"',
+        help='judge only records with an ingest_time of T (in UTC) or later, such as "2026-11-20 08:00:00"',
     )
     parser.add_argument(
-        "--until", type=utc_time, metavar="T", help="judge only records with an ingest_time before T, UTC"
+        "--until", type=utc_time, metavar="T", help="judge only records with an ingest_time before T (in UTC)"
     )
     parser.add_argument(
         "--dry-run",
@@ -90,7 +91,7 @@ def tables_at(spark: SparkSession, options: argparse.Namespace, contract: Contra
     with in_file(options.readings):
         contract.check(spark, has_keys="kafka_key" in columns, has_arrays=properties.get(MODE) != "with --multiline")
     if properties.get(CONTRACT, contract.id) != contract.id:
-        warn(f"The stream of {options.table} last ran with another contract than that in {options.readings}.")
+        warn(f"The stream of {options.table} last ran with a different contract from the one in {options.readings}.")
     return tables
 
 
@@ -112,7 +113,7 @@ def preview(replay: Replay) -> None:
     for part in replay.parts():
         judged = replay.judge(replay.quarantine.where(f"{replay.selected} AND {part}"))
         for before, now, count, example in with_examples(judged, replay.contract, BEFORE, "reject_reason"):
-            if before is not None:  # otherwise, the reading was accepted at first
+            if before is not None:  # otherwise, the reading was originally accepted
                 verdicts[Verdict(before, now)] += count
                 examples.setdefault(Verdict(before, now), example or "")
         free_checkpoints(replay.spark)
@@ -133,14 +134,14 @@ def move(replay: Replay) -> None:
     verdicts = Counter[Verdict]()
     if local_path(tables.table) is None:
         warn(
-            f"{tables.table} has no lock. Make sure that neither its stream nor another replay runs in the meantime: readings could "
-            f"be written twice or lost."
+            f"{tables.table} can't be locked. Make sure that neither its stream nor another replay is running: otherwise, readings "
+            f"could be written twice or lost."
         )
     with replaying(replay.spark):
         try:
             with tables.write_lock(stopping):
                 if finished := replay.prepare():
-                    say(f"Finished an interrupted replay of {finished:,} rows.")
+                    say(f"Finished or undid an interrupted replay of {finished:,} rows.")
                 parts = replay.parts()
             for number, part in enumerate(parts, 1):
                 if stopping.is_set():
@@ -154,7 +155,7 @@ def move(replay: Replay) -> None:
                     f"{time.monotonic() - begin:.1f} s"
                 )
         except Stopped:
-            say("Stopped. The next run goes on with the remaining records.")
+            say("Stopped. The next run continues with the remaining records.")
     if verdicts:
         lines = [(before, now or "moved", count) for (before, now), count in verdicts.most_common()]
         say("")

@@ -1,4 +1,4 @@
-"""Replaying a quarantine: rejected records that a contract accepts by now move to the table, exactly once, whatever is killed."""
+"""Replaying a quarantine: rejected rejected records that the contract now accepts move to the table, exactly once, whatever is killed."""
 
 import itertools
 import json
@@ -94,7 +94,7 @@ STEPS = ["marked", "verdicts", "appended", "deleted"]
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("contract", ["another", pytest.param("as before", marks=pytest.mark.long)])
 def test_a_replay_that_is_killed_after_any_commit_is_finished_by_the_next(spark, bronze, monkeypatch, step, contract):
-    """The next one may have another contract: then it must not judge again what the table has already."""
+    """The next one may have another contract: it must not judge rows again that are already in the table."""
     new = CONTRACT.rules | {"unknown_type": "type = 'nonsense'", "wrong_unit": "false", "out_of_range": "value > 900"}
     wider = Contract(CONTRACT.fields, new)
     calls = []
@@ -245,7 +245,7 @@ def test_a_large_quarantine_moves_in_parts(spark, tmp_path, monkeypatch):
 
 
 def keyed(spark, table, contract, first: int = 0):
-    """A function that writes a batch to a table and returns the figures of its verdicts. The next number is `first`."""
+    """Returns a writer, and a function that writes a batch and returns its row counts by verdict. The first batch is `first`."""
     writer, numbers = array_writer(spark, table, contract), itertools.count(first)
 
     def write(*records: bytes, number: int | None = None) -> dict:
@@ -274,8 +274,8 @@ def test_a_reading_whose_key_is_in_the_table_or_earlier_in_the_batch_is_a_duplic
 
 
 @pytest.mark.parametrize("deleted", [False, True], ids=["", "rows deleted in between"])
-def test_a_batch_that_is_repeated_is_no_duplicate_of_itself(spark, tmp_path, monkeypatch, deleted):
-    """If rows of the table were deleted in between, the verdicts of the first time count."""
+def test_a_repeated_batch_is_not_a_duplicate_of_itself(spark, tmp_path, monkeypatch, deleted):
+    """If rows of the table were deleted in between, the first verdicts count."""
     table = tmp_path / "bronze"
     writer, write = keyed(spark, table, KEYED)
     first, second = reading(device_id="d0"), reading(device_id="d1")
@@ -326,11 +326,11 @@ def test_replays_of_readings_with_a_key_add_none_twice(spark, tmp_path):
     "key, problem",
     [
         ("device_id", r'must be a tuple, such as \("device_id",\)'),
-        (("floor",), "floor, which is not the column of a required field; those are event_time, device_id"),
+        (("floor",), "floor, which is not the column of a required field; choose from event_time, device_id"),
         (("timestamp",), "has timestamp, which is not the column"),
     ],
 )
-def test_a_key_that_cannot_hold_is_refused(key, problem):
+def test_an_invalid_key_is_refused(key, problem):
     with pytest.raises(ContractError, match=problem):
         Contract(CONTRACT.fields, {}, key=key)
 
@@ -341,8 +341,8 @@ def test_a_contract_without_a_key_may_have_a_rule_named_duplicate():
         Contract(CONTRACT.fields, {"duplicate": "false"}, key=("device_id",))
 
 
-def test_a_replay_that_was_killed_can_not_append_its_rows_afterwards(spark, bronze, monkeypatch):
-    """Spark may go on for a moment when its script is killed."""
+def test_a_killed_replay_cannot_append_its_rows_afterwards(spark, bronze, monkeypatch):
+    """Spark may keep running for a moment after its script is killed."""
     wider = Contract(CONTRACT.fields, {"hot": "value > 900"})
     tables = bronze_writer(spark, bronze, wider).tables
     before = contents(spark, bronze)
@@ -371,7 +371,7 @@ def test_a_replay_that_was_killed_can_not_append_its_rows_afterwards(spark, bron
     assert move_all(spark, tables, wider).total() == 6
 
 
-def test_a_replay_leaves_tables_to_the_stream_that_lack_something_of_its_last_batch(spark, bronze, wider, run_here):
+def test_a_replay_refuses_tables_that_lack_part_of_the_last_batch(spark, bronze, wider, run_here):
     files = {path: path.read_bytes() for path in Path(bronze).glob("*.parquet")}
     for path in files:
         path.write_bytes(b"")
@@ -383,7 +383,7 @@ def test_a_replay_leaves_tables_to_the_stream_that_lack_something_of_its_last_ba
 
 
 def test_an_accepted_reading_that_the_new_contract_would_reject_or_repeat_stays(spark, tmp_path):
-    """It is in the table already, whatever its key is by the new contract."""
+    """It is in the table already, whatever its key is under the new contract."""
     table = tmp_path / "bronze"
     record = json.dumps(
         {
@@ -412,7 +412,7 @@ def test_long_keys_and_keys_with_many_repeats_need_little_memory(spark, tmp_path
 
 
 def test_a_batch_of_many_readings_has_the_same_duplicates(spark, tmp_path, monkeypatch):
-    """Many keys take another way than a few."""
+    """Many keys take a different path through the code than a few."""
     monkeypatch.setattr(duplicates, "FEW_ROWS", 5)
     monkeypatch.setattr(duplicates, "MAX_BROADCAST_ROWS", 8)
     _, write = keyed(spark, tmp_path / "bronze", KEYED)

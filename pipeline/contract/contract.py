@@ -34,7 +34,7 @@ MAX_RECORD_BYTES = 8_000_000
 # MAX_RECORD_BYTES or has too many readings, or a file can't be read to its end.
 OTHER_REASONS = INCONSISTENT, OVERSIZED, UNREADABLE = "inconsistent_verdict", "oversized_record", "unreadable_file"
 DUPLICATE = "duplicate"
-MOVING = "replay ([0-9]+): "  # a pattern: how the reason of a record begins while a replay moves it
+MOVING = "replay ([0-9]+): "  # pattern: the start of a record's reject_reason while a replay moves it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Contract:
         for column in self.key:
             if column not in required:
                 raise ContractError(
-                    f"its key has {column}, which is not the column of a required field; those are {', '.join(required)}"
+                    f"its key has {column}, which is not the column of a required field; choose from {', '.join(required)}"
                 )
 
     def _check_array(self) -> None:
@@ -138,7 +138,7 @@ class Contract:
 
     @property
     def key_time(self) -> str:
-        """The column of the key that says when a reading was made; "" if there is none."""
+        """The key's first Timestamp column; "" if it has none."""
         return next(
             (each.column for each in self.fields if isinstance(each, Timestamp) and each.column in self.key), ""
         )

@@ -102,7 +102,7 @@ def _elements_of(contract: Contract) -> str:
 
 
 def by_record(judged: DataFrame, columns: Iterable[str]) -> DataFrame:
-    """The rejected ones of the rows of `parse`, with the quarantine's `columns`: a row for each record and reason. `elements` has the
+    """The rejected rows of `parse`, with the quarantine's `columns`: a row for each record and reason. `elements` has the
     positions of the rejected readings, and is null for a whole record. `raw` comes from the first row of the record, if it is there.
     """
     same = [F.first(name).alias(name) for name in columns if name not in ("reject_reason", "elements", "raw")]

@@ -1,4 +1,4 @@
-"""Readings that came twice: their key is in the table already, or in an earlier row of the same batch."""
+"""Repeated readings: their key is in the table already, or in an earlier row of the same batch."""
 
 from itertools import pairwise
 from typing import Any
@@ -12,18 +12,18 @@ from pyspark.sql import Column, DataFrame, Observation, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StringType
 
-FEW_ROWS = 2000  # valid rows of a batch for which one task, without compiled code, is fastest
-MAX_BROADCAST_ROWS = 300_000  # rows of which each task keeps a copy in memory
-LONG_BYTES = 100  # of a text in a key
-# Seconds between a reading and its arrival. Readings with such times make one range of times each, so that a device whose clock
-# stands still does not extend the range of all others.
+FEW_ROWS = 2000  # up to this many valid rows in a batch, a single task without compiled code is fastest
+MAX_BROADCAST_ROWS = 300_000  # up to this many rows, each task keeps a copy of them in memory
+LONG_BYTES = 100  # longer texts in a key are hashed
+# Bounds of age groups: seconds between a reading and its arrival. Each group has a time range of its own, so that a device whose
+# clock has stopped does not widen the range of all others.
 AGES = (-(10**12), -10, 10, 60, 600, 3600, 6 * 3600, 86_400, 7 * 86_400, 30 * 86_400, 365 * 86_400, 10**12)
 
 
 def mark_duplicates(judged: DataFrame, contract: Contract, table: DataFrame) -> DataFrame:
     """Returns the judged rows (see `parse`) with the reject_reason "duplicate" for each valid row whose key is in `table`, or in an
-    earlier valid row: a message with a lower partition or offset, or a line above it in its file. The rows are read only once,
-    and kept on the disk.
+    earlier valid row: by partition, offset and position in the array, or by file name and place in the file. The rows are read only
+    once, and kept on disk.
     """
     spark, seen = judged.sparkSession, Observation()
     figures = _figures(contract.key_time)
@@ -55,7 +55,7 @@ def mark_duplicates(judged: DataFrame, contract: Contract, table: DataFrame) -> 
 
 
 def _figures(time: str) -> list[Column]:
-    """What to observe over the judged rows: the number of valid ones, and their first and last time in each range of AGES."""
+    """The figures to observe: the number of valid rows, and their first and last time in each range of AGES."""
     is_valid = F.col("reject_reason").isNull()
     times = []
     for low, high in pairwise(AGES) if time else ():
@@ -67,8 +67,8 @@ def _figures(time: str) -> list[Column]:
 
 
 def _has_time_near(time: str, found: dict[str, Any] | None) -> str:
-    """SQL: whether a row of the table may have the key of a valid row, by its time, given the observed figures. Delta skips files
-    without such rows.
+    """SQL: whether a row of the table, judging by its time, can have the key of a valid row. `found`: the observed figures. Delta
+    skips files without such rows.
     """
     if not time or found is None:
         return "true"
@@ -83,7 +83,7 @@ def _has_time_near(time: str, found: dict[str, Any] | None) -> str:
 
 
 def _duplicates(judged: DataFrame, key: tuple[str, ...], table: DataFrame, count: int) -> DataFrame:
-    """The numbers (ROW) of those valid rows, of which there are `count`, whose key is in the table or in an earlier one."""
+    """The numbers (ROW) of the valid rows (`count` in all) whose key is in the table or in an earlier row."""
     names = [f"key {number}" for number in range(len(key))]
     keys = [F.expr(_short(column, judged.schema[column].dataType)).alias(name) for column, name in zip(key, names)]
     of_topic = [name for name in ("partition", "offset", "element") if name in judged.columns]
@@ -100,7 +100,7 @@ def _duplicates(judged: DataFrame, key: tuple[str, ...], table: DataFrame, count
 
 
 def _short(column: str, kind: DataType) -> str:
-    """SQL: the value of a key's column, or a hash of a long one: keys are kept in memory."""
+    """SQL: the value of a key's column, or its hash if it is long, because keys are kept in memory."""
     if not isinstance(kind, StringType):
         return f"`{column}`"
     return f"IF(octet_length(`{column}`) > {LONG_BYTES}, sha2(`{column}`, 256), `{column}`)"

@@ -1,15 +1,15 @@
-"""Replaying a quarantine: records that a contract accepts by now move to the table, each exactly once.
+"""Replaying a quarantine: rejected records that the contract now accepts move to the table, each exactly once.
 
-Delta has no transactions over two tables. So each part of the quarantine moves in four commits:
+Delta has no transactions across tables. So each part of the quarantine moves in four commits:
 
-1. Its rows are marked: their reject_reason begins with "replay N: ". New rows never do, so the part can't change any more.
-2. New verdicts replace the marked rows. Valid ones stay marked; the others get the reason for which they are rejected now.
-3. The valid ones are appended to the table, as transaction N of REPLAY (in Delta's numbering 2 N; 2 N + 1 prevents it).
+1. Its rows are marked: their reject_reason begins with "replay N: ". New rows never begin like that, so the part no longer changes.
+2. The marked rows are judged and rewritten. Valid ones stay marked; the others get their new reason.
+3. The valid ones are appended to the table, as version 2 N of the application REPLAY in Delta's transactions.
 4. The marked rows are deleted from the quarantine.
 
-If a replay is killed, the next one finds the mark. If the table has transaction N, it completes step 4. Otherwise it prevents that
-transaction, which Spark may be about to commit without its script, and removes the mark. Each commit is synced to the disk before
-the next one.
+If a replay is killed, the next one finds the mark. If the table has transaction 2 N, only step 4 is left to do. Otherwise the next
+replay commits an empty transaction 2 N + 1, so that Spark can't commit 2 N after its script was killed, and removes the mark. Each
+commit is synced to the disk before the next one.
 """
 
 from collections import Counter
@@ -36,11 +36,11 @@ from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-MAX_PART_ROWS, MAX_PART_BYTES = 200_000, 500_000_000  # of a part; the stream waits until it has moved
+MAX_PART_ROWS, MAX_PART_BYTES = 200_000, 500_000_000  # limits of a part; the stream waits while one is moved
 IS_PART = f"{LISTED} is set"  # whether a row of the quarantine lists elements
 SETTINGS = {
     "spark.databricks.delta.commitInfo.userMetadata": REPLAY_NOTE,
-    # The new verdicts do not meet the condition of the rows that they replace.
+    # The rewritten rows need not meet the condition that selects the rows they replace.
     "spark.databricks.delta.replaceWhere.constraintCheck.enabled": "false",
 }
 
@@ -94,14 +94,16 @@ class Replay:
             f"(reject_reason <> '{OVERSIZED}' OR raw IS NOT NULL AND {is_small})",
         ]
         if "elements" in self.quarantine.columns and not self.contract.array:
-            conditions.append("elements IS NULL")  # the table has the other readings of their messages
+            conditions.append("elements IS NULL")  # the table already has the other readings of these messages
         if not self.contract.key and DUPLICATE not in self.contract.rules:
-            conditions.append(f"reject_reason <> '{DUPLICATE}'")  # they are valid, and in the table already
+            conditions.append(
+                f"reject_reason <> '{DUPLICATE}'"
+            )  # valid apart from their key, which the table already has
         return " AND ".join(conditions)
 
     def prepare(self) -> int:
-        """Finishes an interrupted replay. Returns the number of rows that it had marked. Raises PipelineError if the stream has to
-        repair a table first.
+        """Finishes or undoes an interrupted replay. Returns the number of rows that were still marked. Raises PipelineError if the
+        stream has to repair a table first.
         """
         for table in (self.tables.table, self.tables.quarantine):
             self._require_intact(table)
@@ -127,8 +129,8 @@ class Replay:
         if damage or rejected > written:
             problem = damage or "its quarantine has a batch that the table lacks"
             raise PipelineError(
-                f"The table {table} is incomplete, perhaps after a power cut: {problem}. Start its stream first, which repairs it "
-                f"or says what to do."
+                f"The table {table} is incomplete, perhaps after a power cut: {problem}. First start its stream, which repairs "
+                f"the table or says what to do."
             )
 
     def parts(self) -> list[str]:
@@ -152,10 +154,10 @@ class Replay:
         return conditions
 
     def judge(self, rows: DataFrame) -> DataFrame:
-        """Returns the readings in rows of the quarantine: the columns of `parse`, and BEFORE, their former reject_reason. They are
-        judged only once; the result is on the disk.
+        """Judges rows of the quarantine. Returns their readings: the columns of `parse`, and BEFORE, the former reject_reason. They
+        are judged only once, and the result is kept on disk.
 
-        BEFORE is null for a reading that was accepted at first, and is there only because it has the `raw` of its message.
+        BEFORE is null for a reading that was originally accepted and is returned only because it carries the `raw` of its message.
         """
         records = rows.withColumnRenamed("reject_reason", BEFORE)
         if "raw_json" in self.tables.columns:
@@ -226,7 +228,7 @@ class Replay:
         columns = [*self.tables.quarantine_columns]
         if not self.tables.has_elements:
             return rows.select(*columns)
-        # If a message is rejected as a whole now, its accepted readings still are in the table.
+        # Even if a message is now rejected as a whole, its accepted readings are still in the table.
         found = by_record(rows, [*columns, LISTED])
         return found.withColumn("elements", F.coalesce("elements", LISTED)).select(*columns)
 
@@ -241,18 +243,18 @@ class Replay:
         self._sync(self.tables.quarantine)
 
     def _last_transaction(self) -> int:
-        """The number of the last transaction of a replay in the table; -1 for none."""
+        """The number of the last replay transaction in the table; -1 if there is none."""
         newest_state(self.spark, self.tables.table)  # brings Delta's view of the table up to date
         return version_and_last_batch(self.spark, self.tables.table, REPLAY)[1]
 
     def _is_appended(self, number: int) -> bool:
-        # Later parts are not begun before this one is finished.
+        # No later part begins until this one is finished, so its transaction is the last.
         return self._last_transaction() == 2 * number
 
     def _prevent(self, number: int) -> None:
-        """Makes sure that the table can't receive the rows with this mark any more, unless it has them."""
+        """Makes sure that the rows with this mark can no longer be appended to the table, unless they already were."""
         rows = self.spark.read.format("delta").load(self.tables.table).limit(0)
-        with suppress(ConcurrentTransactionException):  # it has just received them
+        with suppress(ConcurrentTransactionException):  # they have just been appended
             (
                 rows.write.format("delta")
                 .mode("append")
@@ -285,17 +287,17 @@ def _unmarked(number: int | str) -> Column:
 
 
 def _without_accepted(judged: DataFrame) -> DataFrame:
-    """Drops the readings that were accepted at first, and which the quarantine does not list. If such a reading has the `raw` of its
-    message, it stays without BEFORE.
+    """Drops the originally accepted readings, which the quarantine does not list. One that carries the `raw` of its message stays, with
+    a null BEFORE.
     """
     lists = judged.where(F.col(LISTED).isNotNull()).select("_record", F.explode(LISTED).alias("element"))
     rows = judged.join(lists.withColumn("@match", F.lit(True)), ["_record", "element"], "left")
     was_rejected = F.expr(f"NOT `{IS_PART}` OR `@match` OR element IS NULL")
-    # Whatever the contract says of it now, an accepted reading stays where it is.
+    # An accepted reading stays where it is, whatever the contract says about it now.
     reason = F.when(was_rejected, F.col("reject_reason")).otherwise("accepted")
     rows = rows.withColumns({BEFORE: F.when(was_rejected, F.col(BEFORE)), "reject_reason": reason})
     rows = rows.where(F.col(BEFORE).isNotNull() | F.col("raw").isNotNull()).drop("@match")
-    # By now, the contract may name another array, which is shorter. Listed readings that it lacks stay as they are.
+    # The contract may now name a different, shorter array. Listed readings that this array lacks stay as they are.
     gone = lists.join(judged, ["_record", "element"], "left_anti")
     gone = gone.join(judged.where("element IS NULL"), "_record", "left_anti")
     messages = judged.where("raw IS NOT NULL").drop("element", "raw").withColumn("reject_reason", F.col(BEFORE))

@@ -133,7 +133,7 @@ class TableWriter:
         with suppress(*SPARK_ERRORS):
             if written is not None:
                 return mark_duplicates(judged, self.contract, rows_at(spark, table, written - 1))
-        # That version is gone. All rows of a batch have the same time.
+        # That version is gone. Leave out the batch's own rows: all rows of a batch have the same ingest_time.
         own = judged.select("ingest_time").distinct()
         return mark_duplicates(judged, self.contract, now.join(own, "ingest_time", "left_anti"))
 
@@ -158,7 +158,7 @@ class TableWriter:
                 warn(f"Old files of {table} can't be removed: {first_line(root_cause(error))}")
 
     def _append_valid(self, judged: DataFrame, this: Batch) -> dict[str, Any]:
-        """Appends the valid records to the table, unless the batch is already there. Returns the figures of this reading (see
+        """Appends the valid records to the table, unless the batch is already there. Returns the figures of this read (see
         `_observed`), and, as `in_table`, the number of the batch's records in the table and their fingerprint.
 
         A single pass over the records does all of this: normally, few records are rejected, and those are kept in memory.
@@ -186,7 +186,7 @@ class TableWriter:
             everything.write.format("noop").mode("overwrite").save()
             found = observed(spark, seen, OBSERVATION_SECONDS) or {}
         version, _ = version_and_last_batch(spark, self.tables.table, this.stream)
-        # Rows that somebody has deleted or replayed since then do not count as rejected by a second reading.
+        # Rows that somebody has deleted or replayed since then must not look as if a second read had rejected them.
         is_rejected = version_and_last_batch(spark, self.tables.quarantine, this.stream)[1] >= this.number
         is_compared = is_repeated and not Commits(spark, self.tables.table, version).has_changed_rows_since(
             this.stream, this.number, by_replay=is_rejected
@@ -209,17 +209,17 @@ class TableWriter:
         """Appends the rejected records to the quarantine, unless the batch is already there."""
         again = f"{this.stream}{AGAIN}"
         if version_and_last_batch(judged.sparkSession, self.tables.quarantine, again)[1] == this.number:
-            return  # an earlier reading differed, and all that the table lacks was quarantined then
+            return  # an earlier read differed, and everything the table lacked was quarantined then
         rejected = self._rejected(judged, found)
         self.source.require_unchanged(judged.sparkSession, self.start.identity)
         if rejected is not None:
             has_changed, rows = rejected
-            # The quarantine may already have the batch from an earlier reading.
+            # The quarantine may already have the batch from an earlier read.
             this = this._replace(stream=again) if has_changed else this
             self._append(rows, self.tables.quarantine, self.tables.quarantine_columns, this)
 
     def _rejected(self, judged: DataFrame, found: dict[str, Any]) -> tuple[bool, DataFrame] | None:
-        """Returns whether the rejected records differ from those of an earlier reading, and the records with the quarantine's
+        """Returns whether the rejected records differ from those of an earlier read, and the records with the quarantine's
         columns; None if there are none. `found`: the result of `_append_valid`.
         """
         is_same = (found["accepted"], found["fingerprint"]) == found["in_table"]
@@ -247,12 +247,12 @@ class TableWriter:
         return self.source.knows_records, rows.select(*self.tables.quarantine_columns)
 
     def _as_rejected(self, judged: DataFrame) -> DataFrame:
-        """The rejected ones of the judged records, with the quarantine's columns."""
+        """The rejected records, with the quarantine's columns."""
         columns = self.tables.quarantine_columns
         return by_record(judged, columns) if self.tables.has_elements else judged.where(~_is_valid()).select(*columns)
 
     def _observed(self, judged: DataFrame, kept_by_task: int = 0) -> tuple[DataFrame, Observation]:
-        """Returns the judged records and the observation that collects their figures during one reading (see `observed`).
+        """Returns the judged records and the observation that collects their figures during one read (see `observed`).
 
         `kept_by_task`: the maximum number of rejected records kept per task, at most 100,000 (Spark's limit).
         """

@@ -1,4 +1,4 @@
-"""A firmware update, and a gateway that sends its day again: streams and replays are killed, and an independent count holds."""
+"""A firmware update, and a gateway that resends a day: streams and replays are killed, and an independent count must agree."""
 
 import json
 import random
@@ -44,7 +44,7 @@ def places(spark, options) -> tuple[Counter, Counter]:
 def test_after_a_firmware_update_the_rejected_readings_move_while_stream_and_replays_are_killed(
     spark, broker, topic, start, account, pytestconfig, tmp_path, run_here
 ):
-    """The new firmware calls the temperature "temp", which the contract learns while the stream still runs with the old one."""
+    """The new firmware says "temp". Replays use a contract that knows it, while the stream still runs with the old contract."""
     name, options = topic
     kills, moments = (20 if pytestconfig.option.long else 3), random.Random(7)
     old, new = tmp_path / "old.py", tmp_path / "new.py"
@@ -93,14 +93,14 @@ def test_after_a_firmware_update_the_rejected_readings_move_while_stream_and_rep
     sent = {place: json.loads(value) for place, value in sent_to(broker, name).items()}
     accepted, rejected = places(spark, options)
     account(f"{kills} kills of replays, and of the stream", sent, accepted.elements(), rejected.elements())
-    # Of those of the old firmware, the old contract has accepted the cool ones. The new one accepts no further ones.
+    # The old contract accepted the cool readings of the old firmware; the new one accepts only those of the new firmware.
     is_valid = {place for place, fields in sent.items() if 20 in (fields.get("temp"), fields.get("temperature"))}
     assert accepted.keys() == is_valid and len(is_valid) > 300
     reasons = {row.reject_reason for row in tables(spark, options)[1].select("reject_reason").distinct().collect()}
     assert {"too_hot", "missing_temp"} <= reasons and not any("replay" in reason for reason in reasons)
 
 
-def test_a_gateway_that_sends_its_day_again_adds_no_reading_however_often_the_stream_is_killed(
+def test_a_gateway_that_resends_its_day_adds_no_reading_however_often_the_stream_is_killed(
     spark, broker, topic, start, account, pytestconfig, tmp_path, run_here
 ):
     name, options = topic
@@ -142,7 +142,7 @@ def test_a_gateway_that_sends_its_day_again_adds_no_reading_however_often_the_st
         "partition", "offset", "explode(elements)", "reject_reason"
     )
     reasons = {tuple(row)[:3]: row.reject_reason for row in listed.collect()}
-    account(f"{kills} kills of the consumer while a day comes again", sent, [tuple(row)[:3] for row in rows], reasons)
+    account(f"{kills} kills of the consumer while a day is resent", sent, [tuple(row)[:3] for row in rows], reasons)
     valid = {(device, ts) for device, ts, t in sent.values() if t == 20}
     assert Counter(tuple(row)[3:5] for row in rows) == Counter(valid)
     assert all(row.t == 20 for row in rows)

@@ -751,9 +751,9 @@ def test_the_broker_says_when_a_record_has_arrived_where_the_topic_asks_it_to(
     seen = []
 
     class Looking(TableWriter):
-        def _judge(self, records):
+        def _judge(self, records, this):
             seen.append(records.where(f"NOT arrival_time <=> {arrival}").count())
-            return super()._judge(records)
+            return super()._judge(records, this)
 
     if way == "read_again":
 

@@ -38,7 +38,7 @@ for number, begin in enumerate(range(0, rows, BATCH)):
         F.format_string(
             '{"timestamp": "%s", "device_id": "sensor-%03d", "building": "A", "floor": %d, "type": "co2", "value": %d.5, "unit": "ppm"}',
             F.date_format(
-                F.timestamp_micros(begun + F.col("id") * 10_000_000 / BATCH), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS'Z'"
+                F.timestamp_micros(begun + F.col("id") * (10_000_000 // BATCH)), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS'Z'"
             ),
             F.col("id") % 997,
             F.col("id") % 6,

@@ -273,7 +273,9 @@ def test_a_reading_whose_key_is_in_the_table_or_earlier_in_the_batch_is_a_duplic
     assert rejected[("duplicate", other_value)] == 1  # the first line of a file wins
 
 
-@pytest.mark.parametrize("deleted", [False, True], ids=["", "rows deleted in between"])
+@pytest.mark.parametrize(
+    "deleted", [True, pytest.param(False, marks=pytest.mark.long)], ids=["rows deleted in between", ""]
+)
 def test_a_repeated_batch_is_not_a_duplicate_of_itself(spark, tmp_path, monkeypatch, deleted):
     """If rows of the table were deleted in between, the first verdicts count."""
     table = tmp_path / "bronze"
@@ -298,7 +300,9 @@ def test_a_repeated_batch_is_not_a_duplicate_of_itself(spark, tmp_path, monkeypa
     assert accepted.total() == 2 - deleted and rejected == Counter([("duplicate", first), ("duplicate", second)])
 
 
-@pytest.mark.parametrize("key", [("device_id",), ("value", "device_id"), ("event_time",)], ids=str)
+@pytest.mark.parametrize(
+    "key", [("value", "device_id"), pytest.param(("event_time",), marks=pytest.mark.long)], ids=str
+)
 def test_a_key_may_have_any_required_fields(spark, tmp_path, key):
     _, write = keyed(spark, tmp_path / "bronze", Contract(CONTRACT.fields, CONTRACT.rules, key=key))
     old = reading(timestamp="2016-11-20T08:00:00Z", device_id="d1", value=2)
@@ -403,6 +407,7 @@ def test_an_accepted_reading_that_the_new_contract_would_reject_or_repeat_stays(
     assert rejected == Counter([("duplicate", record, (2,)), ("duplicate", record, (1, 2))])
 
 
+@pytest.mark.long
 def test_long_keys_and_keys_with_many_repeats_need_little_memory(spark, tmp_path):
     contract = Contract((Text("id"), Number("value")), key=("id",))
     _, write = keyed(spark, tmp_path / "bronze", contract)

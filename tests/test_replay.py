@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.contract.contract import Contract
 from pipeline.contract.fields import ContractError, Integer, Number, Text
+from pipeline.contract.times import Timestamp
 from pipeline.delta import duplicates
 from pipeline.delta import replay as replaying
 from pipeline.delta.commits import REPLAY
@@ -308,6 +309,16 @@ def test_a_key_may_have_any_required_fields(spark, tmp_path, key):
     old = reading(timestamp="2016-11-20T08:00:00Z", device_id="d1", value=2)
     assert write(reading(value=0.0), reading(value=-0.0), old) == {"duplicate": 1, None: 2}
     assert write(old, reading(value=0), b"{") == {"duplicate": 2, "malformed_json": 1}
+
+
+def test_readings_of_days_that_the_calendar_skipped_count_once(spark, tmp_path):
+    """Delta's statistics can't tell where such times are."""
+    contract = Contract((Text("id"), Timestamp("ts", column="t")), key=("id", "t"))
+    _, write = keyed(spark, tmp_path / "bronze", contract)
+    records = [b'{"id":"a","ts":"1582-10-%02dT00:00:00Z"}' % day for day in (4, 5, 10, 14, 15)]
+    assert write(*records) == {None: 5}
+    for record in records:
+        assert write(record) == {"duplicate": 1}
 
 
 def test_replays_of_readings_with_a_key_add_none_twice(spark, tmp_path):

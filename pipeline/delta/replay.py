@@ -88,6 +88,7 @@ class Replay:
         )
         conditions = [
             self.chosen,
+            "ingest_time IS NOT NULL",  # otherwise, the row is not the pipeline's
             f"NOT reject_reason RLIKE '^{MOVING}'".replace("\\", "\\\\"),
             # Without their record, whole files and messages that were too large to read can't be judged.
             f"reject_reason <> '{UNREADABLE}'",

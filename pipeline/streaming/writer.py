@@ -10,7 +10,7 @@ from pipeline.contract.elements import by_record
 from pipeline.contract.judge import parse
 from pipeline.delta.commits import AGAIN, NEWEST_COMMITS, Commits, contents_note, sync_commits
 from pipeline.delta.duplicates import mark_duplicates
-from pipeline.delta.private import compact_own_files, version_and_last_batch
+from pipeline.delta.private import compact_own_files, newest_state, version_and_last_batch
 from pipeline.delta.tables import WRITER, TablePair, clean_up, create_table, history_of, rows_at
 from pipeline.paths import local_path
 from pipeline.spark.private import (
@@ -124,6 +124,9 @@ class TableWriter:
 
     def _mark_duplicates(self, judged: DataFrame, this: Batch) -> DataFrame:
         spark, table = judged.sparkSession, self.tables.table
+        newest_state(
+            spark, table
+        )  # Delta may take its view for up to date after the clock was set back, and miss a replay
         version, last_batch = version_and_last_batch(spark, table, this.stream)
         now = spark.read.format("delta").load(table)
         if this.number > last_batch:
